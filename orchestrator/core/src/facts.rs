@@ -1,0 +1,177 @@
+//! What each side knows before a migration and tells the other.
+//!
+//! Gathered by the adapters, compared by [`crate::preflight`].
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::flow::{Flow, Listener};
+
+/// A CRIU release, for example 4.2.1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct CriuVersion {
+    /// Major number.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+    /// Sublevel; zero where the release has none.
+    pub sublevel: u32,
+}
+
+impl CriuVersion {
+    /// The oldest release that can dump TCP sockets on kernels >= 6.16, where
+    /// `SO_PASSCRED` on INET sockets became `EOPNOTSUPP` (CRIU 4b7398595).
+    pub const OLDEST_SUPPORTED: Self = Self {
+        major: 4,
+        minor: 2,
+        sublevel: 0,
+    };
+}
+
+impl std::fmt::Display for CriuVersion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            major,
+            minor,
+            sublevel,
+        } = self;
+        write!(f, "{major}.{minor}")?;
+        if *sublevel > 0 {
+            write!(f, ".{sublevel}")
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// One host's side of the comparison.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFacts {
+    /// `uname -n`.
+    pub hostname: String,
+    /// `uname -r`.
+    pub kernel: String,
+    /// `uname -m`.
+    pub machine: String,
+    /// CPU feature flags as `/proc/cpuinfo` names them, sorted.
+    pub cpu_flags: Vec<String>,
+    /// CRIU, when one was found and answers.
+    pub criu: Option<CriuVersion>,
+    /// Memory that could be used without swapping, in bytes (`MemAvailable`).
+    pub memory_available_bytes: u64,
+    /// Free space where images are kept, in bytes.
+    pub image_space_bytes: u64,
+    /// Whether `CAP_SYS_ADMIN`, `CAP_NET_ADMIN`, `CAP_BPF` and
+    /// `CAP_CHECKPOINT_RESTORE` are all effective; the missing ones by name.
+    pub missing_capabilities: Vec<String>,
+}
+
+/// The process tree to be moved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TreeFacts {
+    /// The root's PID.
+    pub root_pid: i32,
+    /// Every process, parents before children.
+    pub processes: Vec<ProcessFacts>,
+    /// Files that must exist alike on the destination.
+    pub files: Vec<FileFacts>,
+    /// Established TCP connections whose peer is outside the tree.
+    pub flows: Vec<Flow>,
+    /// TCP listeners.
+    pub listeners: Vec<Listener>,
+    /// Addresses that have to move with the tree.
+    pub addresses: Vec<AddressFacts>,
+    /// What stands on file descriptors 0, 1 and 2 and leads out of the tree.
+    pub stdio: Vec<StdioFacts>,
+    /// Resident memory of all processes, in bytes.
+    pub resident_bytes: u64,
+    /// The tree has a controlling terminal or a session leader outside itself,
+    /// so that CRIU needs `shell_job`.
+    pub shell_job: bool,
+    /// cgroup path of the root in the unified or freezer hierarchy.
+    pub cgroup: String,
+}
+
+/// One process of the tree.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessFacts {
+    /// Process id.
+    pub pid: i32,
+    /// Parent's process id.
+    pub parent: i32,
+    /// `starttime` of `/proc/PID/stat`, in clock ticks since boot: tells a
+    /// reused PID from the one that was checked.
+    pub start_ticks: u64,
+    /// Thread ids, the leader included.
+    pub threads: Vec<i32>,
+    /// `comm`.
+    pub name: String,
+    /// Session id.
+    pub session: i32,
+    /// Process group id.
+    pub group: i32,
+}
+
+/// A mapped or open regular file, or a directory the tree stands in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileFacts {
+    /// Absolute path.
+    pub path: String,
+    /// Why it is needed: `exe`, `mapped`, `open`, `cwd`, `root`.
+    pub role: FileRole,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Permission bits and file type, as `st_mode`.
+    pub mode: u32,
+    /// GNU build-id of an ELF file.
+    pub build_id: Option<Vec<u8>>,
+}
+
+/// What the tree uses a file for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum FileRole {
+    /// The program that runs.
+    Executable,
+    /// Mapped into memory.
+    Mapped,
+    /// Open on a file descriptor.
+    Open,
+    /// A working or root directory.
+    Directory,
+}
+
+/// An IP address that belongs to the workload, and where it sits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddressFacts {
+    /// The address.
+    pub ip: IpAddr,
+    /// Prefix length as configured on the source.
+    pub prefix_len: u8,
+    /// Interface name on the source.
+    pub interface: String,
+}
+
+/// A standard stream that leads out of the tree.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StdioFacts {
+    /// What it is.
+    pub kind: StdioKind,
+    /// CRIU's name of the resource: `pipe:[123]`, `tty[8801:3]`, `unix[456]`.
+    pub resource: String,
+    /// Every `(pid, fd)` in the tree that holds it.
+    pub holders: Vec<(i32, i32)>,
+    /// The tree writes to it (as opposed to reading).
+    pub writable: bool,
+}
+
+/// Kinds of standard streams that need help to move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StdioKind {
+    /// A terminal.
+    Terminal,
+    /// A pipe whose other end is outside the tree.
+    Pipe,
+    /// A connected Unix stream socket, as journald gives to a service.
+    UnixStream,
+}

@@ -1,0 +1,15 @@
+//! What a migration is, without the machine it runs on.
+//!
+//! Phases and their legal transitions, the messages between source and
+//! destination, the facts that preflight compares, and the report a user
+//! reads. Nothing here makes a system call, reads a clock or knows an adapter.
+
+pub mod facts;
+pub mod flow;
+pub mod phase;
+pub mod preflight;
+pub mod report;
+pub mod wire;
+
+pub use flow::{Flow, Listener};
+pub use phase::Phase;

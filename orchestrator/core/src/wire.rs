@@ -1,0 +1,491 @@
+//! What source and destination say to each other.
+//!
+//! A frame is a header of eight bytes and a body: `u32` length of the body,
+//! little endian, `u8` kind, three bytes zero. Control bodies are postcard;
+//! page and image bodies have a short fixed head and raw bytes after it, so
+//! that the bulk of a migration is never parsed.
+//!
+//! ```text
+//! source                              destination
+//!   Hello            ------------------>
+//!                    <------------------  Hello
+//!   Preflight(tree)  ------------------>
+//!                    <------------------  Findings
+//!   Prepare          ------------------>  gate closed, address staged, CRIU warm
+//!                    <------------------  Prepared
+//!   Pages ...        ------------------>  as CRIU writes them
+//!   Image ...        ------------------>
+//!   Dumped           ------------------>  restore, held before its first instruction
+//!                    <------------------  Restored
+//!   Go               ------------------>  ===== the commit =====
+//!                    <------------------  Owned
+//!                    <------------------  Running
+//! ```
+//! At any time before `Go`: `Abort` from the source, `Failed` from the
+//! destination, or the end of the connection; each of them undoes everything
+//! on the destination.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::facts::{HostFacts, TreeFacts};
+use crate::phase::Phase;
+use crate::preflight::Finding;
+
+/// Version of this protocol; both sides must have the same.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Bytes of a frame's header.
+pub const FRAME_HEADER_BYTES: usize = 8;
+
+/// The largest body a peer may announce: 4 MiB of pages and their head.
+pub const FRAME_BODY_BYTES_MAX: usize = (4 << 20) + 64;
+
+/// The largest control message.
+pub const CONTROL_BYTES_MAX: usize = 4 << 20;
+
+/// The size of a page as CRIU counts them on the architectures supported.
+pub const PAGE_BYTES: usize = 4096;
+
+/// What a frame carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FrameKind {
+    /// A [`Message`].
+    Control = 1,
+    /// A [`PageRun`] and, when it is present, its pages.
+    Pages = 2,
+    /// A piece of an image file.
+    Image = 3,
+}
+
+/// A header that no version of this protocol sends.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum FrameError {
+    /// The kind is none of [`FrameKind`].
+    #[error("unknown frame kind {0}")]
+    UnknownKind(u8),
+    /// The reserved bytes are not zero.
+    #[error("reserved bytes of the frame header are not zero")]
+    Reserved,
+    /// The body would be larger than allowed.
+    #[error("frame of {announced} bytes, at most {limit} are allowed")]
+    TooLarge {
+        /// Announced length in bytes.
+        announced: usize,
+        /// Limit in bytes.
+        limit: usize,
+    },
+    /// The body does not have the form of its kind.
+    #[error("malformed {what}")]
+    Malformed {
+        /// Which part.
+        what: &'static str,
+    },
+}
+
+/// Encodes a frame's header.
+///
+/// # Errors
+///
+/// The body is larger than [`FRAME_BODY_BYTES_MAX`].
+pub fn encode_header(
+    kind: FrameKind,
+    body_bytes: usize,
+) -> Result<[u8; FRAME_HEADER_BYTES], FrameError> {
+    let too_large = FrameError::TooLarge {
+        announced: body_bytes,
+        limit: FRAME_BODY_BYTES_MAX,
+    };
+    if body_bytes > FRAME_BODY_BYTES_MAX {
+        return Err(too_large);
+    }
+    let length = u32::try_from(body_bytes)
+        .map_err(|_| too_large)?
+        .to_le_bytes();
+    Ok([
+        length[0], length[1], length[2], length[3], kind as u8, 0, 0, 0,
+    ])
+}
+
+/// Decodes a frame's header into its kind and the length of its body.
+///
+/// # Errors
+///
+/// See [`FrameError`].
+pub fn decode_header(header: [u8; FRAME_HEADER_BYTES]) -> Result<(FrameKind, usize), FrameError> {
+    let [l0, l1, l2, l3, kind, r0, r1, r2] = header;
+    let kind = match kind {
+        1 => FrameKind::Control,
+        2 => FrameKind::Pages,
+        3 => FrameKind::Image,
+        other => return Err(FrameError::UnknownKind(other)),
+    };
+    if [r0, r1, r2] != [0; 3] {
+        return Err(FrameError::Reserved);
+    }
+    let announced = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+    let limit = match kind {
+        FrameKind::Control => CONTROL_BYTES_MAX,
+        FrameKind::Pages | FrameKind::Image => FRAME_BODY_BYTES_MAX,
+    };
+    if announced > limit {
+        return Err(FrameError::TooLarge { announced, limit });
+    }
+    Ok((kind, announced))
+}
+
+/// A control message, in either direction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// First message of each side.
+    Hello(Hello),
+    /// The tree and the host it comes from.
+    Preflight {
+        /// The tree.
+        tree: Box<TreeFacts>,
+        /// The source host.
+        source: Box<HostFacts>,
+        /// What to do with standard streams that lead out of the tree.
+        stdio: StdioChoice,
+    },
+    /// The destination's view; nothing has been changed there yet.
+    Findings {
+        /// One line per check.
+        findings: Vec<Finding>,
+        /// The destination host.
+        destination: Box<HostFacts>,
+    },
+    /// Get ready for the tree last sent with `Preflight`.
+    Prepare {
+        /// How long the tree may stand still, in milliseconds.
+        blackout_limit_ms: u64,
+    },
+    /// Gate closed, address staged, CRIU warm.
+    Prepared,
+    /// Every page and image has been sent.
+    Dumped {
+        /// Pages with data that were sent, for the receiver to compare.
+        pages: u64,
+        /// Image files that were sent.
+        images: u32,
+    },
+    /// The copy is complete and has not run.
+    Restored {
+        /// Time from `Dumped` to here, in microseconds.
+        restore_us: u64,
+    },
+    /// Run it. The source never runs it again.
+    Go,
+    /// The destination has recorded that the tree is its own.
+    Owned,
+    /// The copy runs, its address is announced and its gate open.
+    Running(RunningReport),
+    /// The source gave up; undo everything.
+    Abort {
+        /// For the log.
+        reason: String,
+    },
+    /// The destination gave up and has undone everything.
+    Failed(WireError),
+}
+
+/// Introduction of a side.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`PROTOCOL_VERSION`].
+    pub protocol: u32,
+    /// Release of `migrate`, for messages.
+    pub release: String,
+    /// `uname -n`.
+    pub hostname: String,
+    /// The migration this connection belongs to: random, chosen by the source.
+    pub migration_id: String,
+}
+
+/// What becomes of standard streams that lead out of the tree.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StdioChoice {
+    /// Only what can be carried as it is; anything else is refused.
+    #[default]
+    Keep,
+    /// Attach to the destination's journal.
+    Journal,
+    /// Attach to `/dev/null`.
+    Null,
+    /// Append to this file on the destination.
+    File(String),
+}
+
+/// What the destination measured, for the closing block.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunningReport {
+    /// Root PID of the running copy.
+    pub root_pid: i32,
+    /// From `Go` to the running tree, in microseconds.
+    pub takeover_us: u64,
+    /// Packets dropped by the destination's gate.
+    pub dropped_packets: u64,
+    /// RST segments that the gate saw leave.
+    pub rst_sent: u64,
+    /// cgroup that the copy lives in.
+    pub cgroup: String,
+}
+
+/// A failure as the other side needs it: what, where, why, never a local type.
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
+#[error("{phase} failed on {host}: {message}")]
+pub struct WireError {
+    /// The phase it happened in.
+    pub phase: Phase,
+    /// `uname -n` of the side that failed.
+    pub host: String,
+    /// The chain of causes, joined by colons.
+    pub message: String,
+    /// What the user can do.
+    pub help: Option<String>,
+}
+
+/// A run of pages of one task or shared segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRun {
+    /// Whose pages.
+    pub owner: PageOwner,
+    /// Address of the first page; offset into the segment for shared memory.
+    pub vaddr: u64,
+    /// Number of pages.
+    pub pages: u64,
+    /// CRIU's pagemap flags: 1 parent, 2 lazy, 4 present.
+    pub flags: u32,
+}
+
+/// Whose memory a page belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum PageOwner {
+    /// Private memory of the task with this PID.
+    Task(u32),
+    /// A shared segment by CRIU's shmid.
+    Shared(u64),
+}
+
+/// Bytes of an encoded [`PageRun`].
+pub const PAGE_RUN_BYTES: usize = 40;
+
+impl PageRun {
+    /// Pages have data behind them (`PE_PRESENT`, CRIU `include/pagemap.h`).
+    pub const PRESENT: u32 = 1 << 2;
+
+    /// Bytes of data that follow.
+    #[must_use]
+    pub fn data_bytes(&self) -> u64 {
+        if self.flags & Self::PRESENT == 0 {
+            0
+        } else {
+            self.pages * PAGE_BYTES as u64
+        }
+    }
+
+    /// Encodes the head of a page frame.
+    #[must_use]
+    pub fn encode(&self) -> [u8; PAGE_RUN_BYTES] {
+        let (kind, id) = match self.owner {
+            PageOwner::Task(pid) => (1u64, u64::from(pid)),
+            PageOwner::Shared(id) => (2u64, id),
+        };
+        let mut out = [0; PAGE_RUN_BYTES];
+        for (slot, value) in
+            out.chunks_exact_mut(8)
+                .zip([kind, id, self.vaddr, self.pages, u64::from(self.flags)])
+        {
+            slot.copy_from_slice(&value.to_le_bytes());
+        }
+        out
+    }
+
+    /// Decodes the head of a page frame and checks it against the bytes that follow.
+    ///
+    /// # Errors
+    ///
+    /// Unknown owner, more pages than a frame can hold, unaligned address, or
+    /// a length that does not match.
+    pub fn decode(body: &[u8]) -> Result<(Self, &[u8]), FrameError> {
+        const MALFORMED: FrameError = FrameError::Malformed { what: "page run" };
+        let (head, data) = body.split_at_checked(PAGE_RUN_BYTES).ok_or(MALFORMED)?;
+        let mut words = head.chunks_exact(8).map(|w| {
+            let mut word = [0; 8];
+            word.copy_from_slice(w);
+            u64::from_le_bytes(word)
+        });
+        let mut next = || words.next().ok_or(MALFORMED);
+        let (kind, id, vaddr, pages, flags) = (next()?, next()?, next()?, next()?, next()?);
+        let owner = match kind {
+            1 => PageOwner::Task(u32::try_from(id).map_err(|_| MALFORMED)?),
+            2 => PageOwner::Shared(id),
+            _ => return Err(MALFORMED),
+        };
+        let flags = u32::try_from(flags).map_err(|_| MALFORMED)?;
+        // An address space has at most 2^57 bytes.
+        if pages == 0 || pages > 1 << 45 || vaddr % PAGE_BYTES as u64 != 0 {
+            return Err(MALFORMED);
+        }
+        let run = Self {
+            owner,
+            vaddr,
+            pages,
+            flags,
+        };
+        if run.data_bytes() != data.len() as u64 {
+            return Err(MALFORMED);
+        }
+        Ok((run, data))
+    }
+}
+
+/// A piece of an image file; the pieces of one file come in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImagePiece<'a> {
+    /// File name without any directory.
+    pub name: &'a str,
+    /// This is the file's last piece.
+    pub last: bool,
+    /// Its bytes.
+    pub data: &'a [u8],
+}
+
+impl<'a> ImagePiece<'a> {
+    /// The longest file name that is accepted.
+    pub const NAME_BYTES_MAX: usize = 128;
+
+    /// Encodes everything before the data.
+    ///
+    /// # Errors
+    ///
+    /// The name is not acceptable.
+    pub fn encode_head(&self) -> Result<Vec<u8>, FrameError> {
+        const MALFORMED: FrameError = FrameError::Malformed { what: "image name" };
+        if !Self::acceptable(self.name) {
+            return Err(MALFORMED);
+        }
+        let length = u8::try_from(self.name.len()).map_err(|_| MALFORMED)?;
+        let mut head = vec![u8::from(self.last), length];
+        head.extend_from_slice(self.name.as_bytes());
+        Ok(head)
+    }
+
+    /// Decodes a body.
+    ///
+    /// # Errors
+    ///
+    /// Truncated, or a name that could leave the image directory.
+    pub fn decode(body: &'a [u8]) -> Result<Self, FrameError> {
+        const MALFORMED: FrameError = FrameError::Malformed {
+            what: "image piece",
+        };
+        let [last @ (0 | 1), length, rest @ ..] = body else {
+            return Err(MALFORMED);
+        };
+        let (name, data) = rest
+            .split_at_checked(usize::from(*length))
+            .ok_or(MALFORMED)?;
+        let name = std::str::from_utf8(name).map_err(|_| MALFORMED)?;
+        if !Self::acceptable(name) {
+            return Err(MALFORMED);
+        }
+        Ok(Self {
+            name,
+            last: *last == 1,
+            data,
+        })
+    }
+
+    /// Only plain `*.img` names as CRIU makes them.
+    fn acceptable(name: &str) -> bool {
+        name.len() <= Self::NAME_BYTES_MAX
+            && name.ends_with(".img")
+            && !name.starts_with('.')
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn header_refuses_what_it_must() {
+        let good = encode_header(FrameKind::Pages, 4096).unwrap();
+        assert_eq!(decode_header(good), Ok((FrameKind::Pages, 4096)));
+        let mut bad = good;
+        bad[4] = 9;
+        assert_eq!(decode_header(bad), Err(FrameError::UnknownKind(9)));
+        bad = good;
+        bad[7] = 1;
+        assert_eq!(decode_header(bad), Err(FrameError::Reserved));
+        assert!(encode_header(FrameKind::Pages, FRAME_BODY_BYTES_MAX + 1).is_err());
+        bad = good;
+        bad[..4].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert!(matches!(
+            decode_header(bad),
+            Err(FrameError::TooLarge { .. })
+        ));
+    }
+
+    #[test]
+    fn image_names_cannot_leave_the_directory() {
+        for name in [
+            "../core-1.img",
+            "/etc/x.img",
+            ".img",
+            "a/b.img",
+            "core",
+            "",
+            "..img",
+        ] {
+            let piece = ImagePiece {
+                name,
+                last: true,
+                data: b"",
+            };
+            assert!(piece.encode_head().is_err(), "{name}");
+            let mut body = vec![1, u8::try_from(name.len()).unwrap()];
+            body.extend_from_slice(name.as_bytes());
+            assert!(ImagePiece::decode(&body).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn page_run_truncated_at_every_byte_is_refused() {
+        let run = PageRun {
+            owner: PageOwner::Task(7),
+            vaddr: 4096,
+            pages: 1,
+            flags: 4,
+        };
+        let mut body = run.encode().to_vec();
+        body.extend_from_slice(&[0xab; PAGE_BYTES]);
+        assert_eq!(PageRun::decode(&body).unwrap().0, run);
+        for cut in 0..body.len() {
+            assert!(PageRun::decode(&body[..cut]).is_err(), "{cut}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_decode_or_are_refused(body in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = PageRun::decode(&body);
+            let _ = ImagePiece::decode(&body);
+            let _ = postcard::from_bytes::<Message>(&body);
+        }
+
+        #[test]
+        fn image_pieces_round_trip(name in "[a-z]{1,20}-[0-9]{1,5}\\.img", data: Vec<u8>, last: bool) {
+            let piece = ImagePiece { name: &name, last, data: &data };
+            let mut body = piece.encode_head().unwrap();
+            body.extend_from_slice(&data);
+            prop_assert_eq!(ImagePiece::decode(&body).unwrap(), piece);
+        }
+    }
+}
