@@ -1,0 +1,1 @@
+//! Test hosts made of namespaces: two machines and a client on one kernel.
