@@ -6,6 +6,7 @@
 
 pub mod facts;
 pub mod flow;
+pub mod journal;
 pub mod phase;
 pub mod preflight;
 pub mod report;

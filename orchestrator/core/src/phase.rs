@@ -66,6 +66,9 @@ pub enum Event {
     Removed,
     /// Something failed, or the user cancelled.
     Failed,
+    /// Asked after a lost answer, the destination has put on record that it
+    /// does not own the tree and never will.
+    Disowned,
 }
 
 /// An event that a phase has no answer to: a defect of the driver.
@@ -113,6 +116,7 @@ impl Phase {
             (Self::Finish, Event::Removed) => Self::Committed,
             (phase, Event::Failed) if phase.may_roll_back() => Self::RolledBack,
             (Self::HandedOver, Event::Failed) => Self::Undecided,
+            (Self::HandedOver, Event::Disowned) => Self::RolledBack,
             // The destination owns the tree: whatever fails from here on, the
             // source has to be removed and the outcome stays a commit.
             (Self::Takeover, Event::Failed) => Self::Finish,
@@ -157,7 +161,7 @@ impl fmt::Display for Phase {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 10] = [
+    const EVENTS: [Event; 11] = [
         Event::Checked,
         Event::Tracked,
         Event::Prepared,
@@ -168,6 +172,7 @@ mod tests {
         Event::Running,
         Event::Removed,
         Event::Failed,
+        Event::Disowned,
     ];
 
     #[test]

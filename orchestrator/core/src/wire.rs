@@ -15,6 +15,7 @@
 //!                    <------------------  Prepared
 //!   Pages ...        ------------------>  as CRIU writes them
 //!   Image ...        ------------------>
+//!   Flows            ------------------>
 //!   Dumped           ------------------>  restore, held before its first instruction
 //!                    <------------------  Restored
 //!   Go               ------------------>  ===== the commit =====
@@ -29,6 +30,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::facts::{HostFacts, TreeFacts};
+use crate::flow::Flow;
+use crate::journal::Stage;
 use crate::phase::Phase;
 use crate::preflight::Finding;
 
@@ -163,6 +166,9 @@ pub enum Message {
     },
     /// Gate closed, address staged, CRIU warm.
     Prepared,
+    /// Connections found when the tree stood still, the earlier ones among
+    /// them; they replace the list of `Preflight`.
+    Flows(Vec<Flow>),
     /// Every page and image has been sent.
     Dumped {
         /// Pages with data that were sent, for the receiver to compare.
@@ -188,6 +194,14 @@ pub enum Message {
     },
     /// The destination gave up and has undone everything.
     Failed(WireError),
+    /// On a connection of its own: who owns this migration's tree? An answer
+    /// other than `Owned` or `Running` binds the destination never to run it.
+    Verdict {
+        /// The migration asked about.
+        migration_id: String,
+    },
+    /// The answer to `Verdict`.
+    VerdictIs(Stage),
 }
 
 /// Introduction of a side.
