@@ -1,1 +1,10 @@
+//! What the end-to-end suites share: workloads, strict clients, and the
+//! questions a suite asks after a migration.
 //!
+//! The strict clients are the judges of this project. They hold every reply
+//! against its request, so a byte that is lost, doubled or changed while a
+//! connection moves cannot go unseen; their own tests put such faults on the
+//! wire and demand that each is found.
+
+pub mod echo_wire;
+pub mod strict;

@@ -1,0 +1,133 @@
+//! The text protocol: set, get and incr, alone and in pipelines.
+
+use super::dialogue::{Dialogue, Dice, Expected, Judged, Malformed, Owed, line};
+use crate::echo_wire::scramble;
+
+/// Longest value of ours that a reply may announce.
+const VALUE_BYTES_MAX: usize = 64 * 1024;
+
+pub(super) struct Memcached {
+    counter_key: String,
+    value_key: String,
+    counter: Option<u64>,
+    value: Vec<u8>,
+    dice: Dice,
+    owed: Owed,
+}
+
+impl Memcached {
+    pub(super) fn new(run: u64, connection: usize) -> Self {
+        Self {
+            counter_key: format!("strict:{run:x}:{connection}:counter"),
+            value_key: format!("strict:{run:x}:{connection}:value"),
+            counter: None,
+            value: Vec::new(),
+            dice: Dice::new(scramble(run, connection as u64)),
+            owed: Owed::new(b""),
+        }
+    }
+
+    fn ask_one(&mut self, out: &mut Vec<u8>) {
+        let Some(counter) = &mut self.counter else {
+            self.counter = Some(0);
+            store(&self.counter_key, b"0", out);
+            return self.owed.push(Expected::Exact(b"STORED\r\n".to_vec()));
+        };
+        let choice = if self.value.is_empty() {
+            2
+        } else {
+            self.dice.below(4)
+        };
+        match choice {
+            0 => {
+                *counter += 1;
+                out.extend_from_slice(format!("incr {} 1\r\n", self.counter_key).as_bytes());
+                self.owed.push(Expected::Counter(*counter));
+            }
+            1 => {
+                out.extend_from_slice(format!("get {}\r\n", self.value_key).as_bytes());
+                let (key, length) = (&self.value_key, self.value.len());
+                let head = format!("VALUE {key} 0 {length}\r\n");
+                let reply = [head.as_bytes(), &self.value, b"\r\nEND\r\n"].concat();
+                self.owed.push(Expected::Exact(reply));
+            }
+            _ => {
+                let length = usize::try_from(self.dice.below(200)).unwrap_or(0) + 16;
+                self.value = self.dice.text(length);
+                store(&self.value_key, &self.value, out);
+                self.owed.push(Expected::Exact(b"STORED\r\n".to_vec()));
+            }
+        }
+    }
+}
+
+impl Dialogue for Memcached {
+    fn ask(&mut self, out: &mut Vec<u8>) -> usize {
+        let batch = self.dice.batch();
+        for _ in 0..batch {
+            self.ask_one(out);
+        }
+        batch
+    }
+
+    fn judge(&mut self, input: &[u8]) -> Judged {
+        match frame(input) {
+            Ok(None) => Judged::Incomplete,
+            Ok(Some(length)) => self
+                .owed
+                .judge(&input[..length], self.counter.get_or_insert_default()),
+            Err(Malformed) => self.owed.out_of_step(input),
+        }
+    }
+}
+
+fn store(key: &str, value: &[u8], out: &mut Vec<u8>) {
+    out.extend_from_slice(format!("set {key} 0 0 {}\r\n", value.len()).as_bytes());
+    out.extend_from_slice(value);
+    out.extend_from_slice(b"\r\n");
+}
+
+/// The length of the reply at the front: a line, or a value up to its `END`.
+fn frame(input: &[u8]) -> Result<Option<usize>, Malformed> {
+    let Some(head) = line(input)? else {
+        return Ok(None);
+    };
+    let text = std::str::from_utf8(&input[..head - 2]).map_err(|_| Malformed)?;
+    if let Some(value) = text.strip_prefix("VALUE ") {
+        let length = value.rsplit(' ').next().unwrap_or_default();
+        let length: usize = length.parse().map_err(|_| Malformed)?;
+        if length > VALUE_BYTES_MAX {
+            return Err(Malformed);
+        }
+        const TAIL: &[u8] = b"\r\nEND\r\n";
+        let end = head + length + TAIL.len();
+        return match input.get(end - TAIL.len()..end) {
+            None => Ok(None),
+            Some(TAIL) => Ok(Some(end)),
+            Some(_) => Err(Malformed),
+        };
+    }
+    let known = ["STORED", "END", "NOT_FOUND", "ERROR"].contains(&text)
+        || text.starts_with("SERVER_ERROR ")
+        || text.starts_with("CLIENT_ERROR ")
+        || (!text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()));
+    if known {
+        Ok(Some(head))
+    } else {
+        Err(Malformed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replies_are_cut_where_they_end() {
+        assert_eq!(frame(b"12\r\nSTORED\r\n"), Ok(Some(4)));
+        assert_eq!(frame(b"VALUE k 0 3\r\nabc\r\nEND\r\n"), Ok(Some(23)));
+        assert_eq!(frame(b"VALUE k 0 3\r\nabc\r\nEND\r"), Ok(None));
+        assert_eq!(frame(b"VALUE k 0 3\r\nabcd\r\nEND\r\n"), Err(Malformed));
+        assert_eq!(frame(b"STORE\r\n"), Err(Malformed));
+    }
+}

@@ -1,0 +1,260 @@
+//! RESP: INCR, SET, GET and ECHO, alone and in pipelines.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+
+use super::dialogue::{Dialogue, Dice, Excerpt, Expected, Finding, Judged, Malformed, Owed, line};
+use crate::echo_wire::scramble;
+
+/// Longest value of ours that a reply may announce.
+const BULK_BYTES_MAX: usize = 64 * 1024;
+
+pub(super) struct Redis {
+    counter_key: String,
+    value_key: String,
+    /// The counter's value once every request sent so far is executed.
+    counter: u64,
+    /// The value once every request sent so far is executed.
+    value: Vec<u8>,
+    dice: Dice,
+    owed: Owed,
+}
+
+impl Redis {
+    pub(super) fn new(run: u64, connection: usize) -> Self {
+        Self {
+            counter_key: format!("strict:{run:x}:{connection}:counter"),
+            value_key: format!("strict:{run:x}:{connection}:value"),
+            counter: 0,
+            value: Vec::new(),
+            dice: Dice::new(scramble(run, connection as u64)),
+            owed: Owed::new(b":"),
+        }
+    }
+
+    fn ask_one(&mut self, out: &mut Vec<u8>) {
+        let choice = if self.value.is_empty() {
+            3
+        } else {
+            self.dice.below(5)
+        };
+        match choice {
+            0 | 1 => {
+                command(&[b"INCR", self.counter_key.as_bytes()], out);
+                self.counter += 1;
+                self.owed.push(Expected::Counter(self.counter));
+            }
+            2 => {
+                command(&[b"GET", self.value_key.as_bytes()], out);
+                self.owed.push(Expected::Exact(bulk(&self.value)));
+            }
+            3 => {
+                let length = usize::try_from(self.dice.below(200)).unwrap_or(0) + 16;
+                self.value = self.dice.text(length);
+                command(&[b"SET", self.value_key.as_bytes(), &self.value], out);
+                self.owed.push(Expected::Exact(b"+OK\r\n".to_vec()));
+            }
+            _ => {
+                let nonce = self.dice.text(24);
+                command(&[b"ECHO", &nonce], out);
+                self.owed.push(Expected::Exact(bulk(&nonce)));
+            }
+        }
+    }
+}
+
+impl Dialogue for Redis {
+    fn ask(&mut self, out: &mut Vec<u8>) -> usize {
+        let batch = self.dice.batch();
+        for _ in 0..batch {
+            self.ask_one(out);
+        }
+        batch
+    }
+
+    fn judge(&mut self, input: &[u8]) -> Judged {
+        match frame(input) {
+            Ok(None) => Judged::Incomplete,
+            Ok(Some(length)) => self.owed.judge(&input[..length], &mut self.counter),
+            Err(Malformed) => self.owed.out_of_step(input),
+        }
+    }
+}
+
+/// The length of the reply at the front.
+fn frame(input: &[u8]) -> Result<Option<usize>, Malformed> {
+    let Some(&kind) = input.first() else {
+        return Ok(None);
+    };
+    if !matches!(kind, b'+' | b'-' | b':' | b'$') {
+        return Err(Malformed);
+    }
+    let Some(head) = line(input)? else {
+        return Ok(None);
+    };
+    if kind != b'$' || &input[1..head] == b"-1\r\n" {
+        return Ok(Some(head));
+    }
+    let digits = std::str::from_utf8(&input[1..head - 2]).map_err(|_| Malformed)?;
+    let length: usize = digits.parse().map_err(|_| Malformed)?;
+    if length > BULK_BYTES_MAX {
+        return Err(Malformed);
+    }
+    let end = head + length + 2;
+    match input.get(end - 2..end) {
+        None => Ok(None),
+        Some(b"\r\n") => Ok(Some(end)),
+        Some(_) => Err(Malformed),
+    }
+}
+
+fn command(words: &[&[u8]], out: &mut Vec<u8>) {
+    out.extend_from_slice(format!("*{}\r\n", words.len()).as_bytes());
+    for word in words {
+        out.extend_from_slice(&bulk(word));
+    }
+}
+
+fn bulk(value: &[u8]) -> Vec<u8> {
+    [format!("${}\r\n", value.len()).as_bytes(), value, b"\r\n"].concat()
+}
+
+/// Keys sent in one pipeline while filling and reading back.
+const KEYS_PER_PIPELINE: u64 = 1_000;
+
+/// The value of `key:index`: follows from the index, 100 bytes, so that
+/// 100,000 keys make about 20 MB of heap.
+fn key_value(index: u64) -> Vec<u8> {
+    Dice::new(index).text(100)
+}
+
+/// Writes `keys` keys over a blocking stream.
+pub(super) fn populate(stream: &mut TcpStream, keys: u64) -> io::Result<()> {
+    for_each_pipeline(
+        stream,
+        keys,
+        |index, out| {
+            command(
+                &[b"SET", key_name(index).as_bytes(), &key_value(index)],
+                out,
+            )
+        },
+        |_, reply| {
+            if reply == b"+OK\r\n" {
+                Ok(())
+            } else {
+                Err(io::Error::other(format!(
+                    "SET was answered with {}",
+                    Excerpt(reply)
+                )))
+            }
+        },
+    )
+}
+
+/// Reads `keys` keys back over a blocking stream, up to the first failure of
+/// the stream, and reports every value that is not right.
+pub(super) fn verify(
+    stream: &mut TcpStream,
+    keys: u64,
+    mut report: impl FnMut(Finding),
+) -> io::Result<()> {
+    for_each_pipeline(
+        stream,
+        keys,
+        |index, out| command(&[b"GET", key_name(index).as_bytes()], out),
+        |index, reply| {
+            let expected = bulk(&key_value(index));
+            if reply == b"$-1\r\n" {
+                report(Finding::lost(1, format!("{} is gone", key_name(index))));
+            } else if reply != expected {
+                let (name, got) = (key_name(index), Excerpt(reply));
+                let expected = Excerpt(&expected);
+                report(Finding::wrong(format!(
+                    "{name} should be {expected}, is {got}"
+                )));
+            }
+            Ok(())
+        },
+    )
+}
+
+fn key_name(index: u64) -> String {
+    format!("key:{index}")
+}
+
+fn for_each_pipeline(
+    stream: &mut TcpStream,
+    keys: u64,
+    ask: impl Fn(u64, &mut Vec<u8>),
+    mut check: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut input = Vec::new();
+    let mut chunk = vec![0; 64 * 1024];
+    let mut first = 0;
+    while first < keys {
+        let end = keys.min(first + KEYS_PER_PIPELINE);
+        let mut out = Vec::new();
+        (first..end).for_each(|index| ask(index, &mut out));
+        stream.write_all(&out)?;
+        let mut index = first;
+        while index < end {
+            let mut used = 0;
+            while let Some(length) = frame(&input[used..])
+                .map_err(|Malformed| io::Error::other("no reply of redis"))?
+                .filter(|_| index < end)
+            {
+                check(index, &input[used..used + length])?;
+                used += length;
+                index += 1;
+            }
+            input.drain(..used);
+            if index < end {
+                let count = stream.read(&mut chunk)?;
+                if count == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                input.extend_from_slice(&chunk[..count]);
+            }
+        }
+        first = end;
+    }
+    if input.is_empty() {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!(
+            "replies to no request: {}",
+            Excerpt(&input)
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replies_are_cut_where_they_end() {
+        assert_eq!(frame(b":12\r\n+OK\r\n"), Ok(Some(5)));
+        assert_eq!(frame(b"$3\r\nabc\r\n"), Ok(Some(9)));
+        assert_eq!(frame(b"$-1\r\n"), Ok(Some(5)));
+        assert_eq!(frame(b"$3\r\nabc\r"), Ok(None));
+        assert_eq!(frame(b"$3\r\nabcd\r\n"), Err(Malformed));
+        assert_eq!(frame(b"x"), Err(Malformed));
+        assert_eq!(frame(b"$9999999\r\n"), Err(Malformed));
+    }
+
+    #[test]
+    fn a_state_gone_back_shows_as_lost_updates() {
+        let mut redis = Redis::new(1, 1);
+        redis.counter = 40;
+        redis.owed.push(Expected::Counter(41));
+        match redis.judge(b":38\r\n") {
+            Judged::Reply {
+                finding: Some(finding),
+                ..
+            } => assert_eq!(finding.lost, 3),
+            other => panic!("{other:?}"),
+        }
+    }
+}
