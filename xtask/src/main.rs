@@ -1,2 +1,41 @@
-//!
-fn main() {}
+//! The chores of this repository, one file per verb.
+
+mod hosts;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The chores of this repository.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Test hosts: two machines and a client, made of namespaces on this one.
+    #[command(subcommand)]
+    Hosts(hosts::Verb),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().verb {
+        Verb::Hosts(verb) => hosts::run(verb),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let help = error
+                .downcast_ref::<migrate_test_hosts::Error>()
+                .and_then(|e| e.help());
+            if let Some(help) = help {
+                eprintln!("help: {help}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
