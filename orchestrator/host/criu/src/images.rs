@@ -1,0 +1,637 @@
+//! Image directories: what the source sends, and what the destination builds.
+//!
+//! On the source CRIU writes everything but memory into a directory. On the
+//! destination those files are written down as they come, and the page stream
+//! becomes the memory images of a full dump without parents, so that CRIU
+//! reads the pages straight into their final place.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use migrate_core::wire::{ImagePiece, PAGE_BYTES, PageOwner, PageRun};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use prost::Message;
+
+use crate::error::CriuError;
+
+/// `IMG_COMMON_MAGIC` of CRIU's `include/magic.h`: starts every image.
+const COMMON_MAGIC: u32 = 0x5456_4319;
+/// `PAGEMAP_MAGIC`, for tasks and shared segments alike.
+const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+
+/// Tasks and segments whose memory is accepted.
+const OWNERS_MAX: usize = 1 << 16;
+/// Image files that are accepted: about six per task and one per connection.
+const IMAGES_MAX: usize = 1 << 18;
+
+#[derive(Clone, PartialEq, Message)]
+struct PagemapHead {
+    #[prost(uint32, required, tag = "1")]
+    pages_id: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PagemapEntry {
+    #[prost(uint64, required, tag = "1")]
+    vaddr: u64,
+    /// The count for CRIU before 4.2, which ignores `nr_pages`.
+    #[prost(uint32, required, tag = "2")]
+    compat_nr_pages: u32,
+    #[prost(uint32, optional, tag = "4")]
+    flags: Option<u32>,
+    /// The count for CRIU 4.2 and later.
+    #[prost(uint64, optional, tag = "5")]
+    nr_pages: Option<u64>,
+}
+
+/// An image file that the source has to send.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SmallImage {
+    /// Name without directory, acceptable to [`ImagePiece`].
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its size, in bytes.
+    pub bytes: u64,
+}
+
+/// The images in `directory` that carry no memory, sorted by name.
+///
+/// # Errors
+///
+/// The directory cannot be read, or holds an image with a name that cannot be
+/// sent.
+pub fn small_images(directory: &Path) -> Result<Vec<SmallImage>, CriuError> {
+    let listing = |source| CriuError::image("list", directory, source);
+    let mut images = Vec::new();
+    for entry in fs::read_dir(directory).map_err(listing)? {
+        let entry = entry.map_err(listing)?;
+        let path = entry.path();
+        if path.extension().is_none_or(|extension| extension != "img") {
+            continue;
+        }
+        let metadata = entry
+            .metadata()
+            .map_err(|source| CriuError::image("examine", &path, source))?;
+        let name = entry.file_name();
+        let name =
+            name.to_str()
+                .filter(|name| sendable(name))
+                .ok_or_else(|| CriuError::ImageData {
+                    what: format!("file name {}", path.display()),
+                })?;
+        if !metadata.is_file() || carries_memory(name) {
+            continue;
+        }
+        images.push(SmallImage {
+            name: name.to_owned(),
+            path,
+            bytes: metadata.len(),
+        });
+    }
+    images.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(images)
+}
+
+fn sendable(name: &str) -> bool {
+    let piece = ImagePiece {
+        name,
+        last: true,
+        data: &[],
+    };
+    piece.encode_head().is_ok()
+}
+
+/// Names that [`ImageDir`] writes itself.
+fn carries_memory(name: &str) -> bool {
+    name.starts_with("pages-") || name.starts_with("pagemap-")
+}
+
+/// What an [`ImageDir`] holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ImageStats {
+    /// Pages with data.
+    pub pages: u64,
+    /// Image files that came whole, without those for memory.
+    pub images: u32,
+    /// Bytes in them.
+    pub image_bytes: u64,
+}
+
+/// An image directory in the making. It is removed when dropped: images hold
+/// the memory of a process.
+#[derive(Debug)]
+pub struct ImageDir {
+    path: PathBuf,
+    owners: BTreeMap<PageOwner, Memory>,
+    /// CRIU sends one owner's pages after the other's.
+    open_pages: Option<(PageOwner, File)>,
+    open_images: BTreeMap<String, File>,
+    whole_images: BTreeSet<String>,
+    stats: ImageStats,
+    finished: bool,
+}
+
+/// The pages of one owner.
+#[derive(Debug)]
+struct Memory {
+    pages_id: u32,
+    runs: Vec<Run>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Run {
+    vaddr: u64,
+    pages: u64,
+    flags: u32,
+}
+
+impl Run {
+    fn end(self) -> u64 {
+        self.vaddr + self.pages * PAGE_BYTES as u64
+    }
+}
+
+impl ImageDir {
+    /// Makes the directory, mode 0700.
+    ///
+    /// # Errors
+    ///
+    /// It exists, cannot be made, or is not on a tmpfs.
+    pub fn create(path: impl Into<PathBuf>) -> Result<Self, CriuError> {
+        let path = path.into();
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(|source| CriuError::image("create", &path, source))?;
+        let this = Self {
+            path,
+            owners: BTreeMap::new(),
+            open_pages: None,
+            open_images: BTreeMap::new(),
+            whole_images: BTreeSet::new(),
+            stats: ImageStats::default(),
+            finished: false,
+        };
+        let kind = statfs(&this.path)
+            .map_err(|errno| CriuError::image("examine", &this.path, errno.into()))?;
+        if kind.filesystem_type() != TMPFS_MAGIC {
+            // Dropping it removes the directory.
+            return Err(CriuError::NotTmpfs {
+                path: this.path.clone(),
+            });
+        }
+        Ok(this)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What has come up to now.
+    #[must_use]
+    pub fn stats(&self) -> ImageStats {
+        self.stats
+    }
+
+    /// Takes a run of pages with their data.
+    ///
+    /// # Errors
+    ///
+    /// The run is not above the last one of its owner, has no data, or cannot
+    /// be written.
+    pub fn pages(&mut self, run: PageRun, data: &[u8]) -> Result<(), CriuError> {
+        let bad = |what: &str| CriuError::ImageData {
+            what: format!("{what} ({run:?})"),
+        };
+        self.still_open()?;
+        if run.flags & PageRun::PRESENT == 0 {
+            return Err(bad("a run of pages without data"));
+        }
+        if run.pages == 0
+            || run.vaddr % PAGE_BYTES as u64 != 0
+            || run.data_bytes() != data.len() as u64
+            || run.vaddr.checked_add(run.data_bytes()).is_none()
+        {
+            return Err(bad("a malformed run of pages"));
+        }
+        let next_id = self.owners.len() + 1;
+        if next_id > OWNERS_MAX {
+            return Err(bad("too many owners of memory"));
+        }
+        let memory = match self.owners.entry(run.owner) {
+            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::btree_map::Entry::Vacant(entry) => entry.insert(Memory {
+                pages_id: u32::try_from(next_id).map_err(|_| bad("too many owners of memory"))?,
+                runs: Vec::new(),
+            }),
+        };
+        if let Some(previous_end) = memory.runs.last().map(|last| last.end())
+            && run.vaddr < previous_end
+        {
+            return Err(CriuError::PageOrder {
+                owner: run.owner,
+                vaddr: run.vaddr,
+                previous_end,
+            });
+        }
+        let path = self.path.join(format!("pages-{}.img", memory.pages_id));
+        let file = match &mut self.open_pages {
+            Some((owner, file)) if *owner == run.owner => file,
+            slot => {
+                let file = private()
+                    .append(true)
+                    .create(true)
+                    .open(&path)
+                    .map_err(|source| CriuError::image("open", &path, source))?;
+                &mut slot.insert((run.owner, file)).1
+            }
+        };
+        file.write_all(data)
+            .map_err(|source| CriuError::image("write", &path, source))?;
+        memory.add(run);
+        self.stats.pages += run.pages;
+        Ok(())
+    }
+
+    /// Takes a piece of another image; the pieces of one file come in order.
+    ///
+    /// # Errors
+    ///
+    /// The name is not acceptable or was complete before, or it cannot be
+    /// written.
+    pub fn image_piece(&mut self, piece: &ImagePiece<'_>) -> Result<(), CriuError> {
+        let name = piece.name;
+        self.still_open()?;
+        if !sendable(name) || carries_memory(name) || self.whole_images.contains(name) {
+            return Err(CriuError::ImageData {
+                what: format!("image name {name:?}"),
+            });
+        }
+        let path = self.path.join(name);
+        let file = match self.open_images.entry(name.to_owned()) {
+            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::btree_map::Entry::Vacant(entry) => {
+                if self.whole_images.len() >= IMAGES_MAX {
+                    return Err(CriuError::ImageData {
+                        what: "too many images".to_owned(),
+                    });
+                }
+                entry.insert(
+                    private()
+                        .write(true)
+                        .create_new(true)
+                        .open(&path)
+                        .map_err(|source| CriuError::image("create", &path, source))?,
+                )
+            }
+        };
+        file.write_all(piece.data)
+            .map_err(|source| CriuError::image("write", &path, source))?;
+        self.stats.image_bytes += piece.data.len() as u64;
+        if piece.last {
+            self.open_images.remove(name);
+            self.whole_images.insert(name.to_owned());
+            self.stats.images += 1;
+        }
+        Ok(())
+    }
+
+    /// Writes the page maps; the directory is then ready for a restore.
+    ///
+    /// # Errors
+    ///
+    /// An image is incomplete, there is no inventory, or a map cannot be
+    /// written.
+    pub fn finish(&mut self) -> Result<ImageStats, CriuError> {
+        self.still_open()?;
+        if let Some(name) = self.open_images.keys().next() {
+            return Err(CriuError::ImageData {
+                what: format!("{name} is not complete"),
+            });
+        }
+        if !self.whole_images.contains("inventory.img") {
+            return Err(CriuError::ImageData {
+                what: "there is no inventory.img".to_owned(),
+            });
+        }
+        self.open_pages = None;
+        for (owner, memory) in &self.owners {
+            let name = match owner {
+                PageOwner::Task(pid) => format!("pagemap-{pid}.img"),
+                PageOwner::Shared(id) => format!("pagemap-shmem-{id}.img"),
+            };
+            let path = self.path.join(name);
+            private()
+                .write(true)
+                .create_new(true)
+                .open(&path)
+                .and_then(|mut file| file.write_all(&memory.encode()))
+                .map_err(|source| CriuError::image("write", &path, source))?;
+        }
+        self.finished = true;
+        Ok(self.stats)
+    }
+
+    fn still_open(&self) -> Result<(), CriuError> {
+        if self.finished {
+            return Err(CriuError::ImageData {
+                what: "the image directory is complete".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Removes the directory with everything in it.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be removed.
+    pub fn wipe(mut self) -> Result<(), CriuError> {
+        let path = std::mem::take(&mut self.path);
+        fs::remove_dir_all(&path).map_err(|source| CriuError::image("remove", path, source))
+    }
+
+    /// Leaves the directory in place for good and returns its path, for
+    /// someone who wants to look at a failure.
+    #[must_use]
+    pub fn keep(mut self) -> PathBuf {
+        std::mem::take(&mut self.path)
+    }
+}
+
+impl Drop for ImageDir {
+    fn drop(&mut self) {
+        if self.path.as_os_str().is_empty() {
+            return;
+        }
+        match fs::remove_dir_all(&self.path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                tracing::warn!(path = %self.path.display(), %error, "images could not be removed");
+            }
+        }
+    }
+}
+
+impl Memory {
+    fn add(&mut self, run: PageRun) {
+        match self.runs.last_mut() {
+            Some(last)
+                if last.end() == run.vaddr
+                    && last.flags == run.flags
+                    // The old field for the count has 32 bits.
+                    && last.pages + run.pages <= u64::from(u32::MAX) =>
+            {
+                last.pages += run.pages;
+            }
+            _ => self.runs.push(Run {
+                vaddr: run.vaddr,
+                pages: run.pages,
+                flags: run.flags,
+            }),
+        }
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend(COMMON_MAGIC.to_le_bytes());
+        out.extend(PAGEMAP_MAGIC.to_le_bytes());
+        record(
+            &mut out,
+            &PagemapHead {
+                pages_id: self.pages_id,
+            },
+        );
+        for run in &self.runs {
+            record(
+                &mut out,
+                &PagemapEntry {
+                    vaddr: run.vaddr,
+                    compat_nr_pages: u32::try_from(run.pages).unwrap_or(0),
+                    flags: Some(run.flags),
+                    nr_pages: Some(run.pages),
+                },
+            );
+        }
+        out
+    }
+}
+
+/// Appends a message with its size before it, as in every CRIU image.
+fn record(out: &mut Vec<u8>, message: &impl Message) {
+    let body = message.encode_to_vec();
+    let size = u32::try_from(body.len()).unwrap_or(u32::MAX);
+    out.extend(size.to_le_bytes());
+    out.extend(body);
+}
+
+fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.mode(0o600);
+    options
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn directory() -> (tempfile::TempDir, ImageDir) {
+        let parent = tempfile::tempdir_in("/dev/shm").unwrap();
+        let images = ImageDir::create(parent.path().join("images")).unwrap();
+        (parent, images)
+    }
+
+    fn run(owner: PageOwner, vaddr: u64, pages: u64) -> PageRun {
+        PageRun {
+            owner,
+            vaddr,
+            pages,
+            flags: PageRun::PRESENT,
+        }
+    }
+
+    fn filled(pages: u64, with: u8) -> Vec<u8> {
+        vec![with; usize::try_from(pages).unwrap() * PAGE_BYTES]
+    }
+
+    fn inventory(images: &mut ImageDir) {
+        images
+            .image_piece(&ImagePiece {
+                name: "inventory.img",
+                last: true,
+                data: b"i",
+            })
+            .unwrap();
+    }
+
+    fn decode(bytes: &[u8]) -> (PagemapHead, Vec<PagemapEntry>) {
+        assert_eq!(bytes[..4], COMMON_MAGIC.to_le_bytes());
+        assert_eq!(bytes[4..8], PAGEMAP_MAGIC.to_le_bytes());
+        let mut rest = &bytes[8..];
+        let mut records = Vec::new();
+        while !rest.is_empty() {
+            let size = u32::from_le_bytes(rest[..4].try_into().unwrap()) as usize;
+            records.push(&rest[4..4 + size]);
+            rest = &rest[4 + size..];
+        }
+        let head = PagemapHead::decode(records.remove(0)).unwrap();
+        let entries = records
+            .into_iter()
+            .map(|r| PagemapEntry::decode(r).unwrap())
+            .collect();
+        (head, entries)
+    }
+
+    /// Bytes made by hand from `images/pagemap.proto`.
+    #[test]
+    fn a_pagemap_has_the_bytes_criu_expects() {
+        let (_parent, mut images) = directory();
+        let task = PageOwner::Task(7);
+        images.pages(run(task, 0x1000, 2), &filled(2, 1)).unwrap();
+        images.pages(run(task, 0x3000, 1), &filled(1, 2)).unwrap();
+        images.pages(run(task, 0x8000, 1), &filled(1, 3)).unwrap();
+        inventory(&mut images);
+        images.finish().unwrap();
+        let mut expected = vec![0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56];
+        expected.extend([2, 0, 0, 0, 0x08, 1]);
+        expected.extend([9, 0, 0, 0, 0x08, 0x80, 0x20, 0x10, 3, 0x20, 4, 0x28, 3]);
+        expected.extend([
+            10, 0, 0, 0, 0x08, 0x80, 0x80, 0x02, 0x10, 1, 0x20, 4, 0x28, 1,
+        ]);
+        assert_eq!(
+            fs::read(images.path().join("pagemap-7.img")).unwrap(),
+            expected
+        );
+        let pages = fs::read(images.path().join("pages-1.img")).unwrap();
+        assert_eq!(pages, [filled(2, 1), filled(1, 2), filled(1, 3)].concat());
+    }
+
+    #[test]
+    fn disorder_and_missing_data_are_refused() {
+        let (_parent, mut images) = directory();
+        let task = PageOwner::Task(7);
+        images.pages(run(task, 0x4000, 2), &filled(2, 1)).unwrap();
+        let below = images.pages(run(task, 0x5000, 1), &filled(1, 1));
+        assert!(matches!(below, Err(CriuError::PageOrder { .. })));
+        let short = images.pages(run(task, 0x9000, 2), &filled(1, 1));
+        assert!(matches!(short, Err(CriuError::ImageData { .. })));
+        let parent = PageRun {
+            flags: 1,
+            ..run(task, 0x9000, 1)
+        };
+        assert!(images.pages(parent, &[]).is_err());
+        assert_eq!(images.stats().pages, 2);
+    }
+
+    #[test]
+    fn images_are_complete_or_refused() {
+        let (_parent, mut images) = directory();
+        let piece = |name, last| ImagePiece {
+            name,
+            last,
+            data: b"x",
+        };
+        for name in ["pages-1.img", "pagemap-7.img", "../x.img", "core"] {
+            assert!(images.image_piece(&piece(name, true)).is_err(), "{name}");
+        }
+        assert!(images.finish().is_err(), "without an inventory");
+        images.image_piece(&piece("core-7.img", false)).unwrap();
+        inventory(&mut images);
+        assert!(images.finish().is_err(), "with half an image");
+        images.image_piece(&piece("core-7.img", true)).unwrap();
+        assert!(images.image_piece(&piece("core-7.img", true)).is_err());
+        let stats = images.finish().unwrap();
+        assert_eq!((stats.images, stats.image_bytes), (2, 3));
+        assert!(images.finish().is_err(), "twice");
+
+        let small = small_images(images.path()).unwrap();
+        let names: Vec<&str> = small.iter().map(|image| image.name.as_str()).collect();
+        assert_eq!(names, ["core-7.img", "inventory.img"]);
+    }
+
+    #[test]
+    fn a_disk_is_refused_and_left_clean() {
+        let parent = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = parent.path().join("images");
+        match ImageDir::create(&path) {
+            Err(error @ CriuError::NotTmpfs { .. }) => {
+                assert!(error.help().unwrap().contains("/dev/shm"));
+                assert!(!path.exists());
+            }
+            Ok(_) => println!("SKIP disk: /var/tmp is a tmpfs here"),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn dropping_and_wiping_remove_everything() {
+        let (parent, mut images) = directory();
+        let path = images.path().to_owned();
+        assert_eq!(
+            std::os::unix::fs::PermissionsExt::mode(&path.metadata().unwrap().permissions())
+                & 0o777,
+            0o700
+        );
+        inventory(&mut images);
+        drop(images);
+        assert!(!path.exists());
+        let images = ImageDir::create(&path).unwrap();
+        assert!(ImageDir::create(&path).is_err(), "it exists");
+        images.wipe().unwrap();
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
+    }
+
+    proptest! {
+        /// What is written says the same as what came, however it was cut.
+        #[test]
+        fn runs_survive(cuts in prop::collection::vec((0u64..3, 1u64..4, any::<bool>(), any::<u8>()), 1..40)) {
+            let (_parent, mut images) = directory();
+            let mut at = [0x1000u64, 0];
+            let mut expected: [Vec<(u64, u8)>; 2] = [Vec::new(), Vec::new()];
+            for (gap, pages, shared, byte) in cuts {
+                let which = usize::from(shared);
+                let owner = if shared { PageOwner::Shared(3) } else { PageOwner::Task(3) };
+                let vaddr = at[which] + gap * PAGE_BYTES as u64;
+                images.pages(run(owner, vaddr, pages), &filled(pages, byte)).unwrap();
+                for page in 0..pages {
+                    expected[which].push((vaddr + page * PAGE_BYTES as u64, byte));
+                }
+                at[which] = vaddr + pages * PAGE_BYTES as u64;
+            }
+            inventory(&mut images);
+            images.finish().unwrap();
+            for (name, expected) in ["pagemap-3.img", "pagemap-shmem-3.img"].iter().zip(expected) {
+                let path = images.path().join(name);
+                if expected.is_empty() {
+                    prop_assert!(!path.exists());
+                    continue;
+                }
+                let (head, entries) = decode(&fs::read(path).unwrap());
+                let data = fs::read(images.path().join(format!("pages-{}.img", head.pages_id))).unwrap();
+                let mut found = Vec::new();
+                let mut previous_end = None;
+                for entry in entries {
+                    let pages = entry.nr_pages.unwrap();
+                    prop_assert_eq!(u64::from(entry.compat_nr_pages), pages);
+                    // Adjacent runs were merged.
+                    prop_assert!(previous_end.is_none_or(|end| end < entry.vaddr));
+                    for page in 0..pages {
+                        let byte = data[found.len() * PAGE_BYTES];
+                        found.push((entry.vaddr + page * PAGE_BYTES as u64, byte));
+                    }
+                    previous_end = Some(entry.vaddr + pages * PAGE_BYTES as u64);
+                }
+                prop_assert_eq!(data.len(), found.len() * PAGE_BYTES);
+                prop_assert_eq!(found, expected);
+            }
+        }
+    }
+}

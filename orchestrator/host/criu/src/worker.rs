@@ -1,0 +1,516 @@
+//! A CRIU that has started and waits for one order.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Seek as _};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::SndBufForce,
+};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+use crate::error::{Action, CriuError};
+use crate::locate::Criu;
+use crate::rpc::{
+    CGROUPS_IGNORE, InheritFd, NETWORK_LOCK_SKIP, Options, PageServerInfo, Request, Socket, kind,
+};
+use crate::session::Session;
+
+/// Limit for a new worker's first answer: loading it takes 5-10 ms.
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
+
+/// Send buffer of the page socket, in bytes: what CRIU can write while we are
+/// busy. Pages in it are references to the frozen tree's memory, not copies.
+const PAGE_SOCKET_BYTES: usize = 4 << 20;
+
+/// How much of the worker's standard error is read for a message, in bytes.
+const STDERR_BYTES_MAX: u64 = 16 << 10;
+
+/// CRIU's own default for the time it may need to stop a tree, in seconds.
+const FREEZE_LIMIT_S: u32 = 10;
+
+/// How a worker is started.
+#[derive(Debug, Default)]
+pub struct WorkerOptions {
+    /// Directory of a cgroup that the worker enters before it becomes CRIU, so
+    /// that what it restores lives there. CRIU itself is in it as well until
+    /// the restore is done.
+    pub cgroup: Option<PathBuf>,
+    /// Descriptors that CRIU shall have, for [`RestoreOptions::inherit_fd`].
+    /// They are closed here once the worker runs.
+    pub inherit: Vec<OwnedFd>,
+    /// Start a session of its own: a tree that is restored as a shell job
+    /// joins the session of the worker. Otherwise the worker only gets a
+    /// process group, so that a Ctrl-C on the terminal does not reach it.
+    pub new_session: bool,
+}
+
+/// A started CRIU that has loaded its libraries and answered.
+///
+/// It is killed when dropped; nothing has been touched by then.
+#[derive(Debug)]
+pub struct Worker {
+    process: Process,
+    socket: Socket,
+    page_socket: UnixStream,
+    /// The number of CRIU's end of the page socket, inside the worker.
+    page_fd: RawFd,
+    inherited: Vec<RawFd>,
+}
+
+/// The CRIU process and what it writes to its standard error.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Option<Child>,
+    pid: i32,
+    stderr: File,
+    /// Kill it when dropped.
+    pub(crate) expendable: bool,
+}
+
+impl Process {
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Ends it and waits for the end.
+    pub(crate) async fn kill(&mut self) -> io::Result<()> {
+        match self.child.as_mut() {
+            Some(child) => child.kill().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for its end, at most `limit`.
+    pub(crate) async fn wait(&mut self, limit: Duration) -> Option<std::process::ExitStatus> {
+        let child = self.child.as_mut()?;
+        timeout(limit, child.wait()).await.ok()?.ok()
+    }
+
+    /// What it wrote to its standard error; CRIU does so until it has a log.
+    pub(crate) fn stderr(&mut self) -> Vec<String> {
+        let mut text = Vec::new();
+        let read = self
+            .stderr
+            .rewind()
+            .and_then(|()| (&self.stderr).take(STDERR_BYTES_MAX).read_to_end(&mut text));
+        if let Err(error) = read {
+            tracing::debug!(%error, "criu's standard error cannot be read");
+        }
+        String::from_utf8_lossy(&text)
+            .lines()
+            .filter(|line| !line.trim().is_empty())
+            .map(str::to_owned)
+            .collect()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        if self.expendable
+            && let Err(error) = child.start_kill()
+        {
+            tracing::debug!(%error, pid = self.pid, "criu could not be killed");
+        }
+        // Reaped in the background; it may still have a tree to put back.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { child.wait().await });
+        }
+    }
+}
+
+/// What to dump and how.
+#[derive(Debug, Clone)]
+pub struct DumpOptions {
+    /// Root of the tree.
+    pub pid: i32,
+    /// Directory for everything but memory; it must exist and be a tmpfs.
+    pub images: PathBuf,
+    /// The tree's session leader or terminal is outside the tree.
+    pub shell_job: bool,
+    /// Resources that lead out of the tree, in CRIU's notation; see the
+    /// crate's page on standard streams.
+    pub external: Vec<String>,
+    /// Datagram sockets may be connected to a named socket outside the tree
+    /// (`/dev/log`); they are connected to the same name on restore.
+    pub external_unix: bool,
+    /// CRIU's verbosity, 0 to 4. Every line costs time while the tree is frozen.
+    pub log_level: u32,
+    /// Largest open file without a name that is carried along, in bytes.
+    pub deleted_file_bytes_max: u32,
+    /// How long CRIU may try to stop the tree, in seconds.
+    pub freeze_limit_s: u32,
+}
+
+impl DumpOptions {
+    /// The usual options.
+    #[must_use]
+    pub fn new(pid: i32, images: impl Into<PathBuf>) -> Self {
+        Self {
+            pid,
+            images: images.into(),
+            shell_job: false,
+            external: Vec::new(),
+            external_unix: false,
+            // Warnings and errors.
+            log_level: 2,
+            // CRIU's own default is 1 MiB; 64 MiB still fit a short blackout.
+            deleted_file_bytes_max: 64 << 20,
+            freeze_limit_s: FREEZE_LIMIT_S,
+        }
+    }
+}
+
+/// What to restore and how.
+#[derive(Debug, Clone)]
+pub struct RestoreOptions {
+    /// Directory with a complete set of images.
+    pub images: PathBuf,
+    /// As in [`DumpOptions::shell_job`].
+    pub shell_job: bool,
+    /// CRIU's name of a resource, and the number of the descriptor that takes
+    /// its place, from [`Worker::inherited`].
+    pub inherit_fd: Vec<(String, RawFd)>,
+    /// As in [`DumpOptions::external`].
+    pub external: Vec<String>,
+    /// As in [`DumpOptions::external_unix`].
+    pub external_unix: bool,
+    /// CRIU's verbosity, 0 to 4.
+    pub log_level: u32,
+}
+
+impl RestoreOptions {
+    /// The usual options.
+    #[must_use]
+    pub fn new(images: impl Into<PathBuf>) -> Self {
+        Self {
+            images: images.into(),
+            shell_job: false,
+            inherit_fd: Vec::new(),
+            external: Vec::new(),
+            external_unix: false,
+            log_level: 2,
+        }
+    }
+}
+
+impl Criu {
+    /// Starts a worker and waits until it answers.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started, or does not answer as CRIU does.
+    pub async fn worker(&self, options: WorkerOptions) -> Result<Worker, CriuError> {
+        let mut worker = start(&self.path, options).map_err(|source| CriuError::Start {
+            path: self.path.clone(),
+            source,
+        })?;
+        let request = Request {
+            kind: kind::VERSION,
+            keep_open: Some(true),
+            ..Request::default()
+        };
+        let greeting = timeout(GREETING_LIMIT, async {
+            worker.socket.send(&request).await?;
+            worker.socket.receive().await
+        });
+        let introduced = match greeting.await {
+            Ok(Ok(Some(response))) => response.success && response.version.is_some(),
+            Ok(Ok(None) | Err(_)) | Err(_) => false,
+        };
+        if !introduced {
+            let stderr = worker.process.stderr();
+            return Err(CriuError::NoGreeting { stderr });
+        }
+        Ok(worker)
+    }
+}
+
+fn start(path: &Path, options: WorkerOptions) -> io::Result<Worker> {
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
+    // Only our end: the other end's flags are CRIU's, which expects to block.
+    fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    let theirs = above_standard(theirs)?;
+
+    let (pages_ours, pages_theirs) = StdUnixStream::pair()?;
+    pages_ours.set_nonblocking(true)?;
+    let pages_theirs = above_standard(pages_theirs.into())?;
+    if let Err(error) = setsockopt(&pages_theirs, SndBufForce, &PAGE_SOCKET_BYTES) {
+        tracing::debug!(%error, "the page socket keeps its small buffer");
+    }
+
+    let inherit = options
+        .inherit
+        .into_iter()
+        .map(above_standard)
+        .collect::<io::Result<Vec<_>>>()?;
+    let inherited: Vec<RawFd> = inherit.iter().map(|fd| fd.as_raw_fd()).collect();
+    let page_fd = pages_theirs.as_raw_fd();
+
+    let cgroup = options
+        .cgroup
+        .map(|directory| {
+            OpenOptions::new()
+                .write(true)
+                .open(directory.join("cgroup.procs"))
+        })
+        .transpose()?;
+    let stderr = scratch()?;
+
+    let mut command = Command::new(path);
+    command
+        .arg("--no-default-config")
+        .arg("swrk")
+        .arg(theirs.as_raw_fd().to_string())
+        .env_remove("CRIU_CONFIG_FILE")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stderr.try_clone()?);
+
+    let mut keep = inherited.clone();
+    keep.extend([theirs.as_raw_fd(), page_fd]);
+    let cgroup_fd = cgroup.as_ref().map(|file| file.as_raw_fd());
+    let new_session = options.new_session;
+    // SAFETY: between fork and exec the closure only makes system calls on
+    // memory prepared before the fork; it neither allocates nor takes a lock.
+    unsafe {
+        command.pre_exec(move || become_worker(&keep, cgroup_fd, new_session));
+    }
+    let child = command.spawn()?;
+    let pid = child
+        .id()
+        .and_then(|pid| i32::try_from(pid).ok())
+        .ok_or_else(|| io::Error::other("the worker has no process id"))?;
+    // The ends that belong to CRIU must not stay open here: only their closing
+    // tells that CRIU is gone.
+    drop((theirs, pages_theirs, inherit, cgroup));
+    Ok(Worker {
+        process: Process {
+            child: Some(child),
+            pid,
+            stderr,
+            expendable: true,
+        },
+        socket: Socket::new(ours)?,
+        page_socket: UnixStream::from_std(pages_ours)?,
+        page_fd,
+        inherited,
+    })
+}
+
+/// Runs in the child before `exec`: no allocation, no locks.
+fn become_worker(keep: &[RawFd], cgroup: Option<RawFd>, new_session: bool) -> io::Result<()> {
+    for &fd in keep {
+        // SAFETY: plain system call on a descriptor that the parent holds open.
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    if let Some(fd) = cgroup {
+        // "0" stands for the writer itself.
+        // SAFETY: the buffer is a static of the given length.
+        if unsafe { libc::write(fd, c"0".as_ptr().cast(), 1) } != 1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // SAFETY: no arguments but process ids; a child that has just been forked
+    // leads no group, so that neither call can fail.
+    unsafe {
+        if new_session {
+            libc::setsid();
+        } else {
+            libc::setpgid(0, 0);
+        }
+    }
+    // CRIU opens every file of the tree and a pipe per MiB. Its own raise needs
+    // CAP_SYS_RESOURCE; up to the hard limit none is needed.
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is a valid place for the one structure read and written.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+    Ok(())
+}
+
+/// Moves a descriptor out of 0, 1 and 2, which the child gets anew.
+fn above_standard(fd: OwnedFd) -> io::Result<OwnedFd> {
+    if fd.as_raw_fd() > 2 {
+        return Ok(fd);
+    }
+    let number = fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(3))?;
+    // SAFETY: F_DUPFD_CLOEXEC returned a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// A file without a name for the worker's standard error.
+fn scratch() -> io::Result<File> {
+    // SAFETY: the name is a valid C string; the result is checked below.
+    let fd = unsafe { libc::memfd_create(c"criu-stderr".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+impl Worker {
+    /// CRIU's process id.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+
+    /// The number that the `index`th of [`WorkerOptions::inherit`] has inside
+    /// the worker.
+    ///
+    /// # Panics
+    ///
+    /// There were not that many.
+    #[must_use]
+    pub fn inherited(&self, index: usize) -> RawFd {
+        self.inherited[index]
+    }
+
+    /// Orders the dump. CRIU starts at once, and asks before the freeze
+    /// ([`Notice::PreDump`](crate::Notice::PreDump)).
+    ///
+    /// # Errors
+    ///
+    /// The order could not be sent.
+    pub async fn dump(self, options: &DumpOptions) -> Result<Session, CriuError> {
+        let opts = Options {
+            pid: Some(options.pid),
+            ext_unix_sk: Some(options.external_unix),
+            shell_job: Some(options.shell_job),
+            log_level: Some(level(options.log_level)),
+            ps: Some(PageServerInfo {
+                fd: Some(self.page_fd),
+            }),
+            ghost_limit: Some(options.deleted_file_bytes_max),
+            external: options.external.clone(),
+            timeout: Some(options.freeze_limit_s),
+            tcp_skip_in_flight: Some(true),
+            ..common(&options.images, Action::Dump)?
+        };
+        self.order(Action::Dump, &options.images, opts).await
+    }
+
+    /// Orders the restore. CRIU starts at once and asks before the tree may
+    /// run ([`Notice::PostRestore`](crate::Notice::PostRestore)).
+    ///
+    /// # Errors
+    ///
+    /// The order could not be sent.
+    pub async fn restore(self, options: &RestoreOptions) -> Result<Session, CriuError> {
+        let opts = Options {
+            ext_unix_sk: Some(options.external_unix),
+            shell_job: Some(options.shell_job),
+            log_level: Some(level(options.log_level)),
+            rst_sibling: Some(false),
+            inherit_fd: options
+                .inherit_fd
+                .iter()
+                .map(|(key, fd)| InheritFd {
+                    key: key.clone(),
+                    fd: *fd,
+                })
+                .collect(),
+            external: options.external.clone(),
+            ..common(&options.images, Action::Restore)?
+        };
+        self.order(Action::Restore, &options.images, opts).await
+    }
+
+    async fn order(
+        mut self,
+        action: Action,
+        images: &Path,
+        opts: Options,
+    ) -> Result<Session, CriuError> {
+        let request = Request {
+            kind: match action {
+                Action::Dump => kind::DUMP,
+                Action::Restore => kind::RESTORE,
+            },
+            opts: Some(opts),
+            ..Request::default()
+        };
+        self.socket
+            .send(&request)
+            .await
+            .map_err(|source| CriuError::Socket { action, source })?;
+        self.process.expendable = false;
+        // CRIU leaves a restore's page socket alone, so nothing is lost there.
+        let page_socket = (action == Action::Dump).then_some(self.page_socket);
+        Ok(Session::new(
+            action,
+            self.process,
+            self.socket,
+            page_socket,
+            images.join(log_name(action)),
+        ))
+    }
+}
+
+fn level(level: u32) -> i32 {
+    // CRIU knows four.
+    i32::try_from(level.min(4)).unwrap_or(2)
+}
+
+fn log_name(action: Action) -> &'static str {
+    match action {
+        Action::Dump => "dump.log",
+        Action::Restore => "restore.log",
+    }
+}
+
+/// What dump and restore have in common.
+fn common(images: &Path, action: Action) -> Result<Options, CriuError> {
+    let absolute = images
+        .canonicalize()
+        .map_err(|source| CriuError::image("find image directory", images, source))?;
+    let images_dir = absolute.to_str().map(str::to_owned).ok_or_else(|| {
+        CriuError::image(
+            "name image directory",
+            images,
+            io::Error::new(io::ErrorKind::InvalidInput, "not UTF-8"),
+        )
+    })?;
+    Ok(Options {
+        images_dir_fd: -1,
+        images_dir: Some(images_dir),
+        log_file: Some(log_name(action).to_owned()),
+        notify_scripts: Some(true),
+        tcp_established: Some(true),
+        // The gate is the lock.
+        network_lock: Some(NETWORK_LOCK_SKIP),
+        // The destination chooses the cgroup.
+        manage_cgroups_mode: Some(CGROUPS_IGNORE),
+        file_locks: Some(true),
+        // A name that exists only on the source helps nobody.
+        link_remap: Some(false),
+        ..Options::default()
+    })
+}
