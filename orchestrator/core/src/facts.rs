@@ -118,7 +118,7 @@ pub struct ProcessFacts {
 pub struct FileFacts {
     /// Absolute path.
     pub path: String,
-    /// Why it is needed: `exe`, `mapped`, `open`, `cwd`, `root`.
+    /// What the tree uses it for; the strictest use when there are several.
     pub role: FileRole,
     /// Size in bytes.
     pub size_bytes: u64,
@@ -137,6 +137,8 @@ pub enum FileRole {
     Mapped,
     /// Open on a file descriptor.
     Open,
+    /// Open for appending only, or a named pipe: its size may differ.
+    Appended,
     /// A working or root directory.
     Directory,
 }

@@ -1,1 +1,33 @@
+//! Everything a host knows through /proc, /sys and signals.
 //!
+//! The process tree and what it stands on ([`tree`], [`Tree`]), whether this
+//! host can take one ([`compare_files`], [`compare_pids`], [`compare_hosts`]),
+//! who would start it again ([`supervisor`]), what keeps it from running
+//! after a dump ([`Fence`]), and where it lives after a restore ([`Home`]).
+//! Sockets are only counted here; `migrate-net` judges them.
+
+mod cgroup;
+mod descriptors;
+mod error;
+mod fence;
+mod files;
+mod findings;
+mod home;
+mod host;
+mod parse;
+mod read;
+mod signal;
+mod socket;
+mod supervisor;
+mod tree;
+
+pub use error::ProcError;
+pub use fence::{Fence, FenceKind, FenceRecord, FencedProcess};
+pub use files::compare_files;
+pub use home::{Home, detach_from_session};
+pub use host::{compare_hosts, compare_pids, host_facts};
+pub use signal::kill_tree;
+pub use supervisor::{
+    HoldDown, HoldDownRecord, Supervisor, hold_down, supervisor, supervisor_finding,
+};
+pub use tree::{Tree, tree, validate_target};

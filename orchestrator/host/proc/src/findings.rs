@@ -1,0 +1,438 @@
+//! What about a tree stops a migration, or is worth knowing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt as _;
+
+use migrate_core::preflight::Finding;
+
+use crate::descriptors::{Descriptor, Outside, is_terminal_major};
+use crate::error::ProcError;
+use crate::files::{DELETED, MappedFile, is_no_file};
+use crate::tree::Tree;
+use crate::{parse, read};
+
+/// Largest unnamed file that CRIU puts into its images unasked
+/// (`DEFAULT_GHOST_LIMIT` in criu/include/cr_options.h, v4.2).
+const GHOST_FILE_MAX_BYTES: u64 = 1 << 20;
+/// `TMPFS_MAGIC` and `RAMFS_MAGIC` of `linux/magic.h`: files in memory.
+const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+
+impl Tree {
+    /// What stops the tree from being moved, or is worth knowing: namespaces,
+    /// debuggers, descriptors and mappings that CRIU cannot carry, unnamed
+    /// files, pipes to outside. TCP, Unix and netlink sockets are judged by
+    /// `migrate-net`; standard streams are listed by [`Tree::stdio`] and have
+    /// their own flag.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn findings(&self) -> Result<Vec<Finding>, ProcError> {
+        let mut findings = Vec::new();
+        self.judge_namespaces(&mut findings)?;
+        self.judge_status(&mut findings)?;
+        let descriptors = self.descriptors()?;
+        let outside = self.pipes_held_outside(&descriptors)?;
+        self.judge_descriptors(&descriptors, &mut findings);
+        self.judge_pipes(&descriptors, &outside, &mut findings)?;
+        self.judge_mappings(&self.mappings()?, &mut findings);
+        self.judge_program_files(&mut findings);
+        if findings.is_empty() {
+            findings.push(Finding::ok(
+                format!("tree of PID {}", self.root()),
+                format!(
+                    "{} processes, {} threads, nothing that cannot be moved",
+                    self.processes.len(),
+                    self.tids().len()
+                ),
+            ));
+        }
+        Ok(findings)
+    }
+
+    fn judge_namespaces(&self, findings: &mut Vec<Finding>) -> Result<(), ProcError> {
+        let root = self.root();
+        for process in self.living() {
+            for (name, what) in [
+                ("mnt", "mount"),
+                ("net", "network"),
+                ("pid", "PID"),
+                ("pid_for_children", "PID"),
+                ("user", "user"),
+                ("ipc", "IPC"),
+            ] {
+                let file = format!("ns/{name}");
+                let own = read::link(format!("/proc/self/{file}"))?;
+                let Some(its) = read::if_there(read::link(read::of(process.pid, &file)))? else {
+                    continue;
+                };
+                if its == own || (name == "pid_for_children" && !findings.is_empty()) {
+                    continue;
+                }
+                // One line for a whole container, not one for each process.
+                let finding =
+                    format!("lives in another {what} namespace ({its}) than this command");
+                if findings.iter().any(|known| known.finding == finding) {
+                    continue;
+                }
+                findings.push(Finding::refused(
+                    self.named(process.pid),
+                    finding,
+                    format!(
+                        "run the command inside: nsenter --target {root} --mount --net --pid \
+                         --ipc migrate ..."
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn judge_status(&self, findings: &mut Vec<Finding>) -> Result<(), ProcError> {
+        for process in self.living() {
+            let Some(status) = read::text_if_there(read::of(process.pid, "status"))? else {
+                continue;
+            };
+            let subject = self.named(process.pid);
+            let tracer: i32 = parse::value(&status, "TracerPid")
+                .and_then(|pid| pid.parse().ok())
+                .unwrap_or(0);
+            if tracer != 0 {
+                findings.push(Finding::refused(
+                    subject.clone(),
+                    format!("is traced by {} (PID {tracer})", read::name(tracer)),
+                    format!("end the debugger or tracer: kill {tracer}"),
+                ));
+            }
+            let locked = parse::kilobytes(&status, "VmLck").unwrap_or(0);
+            if locked > 0 {
+                findings.push(Finding::note(
+                    subject,
+                    format!(
+                        "has {} KiB of memory locked, and will on the destination",
+                        locked / 1024
+                    ),
+                    "",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn judge_descriptors(&self, descriptors: &[Descriptor], findings: &mut Vec<Finding>) {
+        let inside: BTreeSet<i32> = self.pids().into_iter().collect();
+        for descriptor in descriptors {
+            let subject = format!("{} fd {}", self.named(descriptor.pid), descriptor.fd);
+            findings.extend(judge_descriptor(subject, descriptor, &inside));
+        }
+        let lockers: BTreeSet<i32> = descriptors
+            .iter()
+            .filter(|d| d.info.lines().any(|line| line.starts_with("lock:")))
+            .map(|d| d.pid)
+            .collect();
+        for pid in lockers {
+            findings.push(Finding::note(
+                self.named(pid),
+                "holds file locks; they are taken again on the destination and guard nothing \
+                 between the two hosts",
+                "",
+            ));
+        }
+    }
+
+    fn judge_pipes(
+        &self,
+        descriptors: &[Descriptor],
+        outside: &Outside,
+        findings: &mut Vec<Finding>,
+    ) -> Result<(), ProcError> {
+        let stdio: BTreeSet<(i32, i32)> = self
+            .stdio_of(descriptors, outside)?
+            .into_iter()
+            .flat_map(|stream| stream.holders)
+            .collect();
+        let mut told = BTreeSet::new();
+        for descriptor in descriptors.iter().filter(|d| d.kind() == libc::S_IFIFO) {
+            let Some(holders) = outside.get(&descriptor.inode) else {
+                continue;
+            };
+            if stdio.contains(&(descriptor.pid, descriptor.fd)) || !told.insert(descriptor.inode) {
+                continue;
+            }
+            let others: Vec<String> = holders
+                .iter()
+                .take(3)
+                .map(|pid| format!("{} (PID {pid})", read::name(*pid)))
+                .collect();
+            findings.push(Finding::refused(
+                format!("{} fd {}", self.named(descriptor.pid), descriptor.fd),
+                format!("is a pipe ({}) to {}", descriptor.link, others.join(", ")),
+                "end that process, or name its common ancestor as the PID so that both move",
+            ));
+        }
+        Ok(())
+    }
+
+    fn judge_mappings(&self, mappings: &[MappedFile], findings: &mut Vec<Finding>) {
+        let mut told: BTreeMap<(i32, String), ()> = BTreeMap::new();
+        for file in mappings {
+            let Some(finding) = judge_mapping(&self.named(file.pid), file) else {
+                continue;
+            };
+            // Several segments of one file make one finding.
+            if told
+                .insert((file.pid, file.mapping.path.clone()), ())
+                .is_none()
+            {
+                findings.push(finding);
+            }
+        }
+    }
+
+    fn judge_program_files(&self, findings: &mut Vec<Finding>) {
+        for process in self.living() {
+            for (link, what) in [("cwd", "working directory"), ("root", "root directory")] {
+                let path = read::link(read::of(process.pid, link)).unwrap_or_default();
+                if path.ends_with(DELETED) {
+                    findings.push(Finding::refused(
+                        self.named(process.pid),
+                        format!("stands in a {what} that was deleted ({path})"),
+                        "restart it in a directory that exists",
+                    ));
+                }
+            }
+        }
+    }
+}
+
+/// Kinds of anonymous inodes that CRIU 4.2 carries over (criu/files.c,
+/// `dump_one_file`).
+fn judge_anonymous(
+    subject: String,
+    kind: &str,
+    descriptor: &Descriptor,
+    inside: &BTreeSet<i32>,
+) -> Option<Finding> {
+    match kind {
+        "eventfd" | "eventfd2" | "eventpoll" | "signalfd" | "timerfd" => None,
+        "inotify" | "fanotify" => Some(Finding::note(
+            subject,
+            format!("watches files ({kind}); the watches are set again on the destination's files"),
+            "",
+        )),
+        "pidfd" => judge_pidfd(subject, descriptor, inside),
+        "io_uring" => Some(Finding::refused(
+            subject,
+            "is an io_uring, which CRIU cannot carry over",
+            "start the program without io_uring: its own setting, or `sysctl -w \
+             kernel.io_uring_disabled=2` before it starts",
+        )),
+        "userfaultfd" => Some(Finding::refused(
+            subject,
+            "is a userfaultfd, which CRIU cannot carry over",
+            "end what uses it: another migration of this tree, a debugger, or a garbage \
+             collector's setting",
+        )),
+        "perf_event" => Some(Finding::refused(
+            subject,
+            "is a performance counter (perf_event), which CRIU cannot carry over",
+            "switch the program's profiling off",
+        )),
+        kind if kind.starts_with("bpf") => Some(Finding::refused(
+            subject,
+            format!("is a BPF object ({kind}), which belongs to this host's kernel"),
+            "move only processes that load no BPF",
+        )),
+        kind if kind.starts_with("kvm") => Some(Finding::refused(
+            subject,
+            format!("belongs to a virtual machine ({kind})"),
+            "use the hypervisor's own live migration",
+        )),
+        kind => Some(Finding::refused(
+            subject,
+            format!("is of a kind that CRIU cannot carry over ({kind})"),
+            "have the program close it before the migration",
+        )),
+    }
+}
+
+fn judge_pidfd(
+    subject: String,
+    descriptor: &Descriptor,
+    inside: &BTreeSet<i32>,
+) -> Option<Finding> {
+    let pid: i32 = parse::value(&descriptor.info, "Pid")?.parse().ok()?;
+    // -1: the process has ended.
+    if pid == -1 || inside.contains(&pid) {
+        return None;
+    }
+    Some(Finding::refused(
+        subject,
+        format!(
+            "refers to {} (PID {pid}), which is not moved",
+            read::name(pid)
+        ),
+        "end that process, or name its common ancestor as the PID so that both move",
+    ))
+}
+
+fn judge_descriptor(
+    subject: String,
+    descriptor: &Descriptor,
+    inside: &BTreeSet<i32>,
+) -> Option<Finding> {
+    let link = &descriptor.link;
+    if let Some(kind) = parse::anonymous(link) {
+        return judge_anonymous(subject, kind, descriptor, inside);
+    }
+    if parse::link_number(link, "pidfd").is_some() {
+        return judge_pidfd(subject, descriptor, inside);
+    }
+    match descriptor.kind() {
+        libc::S_IFCHR => judge_device(subject, descriptor),
+        libc::S_IFBLK => Some(Finding::refused(
+            subject,
+            format!("is a block device ({link})"),
+            "use a file instead",
+        )),
+        libc::S_IFREG if link.starts_with("/secretmem") => Some(Finding::refused(
+            subject,
+            "is secret memory, which no other process may read",
+            "start the program with that feature off",
+        )),
+        libc::S_IFREG if link.starts_with("/proc/") => Some(Finding::note(
+            subject,
+            format!("has {link} open, which shows the destination's state after the move"),
+            "",
+        )),
+        libc::S_IFREG if !is_no_file(link) => {
+            judge_unnamed(subject, "is", link, descriptor.size_bytes, descriptor.links)
+        }
+        _ => None,
+    }
+}
+
+/// A file that lost its name since it was opened or mapped.
+fn judge_unnamed(
+    subject: String,
+    verb: &str,
+    link: &str,
+    size_bytes: u64,
+    links: u64,
+) -> Option<Finding> {
+    let path = link.strip_suffix(DELETED)?;
+    if links > 0 {
+        return Some(Finding::refused(
+            subject,
+            format!("{verb} {path}, which was renamed or deleted but has another name"),
+            "restart the program, so that it opens the file by its present name",
+        ));
+    }
+    if size_bytes > GHOST_FILE_MAX_BYTES {
+        return Some(Finding::refused(
+            subject,
+            format!(
+                "{verb} {path}, which was deleted and has {} KiB (at most {} KiB travel along)",
+                size_bytes / 1024,
+                GHOST_FILE_MAX_BYTES / 1024
+            ),
+            "restart the program, if an upgrade replaced the file; else have it close the file",
+        ));
+    }
+    Some(Finding::note(
+        subject,
+        format!("{verb} {path}, which was deleted; its contents travel along"),
+        "",
+    ))
+}
+
+/// Devices by number: Documentation/admin-guide/devices.txt.
+fn judge_device(subject: String, descriptor: &Descriptor) -> Option<Finding> {
+    let (major, minor) = (descriptor.major(), descriptor.minor());
+    // 1 is /dev/null, zero, full, random, urandom, kmsg; of those, physical
+    // memory and ports are the machine's own.
+    match (major, minor) {
+        (1, 1 | 2 | 4) => {}
+        (1, _) => return None,
+        (major, _) if is_terminal_major(major) => return None,
+        _ => {}
+    }
+    let link = &descriptor.link;
+    let (what, way_out) = match (major, minor) {
+        (10, 200) => (
+            "is a tunnel device of this host",
+            "move only processes without tun or tap devices",
+        ),
+        (10, 229) => (
+            "serves a FUSE file system, which is mounted on this host",
+            "unmount it first",
+        ),
+        (10, 232) => ("is /dev/kvm", "use the hypervisor's own live migration"),
+        _ => (
+            "is a device of this host, which CRIU cannot carry over",
+            "have the program close it, or start it without that device",
+        ),
+    };
+    Some(Finding::refused(
+        subject,
+        format!("{what} ({link}, {major}:{minor})"),
+        way_out,
+    ))
+}
+
+fn judge_mapping(subject: &str, file: &MappedFile) -> Option<Finding> {
+    let mapping = &file.mapping;
+    let path = mapping.path.as_str();
+    if path == "[uprobes]" {
+        return Some(Finding::refused(
+            subject,
+            "was probed by a tracing tool and still carries the probe's page ([uprobes])",
+            "restart the program after ending the tracing tool (bpftrace, perf probe)",
+        ));
+    }
+    if path.starts_with("/SYSV") {
+        return Some(Finding::refused(
+            subject,
+            "uses System V shared memory, which belongs to this host's IPC namespace",
+            "use another kind of shared memory (PostgreSQL: shared_memory_type = mmap), or start \
+             the program in an IPC namespace of its own",
+        ));
+    }
+    if let Some(kind) = parse::anonymous(path) {
+        // Such mappings come with a descriptor, unless that was closed.
+        return Some(Finding::refused(
+            subject,
+            format!("has memory of a kind mapped that CRIU cannot carry over ({kind})"),
+            "start the program without that feature",
+        ));
+    }
+    if path.starts_with("/dev/") && !path.starts_with("/dev/zero") && !path.starts_with("/dev/shm/")
+    {
+        return Some(Finding::refused(
+            subject,
+            format!("has memory of a device mapped ({path})"),
+            "start the program without that device",
+        ));
+    }
+    if is_no_file(path) || mapping.inode == 0 {
+        return None;
+    }
+    let meta = std::fs::metadata(file.link()).ok();
+    if path.ends_with(DELETED) {
+        let (size, links) = meta.map_or((u64::MAX, 0), |meta| (meta.size(), meta.nlink()));
+        return judge_unnamed(subject.to_owned(), "has mapped", path, size, links);
+    }
+    if mapping.shared && mapping.writable && is_in_memory(path) {
+        return Some(Finding::refused(
+            subject,
+            format!("shares memory through {path}, whose contents stay on this host"),
+            "use anonymous shared memory instead (PostgreSQL: dynamic_shared_memory_type = mmap)",
+        ));
+    }
+    None
+}
+
+/// Whether a file lies in a file system without storage behind it.
+fn is_in_memory(path: &str) -> bool {
+    nix::sys::statfs::statfs(path)
+        .is_ok_and(|stat| MEMORY_FILE_SYSTEMS.contains(&stat.filesystem_type().0))
+}

@@ -1,0 +1,193 @@
+//! Where a restored tree lives: not in anybody's login.
+
+use std::path::{Path, PathBuf};
+
+use migrate_core::facts::TreeFacts;
+
+use crate::cgroup::{self, Hierarchy};
+use crate::error::ProcError;
+use crate::read;
+
+/// The cgroup of a restored tree, removed again when dropped unless
+/// [`Home::keep`] was called.
+#[derive(Debug)]
+pub struct Home {
+    directory: Option<PathBuf>,
+    path: String,
+    /// Directories made here, outermost first.
+    created: Vec<PathBuf>,
+}
+
+impl Home {
+    /// Chooses and makes the cgroup for a tree: the path it had on the source
+    /// where this host has it too and it is nobody's login, else
+    /// `/migrate/NAME-PID`. Without a writable v2 hierarchy there is no
+    /// directory, and the tree stays where it is restored.
+    ///
+    /// # Errors
+    /// When the kernel does not allow the cgroup for another reason than
+    /// that there is no place for one.
+    pub fn create(tree: &TreeFacts, id: &str) -> Result<Self, ProcError> {
+        let mut home = Self {
+            directory: None,
+            path: String::new(),
+            created: Vec::new(),
+        };
+        let Some(hierarchy) = Hierarchy::v2() else {
+            return Ok(home);
+        };
+        let same = cgroup::without_fence(&tree.cgroup);
+        if same != "/" && !cgroup::is_login(same) {
+            let directory = hierarchy.directory(same).filter(|d| takes_processes(d));
+            if let Some(directory) = directory {
+                home.path = same.to_owned();
+                home.directory = Some(directory);
+                return Ok(home);
+            }
+        }
+        let name = tree.processes.first().map_or("tree", |root| &root.name);
+        let name = format!("{}-{}", cgroup::file_name(name), tree.root_pid);
+        let Some(parent) = hierarchy.directory(cgroup::HOME_PARENT) else {
+            return Ok(home);
+        };
+        match cgroup::create(&parent) {
+            Ok(true) => home.created.push(parent.clone()),
+            Ok(false) => {}
+            Err(_) => return Ok(home),
+        }
+        for name in [name.clone(), format!("{name}-{}", cgroup::file_name(id))] {
+            let directory = parent.join(&name);
+            if directory.exists() && !takes_processes(&directory) {
+                continue;
+            }
+            if cgroup::create(&directory)? {
+                home.created.push(directory.clone());
+            }
+            home.path = format!("{}/{name}", cgroup::HOME_PARENT);
+            home.directory = Some(directory);
+            break;
+        }
+        Ok(home)
+    }
+
+    /// The cgroup's directory; `None` without a v2 hierarchy.
+    #[must_use]
+    pub fn directory(&self) -> Option<&Path> {
+        self.directory.as_deref()
+    }
+
+    /// The cgroup's path as /proc/PID/cgroup will name it; empty without a
+    /// v2 hierarchy.
+    #[must_use]
+    pub fn path(&self) -> String {
+        self.path.clone()
+    }
+
+    /// Moves a process in, for instance the CRIU that restores the tree, so
+    /// that all it forks are born here. In v1 hierarchies it leaves the
+    /// cgroups of a login.
+    ///
+    /// # Errors
+    /// [`ProcError::NoSuchProcess`] when it has gone.
+    pub fn place(&self, pid: i32) -> Result<(), ProcError> {
+        leave_login(pid, false)?;
+        let Some(directory) = &self.directory else {
+            return Ok(());
+        };
+        if cgroup::enter(directory, pid)? {
+            Ok(())
+        } else {
+            Err(ProcError::NoSuchProcess { pid })
+        }
+    }
+
+    /// Leaves the cgroup to the tree: the restore has been committed.
+    pub fn keep(mut self) {
+        self.created.clear();
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        for directory in self.created.iter().rev() {
+            // Not empty: somebody else came to live there.
+            let _ = std::fs::remove_dir(directory);
+        }
+    }
+}
+
+/// Whether a cgroup exists, is no inner node and not frozen.
+fn takes_processes(directory: &Path) -> bool {
+    let says = |file: &str| {
+        read::text(directory.join(file)).map_or_else(|_| String::new(), |t| t.trim().to_owned())
+    };
+    directory.is_dir()
+        && says("cgroup.type") == "domain"
+        && says("cgroup.subtree_control").is_empty()
+        && says("cgroup.freeze") != "1"
+        && !says("cgroup.events").lines().any(|line| line == "frozen 1")
+}
+
+/// Leaves the login session that started this process, so that it and what it
+/// restores outlive the SSH connection: a hangup is ignored, the process leads
+/// its own session where it can, and it leaves the session's cgroups. Call it
+/// once, early. The restored tree is left to init to reap, so this process
+/// does not become a subreaper.
+///
+/// # Errors
+/// [`ProcError::Detach`] when a step that should work fails.
+pub fn detach_from_session() -> Result<(), ProcError> {
+    // SAFETY: ignoring a signal installs no handler.
+    let hangup = unsafe {
+        nix::sys::signal::signal(
+            nix::sys::signal::Signal::SIGHUP,
+            nix::sys::signal::SigHandler::SigIgn,
+        )
+    };
+    if let Err(error) = hangup {
+        return Err(ProcError::Detach {
+            attempt: "ignore a hangup",
+            source: error.into(),
+        });
+    }
+    match nix::unistd::setsid() {
+        // EPERM: already the leader of a process group, as what sshd or a
+        // shell starts is. With hangups ignored that is good enough.
+        Ok(_) | Err(nix::errno::Errno::EPERM) => {}
+        Err(error) => {
+            return Err(ProcError::Detach {
+                attempt: "start a session",
+                source: error.into(),
+            });
+        }
+    }
+    leave_login(read::own_pid(), true)
+}
+
+/// Moves a process out of every cgroup that ends with a login.
+fn leave_login(pid: i32, v2_too: bool) -> Result<(), ProcError> {
+    for (controllers, path) in cgroup::paths(pid)? {
+        if !cgroup::is_login(&path) || (controllers.is_empty() && !v2_too) {
+            continue;
+        }
+        let hierarchy = if controllers.is_empty() {
+            Hierarchy::v2()
+        } else {
+            Hierarchy::v1(&controllers)
+        };
+        let Some(root) = hierarchy.and_then(|hierarchy| hierarchy.directory("/")) else {
+            continue;
+        };
+        if cgroup::enter(&root, pid).is_ok() {
+            continue;
+        }
+        // A root that is none, in a cgroup namespace, takes no processes
+        // besides its children.
+        let aside = root.join("migrate-agent");
+        if controllers.is_empty() {
+            cgroup::create(&aside)?;
+            cgroup::enter(&aside, pid)?;
+        }
+    }
+    Ok(())
+}

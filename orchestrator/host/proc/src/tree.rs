@@ -1,0 +1,346 @@
+//! The process tree to be moved, read until it stands still.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use migrate_core::facts::{ProcessFacts, TreeFacts};
+
+use crate::error::ProcError;
+use crate::{cgroup, parse, read};
+
+/// How often the tree is read before giving up on two equal reads. A read
+/// takes a few milliseconds, so that only a tree that forks all the time
+/// comes to the end.
+const READS_MAX: u32 = 20;
+
+/// Refuses a PID that cannot be moved, before anything else is looked at.
+///
+/// # Errors
+/// Says what is wrong with the PID; [`ProcError::help`] says what to do.
+pub fn validate_target(pid: i32) -> Result<(), ProcError> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(ProcError::NotRoot);
+    }
+    if pid <= 0 {
+        return Err(ProcError::NotAPid { pid });
+    }
+    let Some(stat) = read::stat(pid)? else {
+        return Err(ProcError::NoSuchProcess { pid });
+    };
+    let status = read::text_if_there(read::of(pid, "status"))?;
+    let leader = status
+        .as_deref()
+        .and_then(|status| parse::value(status, "Tgid"))
+        .and_then(|tgid| tgid.parse().ok());
+    match leader {
+        None => return Err(ProcError::NoSuchProcess { pid }),
+        Some(leader) if leader != pid => {
+            return Err(ProcError::ThreadId {
+                thread: pid,
+                leader,
+            });
+        }
+        Some(_) => {}
+    }
+    if pid == 1 {
+        return Err(ProcError::Init);
+    }
+    let name = stat.name.clone();
+    if stat.is_kernel_thread() {
+        return Err(ProcError::KernelThread { pid, name });
+    }
+    if stat.has_ended() {
+        let parent = stat.parent;
+        return Err(ProcError::Zombie { pid, name, parent });
+    }
+    if pid == read::own_pid() {
+        return Err(ProcError::Own { pid });
+    }
+    if own_ancestors()?.contains(&pid) {
+        return Err(ProcError::Ancestor { pid, name });
+    }
+    Ok(())
+}
+
+/// The PIDs from our parent up to the top of what we can see.
+pub(crate) fn own_ancestors() -> Result<BTreeSet<i32>, ProcError> {
+    let mut ancestors = BTreeSet::new();
+    let mut pid = read::own_pid();
+    while let Some(stat) = read::stat(pid)? {
+        pid = stat.parent;
+        // Zero: the parent is outside our PID namespace.
+        if pid == 0 || !ancestors.insert(pid) {
+            break;
+        }
+    }
+    Ok(ancestors)
+}
+
+/// A process tree, as two equal reads of /proc showed it.
+#[derive(Debug, Clone)]
+pub struct Tree {
+    /// Every process, parents before children. A process that has ended and
+    /// waits for its parent is among them: CRIU carries it over.
+    pub processes: Vec<ProcessFacts>,
+    /// PIDs of those that have ended.
+    pub(crate) ended: BTreeSet<i32>,
+    /// PIDs that were stopped by job control.
+    pub(crate) stopped: BTreeSet<i32>,
+    /// PIDs that have a controlling terminal.
+    with_terminal: BTreeSet<i32>,
+    resident_bytes: u64,
+    cgroup: String,
+}
+
+/// One read of the tree, which has to come out the same twice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Sight {
+    processes: Vec<ProcessFacts>,
+    ended: BTreeSet<i32>,
+    with_terminal: BTreeSet<i32>,
+}
+
+/// Reads the tree of `root` until two reads agree, bounded.
+///
+/// # Errors
+/// [`ProcError::NoSuchProcess`] when the root is not there,
+/// [`ProcError::Unstable`] when the tree forks faster than it can be read.
+pub fn tree(root: i32) -> Result<Tree, ProcError> {
+    let mut last = None;
+    for _ in 0..READS_MAX {
+        let Some((sight, stopped)) = look(root)? else {
+            last = None;
+            if read::stat(root)?.is_none() {
+                return Err(ProcError::NoSuchProcess { pid: root });
+            }
+            continue;
+        };
+        if last.as_ref() == Some(&sight) {
+            let resident_bytes = resident(&sight)?;
+            let cgroup = cgroup::of_tree(root)?.unwrap_or_else(|| "/".to_owned());
+            return Ok(Tree {
+                processes: sight.processes,
+                ended: sight.ended,
+                stopped,
+                with_terminal: sight.with_terminal,
+                resident_bytes,
+                cgroup,
+            });
+        }
+        last = Some(sight);
+    }
+    Err(ProcError::Unstable {
+        pid: root,
+        attempts: READS_MAX,
+    })
+}
+
+/// PIDs and start ticks of the tree as it is right now; empty when the root
+/// has gone.
+pub(crate) fn living_now(root: i32) -> Result<Vec<(i32, u64)>, ProcError> {
+    for _ in 0..READS_MAX {
+        if let Some((sight, _)) = look(root)? {
+            return Ok(sight
+                .processes
+                .iter()
+                .filter(|process| !sight.ended.contains(&process.pid))
+                .map(|process| (process.pid, process.start_ticks))
+                .collect());
+        }
+        if read::stat(root)?.is_none() {
+            return Ok(Vec::new());
+        }
+    }
+    Err(ProcError::Unstable {
+        pid: root,
+        attempts: READS_MAX,
+    })
+}
+
+/// One pass over /proc. `None` when something ended under our eyes.
+fn look(root: i32) -> Result<Option<(Sight, BTreeSet<i32>)>, ProcError> {
+    let mut children: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
+    let mut stats = BTreeMap::new();
+    for pid in read::numbers("/proc")? {
+        // Anything may end while we look; only the tree's own members count.
+        if let Some(stat) = read::stat(pid)? {
+            children.entry(stat.parent).or_default().push(pid);
+            stats.insert(pid, stat);
+        }
+    }
+    let mut order = vec![root];
+    let mut next = 0;
+    while let Some(pid) = order.get(next).copied() {
+        order.extend(children.get(&pid).into_iter().flatten());
+        next += 1;
+    }
+    let mut sight = Sight {
+        processes: Vec::with_capacity(order.len()),
+        ended: BTreeSet::new(),
+        with_terminal: BTreeSet::new(),
+    };
+    let mut stopped = BTreeSet::new();
+    for pid in order {
+        let Some(stat) = stats.get(&pid) else {
+            return Ok(None);
+        };
+        let threads = if stat.has_ended() {
+            sight.ended.insert(pid);
+            vec![pid]
+        } else {
+            read::numbers(read::of(pid, "task"))?
+        };
+        if threads.is_empty() {
+            return Ok(None);
+        }
+        if stat.state == 'T' {
+            stopped.insert(pid);
+        }
+        if stat.terminal != 0 {
+            sight.with_terminal.insert(pid);
+        }
+        sight.processes.push(ProcessFacts {
+            pid,
+            parent: stat.parent,
+            start_ticks: stat.start_ticks,
+            threads,
+            name: stat.name.clone(),
+            session: stat.session,
+            group: stat.group,
+        });
+    }
+    Ok(Some((sight, stopped)))
+}
+
+/// Memory that has to be carried: each page shared within the tree once.
+fn resident(sight: &Sight) -> Result<u64, ProcError> {
+    let mut sum = 0_u64;
+    for process in &sight.processes {
+        if sight.ended.contains(&process.pid) {
+            continue;
+        }
+        // `Pss` splits a shared page among its holders.
+        let rollup = read::text_if_there(read::of(process.pid, "smaps_rollup"));
+        let bytes = match rollup.ok().flatten() {
+            Some(text) => parse::kilobytes(&text, "Pss"),
+            None => read::text_if_there(read::of(process.pid, "status"))?
+                .and_then(|text| parse::kilobytes(&text, "VmRSS")),
+        };
+        sum = sum.saturating_add(bytes.unwrap_or(0));
+    }
+    Ok(sum)
+}
+
+impl Tree {
+    /// The root's PID.
+    #[must_use]
+    pub fn root(&self) -> i32 {
+        self.processes.first().map_or(0, |root| root.pid)
+    }
+
+    /// Every PID, parents before children.
+    #[must_use]
+    pub fn pids(&self) -> Vec<i32> {
+        self.processes.iter().map(|process| process.pid).collect()
+    }
+
+    /// Every thread id, leaders included.
+    #[must_use]
+    pub fn tids(&self) -> Vec<i32> {
+        self.processes
+            .iter()
+            .flat_map(|process| process.threads.iter().copied())
+            .collect()
+    }
+
+    /// Memory of all processes that is in RAM, in bytes; a page that several
+    /// processes share counts once.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        self.resident_bytes
+    }
+
+    /// cgroup path of the root: in the v2 hierarchy, else in v1's freezer,
+    /// else `/`. Without the cgroup that a [`crate::Fence`] put below it.
+    #[must_use]
+    pub fn cgroup(&self) -> &str {
+        &self.cgroup
+    }
+
+    /// Whether CRIU needs `shell_job`: the root leads no session of its own,
+    /// or a terminal's session leader is outside the tree.
+    #[must_use]
+    pub fn shell_job(&self) -> bool {
+        let Some(root) = self.processes.first() else {
+            return false;
+        };
+        let inside: BTreeSet<i32> = self.pids().into_iter().collect();
+        root.session != root.pid
+            || self.processes.iter().any(|process| {
+                self.with_terminal.contains(&process.pid) && !inside.contains(&process.session)
+            })
+    }
+
+    /// Whether the tree still is the one that was read: the same processes
+    /// and threads, started when they were.
+    #[must_use]
+    pub fn still_same(&self) -> bool {
+        let key = |processes: &[ProcessFacts]| -> BTreeMap<i32, (u64, Vec<i32>)> {
+            processes
+                .iter()
+                .map(|process| (process.pid, (process.start_ticks, process.threads.clone())))
+                .collect()
+        };
+        match look(self.root()) {
+            Ok(Some((sight, _))) => {
+                sight.ended == self.ended && key(&sight.processes) == key(&self.processes)
+            }
+            Ok(None) | Err(_) => false,
+        }
+    }
+
+    /// What this crate knows of the tree; flows, listeners and addresses are
+    /// the network's to fill in.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn facts(&self) -> Result<TreeFacts, ProcError> {
+        Ok(TreeFacts {
+            root_pid: self.root(),
+            processes: self.processes.clone(),
+            files: self.files()?,
+            flows: Vec::new(),
+            listeners: Vec::new(),
+            addresses: Vec::new(),
+            stdio: self.stdio()?,
+            resident_bytes: self.resident_bytes,
+            shell_job: self.shell_job(),
+            cgroup: self.cgroup.clone(),
+        })
+    }
+
+    /// Processes that still run, and so have files and memory.
+    pub(crate) fn living(&self) -> impl Iterator<Item = &ProcessFacts> {
+        self.processes
+            .iter()
+            .filter(|process| !self.ended.contains(&process.pid))
+    }
+
+    /// `name (PID)`, for a finding.
+    pub(crate) fn named(&self, pid: i32) -> String {
+        match self.processes.iter().find(|process| process.pid == pid) {
+            Some(process) => format!("{} (PID {pid})", process.name),
+            None => format!("PID {pid}"),
+        }
+    }
+}
+
+/// Whether `pid` is there and started at `start_ticks`.
+pub(crate) fn is_same_process(pid: i32, start_ticks: u64) -> bool {
+    matches!(read::stat(pid), Ok(Some(stat)) if stat.start_ticks == start_ticks && !stat.has_ended())
+}
+
+/// The directory of a process's descriptors.
+pub(crate) fn descriptors_of(pid: i32) -> PathBuf {
+    read::of(pid, "fd")
+}
