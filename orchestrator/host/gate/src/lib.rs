@@ -1,1 +1,582 @@
+//! The packet gate: tc programs around a process tree's connections.
 //!
+//! ```text
+//!              attach          close             open_egress        open
+//!   (nothing) -------> open ----------> closed ------------> out ---------> open
+//!        ^              |                  |   lease runs out  |
+//!        |              |                  +-------------------+--> open, by itself
+//!        +--------------+--- detach, unlock (from any state) ---------------
+//! ```
+//!
+//! While closed, packets of the tree's flows and listeners are dropped in both
+//! directions; nothing else is touched. Closing and opening is one store into
+//! a page that the programs on every CPU read, so it costs nothing per flow.
+//!
+//! **The gate outlives its owner.** Programs and maps are pinned under
+//! `DIRECTORY/ID-ROLE/` on a bpf file system. Dropping a [`Gate`] without
+//! [`Gate::detach`] leaves it in place, on purpose: an owner that dies while
+//! the tree is frozen must not let the kernel reset the peers' connections.
+//! What bounds it is the lease: past its end the programs pass everything.
+//! [`leftovers`] lists what is there, [`adopt`] takes it over, [`unlock`]
+//! removes it.
+//!
+//! **Staged addresses** are kept quiet whatever the state and the lease: no
+//! ARP or neighbour discovery speaks for them or reaches the host about them,
+//! so that an address can be put on the destination's interface while the
+//! source still answers for it.
+
+mod bpffs;
+mod error;
+mod owner;
+mod sys;
+mod tables;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use aya::Ebpf;
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use aya::util::KernelVersion;
+use migrate_core::{Flow, Listener};
+pub use migrate_ebpf_common::Counters;
+use migrate_ebpf_common::Direction;
+
+pub use crate::error::GateError;
+use crate::owner::Owner;
+use crate::sys::DeviceKind;
+use crate::tables::Tables;
+
+/// Which end of a migration a gate guards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// The host that the tree leaves.
+    Source,
+    /// The host that it comes to.
+    Destination,
+}
+
+impl Role {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Role {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "source" => Ok(Self::Source),
+            "destination" => Ok(Self::Destination),
+            _ => Err(()),
+        }
+    }
+}
+
+/// What a new gate is called, where it lives, and how many flows it takes.
+#[derive(Clone, Debug)]
+pub struct GateOptions {
+    /// The migration's id: 1 to 64 characters of a-z, 0-9 and `-`.
+    pub id: String,
+    /// Which end this is.
+    pub role: Role,
+    /// How many flows fit. Memory for all of them is taken at once, about 100
+    /// bytes each.
+    pub flow_capacity: u32,
+    /// Where the pins go, for example `/run/migrate/bpf`. Made with mode 0700
+    /// and mounted as a bpf file system if it is none; taken away again with
+    /// the last gate in it, unless somebody else mounted it.
+    pub directory: PathBuf,
+}
+
+/// An attached gate. All methods take `&self`; see the [crate] for what
+/// dropping it means.
+#[derive(Debug)]
+pub struct Gate {
+    directory: PathBuf,
+    path: PathBuf,
+    tables: Tables,
+    /// Keeps the programs attached should the pins vanish under a living owner.
+    links: Vec<PinnedLink>,
+    /// Keeps the file system mounted.
+    root: File,
+}
+
+impl Gate {
+    /// Loads the programs, attaches them to every interface in front of all
+    /// other tcx programs, and pins everything. The gate starts open and
+    /// without a lease. Loopback is left out: CRIU probes over it, and what
+    /// runs over it cannot leave the host anyway.
+    ///
+    /// # Errors
+    ///
+    /// Nothing stays behind when it fails.
+    pub fn attach(interfaces: &[u32], options: &GateOptions) -> Result<Self, GateError> {
+        let path = gate_path(&options.directory, &options.id, options.role)?;
+        let kernel = KernelVersion::current().unwrap_or_else(|_| KernelVersion::new(0, 0, 0));
+        if kernel < KernelVersion::new(6, 6, 0) {
+            let release = nix::sys::utsname::uname()
+                .map(|name| name.release().to_string_lossy().into_owned())
+                .unwrap_or_default();
+            return Err(GateError::KernelTooOld { release });
+        }
+        let mut devices = Vec::with_capacity(interfaces.len());
+        for &index in interfaces {
+            let device = Device::find(index)?;
+            if device.kind != DeviceKind::Loopback {
+                devices.push(device);
+            }
+        }
+        if devices.is_empty() {
+            return Err(GateError::NoInterface);
+        }
+
+        let root = bpffs::open_or_mount(&options.directory)?;
+        if let Err(source) = DirBuilder::new().mode(0o700).create(&path) {
+            return Err(if source.kind() == io::ErrorKind::AlreadyExists {
+                GateError::AlreadyAttached { path }
+            } else {
+                GateError::Pin {
+                    path,
+                    source: source.into(),
+                }
+            });
+        }
+        match attach_in(&path, &devices, options.flow_capacity) {
+            Ok((tables, links)) => {
+                tracing::debug!(path = %path.display(), ?devices, "gate attached");
+                Ok(Self {
+                    directory: options.directory.clone(),
+                    path,
+                    tables,
+                    links,
+                    root,
+                })
+            }
+            Err(error) => {
+                // The first error is the one to tell; what this one could not
+                // remove, `unlock` can.
+                if let Err(cleanup) = bpffs::remove_gate(&path) {
+                    tracing::warn!(%cleanup, "a half-made gate stays behind");
+                }
+                drop(root);
+                bpffs::release(&options.directory);
+                Err(error)
+            }
+        }
+    }
+
+    /// Adds flows of the tree. Known ones may be added again.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::Full`] past the capacity; a part may then be in.
+    pub fn add_flows(&self, flows: &[Flow]) -> Result<(), GateError> {
+        self.tables.add_flows(flows)
+    }
+
+    /// Adds listening sockets of the tree: closed, the gate keeps new
+    /// connections to them out as well. Known ones may be added again.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::Full`] past 4096 keys; a part may then be in.
+    pub fn add_listeners(&self, listeners: &[Listener]) -> Result<(), GateError> {
+        self.tables.add_listeners(listeners)
+    }
+
+    /// Keeps addresses quiet from now on. To be called before they are put on
+    /// an interface.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::Full`] past 256 addresses.
+    pub fn stage_addresses(&self, addresses: &[IpAddr]) -> Result<(), GateError> {
+        self.tables.stage(addresses)
+    }
+
+    /// Lets addresses be seen. To be called before they are announced.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn unstage_addresses(&self, addresses: &[IpAddr]) -> Result<(), GateError> {
+        self.tables.unstage(addresses)
+    }
+
+    /// Drops the tree's packets in both directions. Packets already past the
+    /// programs on another CPU may still arrive: freeze the tree afterwards,
+    /// which takes longer than they do.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::LeaseExpired`] when the lease is over already: the gate is
+    /// open then.
+    pub fn close(&self) -> Result<(), GateError> {
+        self.tables.close()
+    }
+
+    /// Lets the tree's packets out, still none in.
+    ///
+    /// # Errors
+    ///
+    /// None at present.
+    pub fn open_egress(&self) -> Result<(), GateError> {
+        self.tables.open_egress();
+        Ok(())
+    }
+
+    /// Lets the tree's packets pass in both directions.
+    ///
+    /// # Errors
+    ///
+    /// None at present.
+    pub fn open(&self) -> Result<(), GateError> {
+        self.tables.open_all();
+        Ok(())
+    }
+
+    /// Sets or renews the lease. With `Some` the gate opens by itself after
+    /// `ttl`; with `None` it stays as it is for ever (fail-closed: only right
+    /// once the other host has the tree).
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::LeaseExpired`] when the gate was closed and the lease has
+    /// run out before this call. Peers may have been answered meanwhile, so
+    /// the gate is not closed again: the migration has to be rolled back.
+    pub fn lease(&self, ttl: Option<Duration>) -> Result<(), GateError> {
+        self.tables.lease(ttl)
+    }
+
+    /// What the gate has done since it was attached, open times included.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn counters(&self) -> Result<Counters, GateError> {
+        self.tables.counters()
+    }
+
+    /// Takes the programs off every interface and removes all pins.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::Remove`] with the first pin that stayed; the others are
+    /// gone nevertheless.
+    pub fn detach(self) -> Result<(), GateError> {
+        let Self {
+            directory,
+            path,
+            tables,
+            links,
+            root,
+        } = self;
+        let removed = bpffs::remove_gate(&path);
+        drop((tables, links, root));
+        bpffs::release(&directory);
+        removed
+    }
+}
+
+/// A gate found on this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leftover {
+    /// The migration's id.
+    pub id: String,
+    /// Which end it guards.
+    pub role: Role,
+    /// The process that answers for it, 0 when that cannot be read.
+    pub owner_pid: u32,
+    /// Whether that very process still runs.
+    pub owner_alive: bool,
+    /// What it does with packets at this moment, an expired lease considered.
+    pub mode: LeftoverMode,
+    /// The interfaces it was attached to, by index.
+    pub interfaces: Vec<u32>,
+    /// How many flows it knows.
+    pub flows: usize,
+    /// When it opens by itself, zero if it has; `None` without a lease.
+    pub deadline_in: Option<Duration>,
+}
+
+/// What a leftover gate does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeftoverMode {
+    /// It lets everything pass.
+    Open,
+    /// It drops the tree's packets in at least one direction.
+    Closed,
+    /// Its maps cannot be read: half made, or of another version.
+    Unknown,
+}
+
+/// Lists the gates pinned under `directory`, those of living owners included.
+/// A directory that is not there, or is no bpf file system, has none.
+///
+/// # Errors
+///
+/// [`GateError::OpenPin`] when the directory cannot be read.
+pub fn leftovers(directory: &Path) -> Result<Vec<Leftover>, GateError> {
+    let failed = |source: io::Error| GateError::OpenPin {
+        path: directory.to_owned(),
+        source: source.into(),
+    };
+    match bpffs::open(directory) {
+        Ok(Some(_)) => {}
+        Ok(None) => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if let Some((id, role)) = parse_gate_name(&path) {
+            found.push(inspect(&path, id, role));
+        }
+    }
+    found.sort_by(|a, b| (&a.id, a.role.name()).cmp(&(&b.id, b.role.name())));
+    Ok(found)
+}
+
+fn inspect(path: &Path, id: String, role: Role) -> Leftover {
+    let mut leftover = Leftover {
+        id,
+        role,
+        owner_pid: 0,
+        owner_alive: false,
+        mode: LeftoverMode::Unknown,
+        interfaces: attached_interfaces(path),
+        flows: 0,
+        deadline_in: None,
+    };
+    if let Ok(tables) = Tables::open(path) {
+        let owner = tables.owner();
+        let state = tables.state();
+        leftover.owner_pid = owner.pid;
+        leftover.owner_alive = owner.is_alive();
+        leftover.deadline_in = tables.lease_left();
+        let closed = (state.is_closed(Direction::Ingress) || state.is_closed(Direction::Egress))
+            && leftover.deadline_in != Some(Duration::ZERO);
+        leftover.mode = if closed {
+            LeftoverMode::Closed
+        } else {
+            LeftoverMode::Open
+        };
+        leftover.flows = tables.count_flows().unwrap_or(0);
+    }
+    leftover
+}
+
+/// Removes a gate whoever owns it: its programs leave the interfaces, its pins
+/// and maps vanish. Whether the owner lives is for the caller to look at.
+///
+/// # Errors
+///
+/// [`GateError::NotFound`] when there is none, [`GateError::Remove`] with the
+/// first pin that stayed.
+pub fn unlock(directory: &Path, id: &str, role: Role) -> Result<(), GateError> {
+    let path = existing(directory, id, role)?;
+    let removed = bpffs::remove_gate(&path);
+    bpffs::release(directory);
+    removed
+}
+
+/// Opens a pinned gate and becomes its owner.
+///
+/// # Errors
+///
+/// [`GateError::NotFound`] when there is none, [`GateError::Owned`] when
+/// another living process owns it, [`GateError::Layout`] when another version
+/// made it.
+pub fn adopt(directory: &Path, id: &str, role: Role) -> Result<Gate, GateError> {
+    let path = existing(directory, id, role)?;
+    let root = bpffs::open_or_mount(directory)?;
+    let tables = Tables::open(&path)?;
+    let owner = tables.owner();
+    let me = Owner::this_process();
+    if owner != me && owner.is_alive() {
+        return Err(GateError::Owned {
+            path,
+            pid: owner.pid,
+        });
+    }
+    let mut links = Vec::new();
+    for pin in entries(&path) {
+        if bpffs::parse_link(&pin).is_some() {
+            links.push(
+                PinnedLink::from_pin(&pin).map_err(|error| GateError::OpenPin {
+                    path: pin,
+                    source: error.into(),
+                })?,
+            );
+        }
+    }
+    tables.set_owner(me);
+    Ok(Gate {
+        directory: directory.to_owned(),
+        path,
+        tables,
+        links,
+        root,
+    })
+}
+
+/// An interface that the gate goes on.
+#[derive(Clone, Debug)]
+struct Device {
+    index: u32,
+    name: String,
+    kind: DeviceKind,
+}
+
+impl Device {
+    fn find(index: u32) -> Result<Self, GateError> {
+        let failed = |source| GateError::Interface { index, source };
+        let name = nix::net::if_::if_indextoname(index)
+            .map_err(|errno| failed(errno.into()))?
+            .into_string()
+            .map_err(|error| failed(io::Error::other(error)))?;
+        let kind = sys::device_kind(&name).map_err(failed)?;
+        Ok(Self { index, name, kind })
+    }
+}
+
+fn attach_in(
+    path: &Path,
+    devices: &[Device],
+    flow_capacity: u32,
+) -> Result<(Tables, Vec<PinnedLink>), GateError> {
+    let (mut ebpf, tables) = tables::load(flow_capacity)?;
+    tables.set_owner(Owner::this_process());
+    tables.pin(path)?;
+    let mut links = Vec::with_capacity(devices.len() * 2);
+    for direction in [Direction::Ingress, Direction::Egress] {
+        for kind in [DeviceKind::Ethernet, DeviceKind::Bare] {
+            let of_kind = || devices.iter().filter(|device| device.kind == kind);
+            if of_kind().next().is_none() {
+                continue;
+            }
+            let program = load_program(&mut ebpf, direction, kind)?;
+            for device in of_kind() {
+                links.push(attach_to(program, device, direction, path)?);
+            }
+        }
+    }
+    Ok((tables, links))
+}
+
+fn load_program(
+    ebpf: &mut Ebpf,
+    direction: Direction,
+    kind: DeviceKind,
+) -> Result<&mut SchedClassifier, GateError> {
+    let name = match (direction, kind) {
+        (Direction::Ingress, DeviceKind::Bare) => "gate_ingress_l3",
+        (Direction::Egress, DeviceKind::Bare) => "gate_egress_l3",
+        (Direction::Ingress, DeviceKind::Ethernet | DeviceKind::Loopback) => "gate_ingress",
+        (Direction::Egress, DeviceKind::Ethernet | DeviceKind::Loopback) => "gate_egress",
+    };
+    let program: &mut SchedClassifier = ebpf
+        .program_mut(name)
+        .ok_or_else(|| GateError::Load(format!("the object has no program {name}").into()))?
+        .try_into()
+        .map_err(|error: ProgramError| GateError::Load(error.into()))?;
+    program
+        .load()
+        .map_err(|error| GateError::Load(error.into()))?;
+    Ok(program)
+}
+
+fn attach_to(
+    program: &mut SchedClassifier,
+    device: &Device,
+    direction: Direction,
+    path: &Path,
+) -> Result<PinnedLink, GateError> {
+    let failed = |source: ProgramError| GateError::Attach {
+        interface: device.name.clone(),
+        source: source.into(),
+    };
+    let (hook, prefix) = match direction {
+        Direction::Ingress => (TcAttachType::Ingress, "ingress"),
+        Direction::Egress => (TcAttachType::Egress, "egress"),
+    };
+    let id = program
+        .attach_with_options(
+            &device.name,
+            hook,
+            TcAttachOptions::TcxOrder(LinkOrder::first()),
+        )
+        .map_err(failed)?;
+    let link = program.take_link(id).map_err(failed)?;
+    let pin = path.join(format!("{prefix}-{}", device.index));
+    let unpinned = |source| GateError::Pin {
+        path: pin.clone(),
+        source,
+    };
+    FdLink::try_from(link)
+        .map_err(|error| unpinned(error.into()))?
+        .pin(&pin)
+        .map_err(|error| unpinned(error.into()))
+}
+
+fn gate_path(directory: &Path, id: &str, role: Role) -> Result<PathBuf, GateError> {
+    let is_good = (1..=64).contains(&id.len())
+        && id
+            .bytes()
+            .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+    if !is_good {
+        return Err(GateError::BadId { id: id.to_owned() });
+    }
+    Ok(directory.join(format!("{id}-{role}")))
+}
+
+fn existing(directory: &Path, id: &str, role: Role) -> Result<PathBuf, GateError> {
+    let path = gate_path(directory, id, role)?;
+    if path.is_dir() {
+        Ok(path)
+    } else {
+        Err(GateError::NotFound { path })
+    }
+}
+
+fn parse_gate_name(path: &Path) -> Option<(String, Role)> {
+    let (id, role) = path.file_name()?.to_str()?.rsplit_once('-')?;
+    Some((id.to_owned(), role.parse().ok()?))
+}
+
+fn entries(path: &Path) -> impl Iterator<Item = PathBuf> {
+    fs::read_dir(path)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+}
+
+fn attached_interfaces(path: &Path) -> Vec<u32> {
+    let mut indexes: Vec<u32> = entries(path)
+        .filter_map(|pin| bpffs::parse_link(&pin))
+        .collect();
+    indexes.sort_unstable();
+    indexes.dedup();
+    indexes
+}

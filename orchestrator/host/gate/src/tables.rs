@@ -1,0 +1,336 @@
+//! The gate's maps, seen from user space.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
+use aya::{Ebpf, EbpfLoader};
+use migrate_core::{Flow, Listener};
+use migrate_ebpf_common::key::{ANY_V4, ANY_V6, mapped};
+use migrate_ebpf_common::state::expired;
+use migrate_ebpf_common::{Counters, Direction, FlowKey, LAYOUT_VERSION, ListenerKey, Mode, State};
+
+use crate::GateError;
+use crate::owner::Owner;
+use crate::sys::{self, ControlPage};
+
+/// The programs, built by build.rs.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gate.o"));
+
+pub(crate) const CONTROL: &str = "CONTROL";
+const FLOWS: &str = "FLOWS";
+const LISTENERS: &str = "LISTENERS";
+const STAGED: &str = "STAGED";
+const COUNTERS: &str = "COUNTERS";
+
+/// A hash map and its size.
+#[derive(Debug)]
+struct KeySet {
+    map: Map,
+    /// What it holds, for messages.
+    table: &'static str,
+    capacity: u32,
+}
+
+impl KeySet {
+    fn new(map: Map, table: &'static str) -> Result<Self, GateError> {
+        let capacity = data(&map)
+            .info()
+            .map_err(|error| GateError::Load(error.into()))?
+            .max_entries();
+        Ok(Self {
+            map,
+            table,
+            capacity,
+        })
+    }
+
+    fn insert<K: aya::Pod>(&self, keys: &[K]) -> Result<(), GateError> {
+        sys::insert_keys(descriptor(&self.map), keys).map_err(|source| {
+            match source.raw_os_error() {
+                Some(libc::E2BIG) => GateError::Full {
+                    table: self.table,
+                    capacity: self.capacity,
+                    asked: keys.len(),
+                },
+                _ => self.failed("change", source),
+            }
+        })
+    }
+
+    fn remove<K: aya::Pod>(&self, key: &K) -> Result<(), GateError> {
+        sys::remove_key(descriptor(&self.map), key).map_err(|source| self.failed("change", source))
+    }
+
+    fn failed(&self, attempt: &'static str, source: io::Error) -> GateError {
+        GateError::Map {
+            attempt,
+            table: self.table,
+            source,
+        }
+    }
+}
+
+/// All maps of one gate.
+#[derive(Debug)]
+pub(crate) struct Tables {
+    control_map: Map,
+    control: ControlPage,
+    flows: KeySet,
+    listeners: KeySet,
+    staged: KeySet,
+    counters: Map,
+}
+
+/// Loads the object: maps are made, programs still have to be verified.
+pub(crate) fn load(flow_capacity: u32) -> Result<(Ebpf, Tables), GateError> {
+    let mut ebpf = EbpfLoader::new()
+        .map_max_entries(FLOWS, flow_capacity.max(1))
+        .load(OBJECT)
+        .map_err(|error| GateError::Load(error.into()))?;
+    let tables = Tables::collect(|name| {
+        ebpf.take_map(name)
+            .ok_or_else(|| GateError::Load(format!("the object has no map {name}").into()))
+    })?;
+    tables
+        .control
+        .layout_version()
+        .store(LAYOUT_VERSION, Ordering::Release);
+    Ok((ebpf, tables))
+}
+
+impl Tables {
+    fn collect(mut map: impl FnMut(&str) -> Result<Map, GateError>) -> Result<Self, GateError> {
+        let control_map = map(CONTROL)?;
+        let control = ControlPage::map(descriptor(&control_map))
+            .map_err(|error| GateError::Load(error.into()))?;
+        Ok(Self {
+            control_map,
+            control,
+            flows: KeySet::new(map(FLOWS)?, "flows")?,
+            listeners: KeySet::new(map(LISTENERS)?, "listeners")?,
+            staged: KeySet::new(map(STAGED)?, "staged addresses")?,
+            counters: map(COUNTERS)?,
+        })
+    }
+
+    /// Opens the maps pinned in a gate's directory.
+    pub(crate) fn open(path: &Path) -> Result<Self, GateError> {
+        let tables = Self::collect(|name| {
+            let pin = path.join(name.to_lowercase());
+            MapData::from_pin(&pin)
+                .and_then(Map::from_map_data)
+                .map_err(|error| GateError::OpenPin {
+                    path: pin,
+                    source: error.into(),
+                })
+        })?;
+        let found = tables.control.layout_version().load(Ordering::Acquire);
+        if found != LAYOUT_VERSION {
+            return Err(GateError::Layout {
+                path: path.to_owned(),
+                found,
+                known: LAYOUT_VERSION,
+            });
+        }
+        Ok(tables)
+    }
+
+    /// Pins all maps, the control record first: with it alone a leftover can
+    /// already be told whose it is.
+    pub(crate) fn pin(&self, path: &Path) -> Result<(), GateError> {
+        for (name, map) in [
+            (CONTROL, &self.control_map),
+            (FLOWS, &self.flows.map),
+            (LISTENERS, &self.listeners.map),
+            (STAGED, &self.staged.map),
+            (COUNTERS, &self.counters),
+        ] {
+            let pin = path.join(name.to_lowercase());
+            map.pin(&pin).map_err(|error| GateError::Pin {
+                path: pin,
+                source: error.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn owner(&self) -> Owner {
+        Owner {
+            pid: u32::try_from(self.control.owner_pid().load(Ordering::Acquire)).unwrap_or(0),
+            start_ticks: self.control.owner_start_ticks().load(Ordering::Acquire),
+        }
+    }
+
+    pub(crate) fn set_owner(&self, owner: Owner) {
+        let page = &self.control;
+        page.owner_start_ticks()
+            .store(owner.start_ticks, Ordering::Release);
+        page.owner_pid().store(owner.pid.into(), Ordering::Release);
+    }
+
+    pub(crate) fn add_flows(&self, flows: &[Flow]) -> Result<(), GateError> {
+        let keys: Vec<FlowKey> = flows.iter().map(flow_key).collect();
+        self.flows.insert(&keys)
+    }
+
+    pub(crate) fn add_listeners(&self, listeners: &[Listener]) -> Result<(), GateError> {
+        let keys: Vec<ListenerKey> = listeners.iter().flat_map(listener_keys).collect();
+        self.listeners.insert(&keys)
+    }
+
+    pub(crate) fn stage(&self, addresses: &[IpAddr]) -> Result<(), GateError> {
+        let keys: Vec<[u8; 16]> = addresses.iter().copied().map(address_key).collect();
+        self.staged.insert(&keys)
+    }
+
+    pub(crate) fn unstage(&self, addresses: &[IpAddr]) -> Result<(), GateError> {
+        addresses
+            .iter()
+            .copied()
+            .try_for_each(|address| self.staged.remove(&address_key(address)))
+    }
+
+    pub(crate) fn count_flows(&self) -> Result<usize, GateError> {
+        let flows = HashMap::<_, FlowKey, u32>::try_from(&self.flows.map)
+            .map_err(|error| self.flows.failed("read", io::Error::other(error)))?;
+        // A concurrent change may make the kernel start the walk anew; the
+        // number of steps stays bounded by the map's size.
+        let bound = usize::try_from(self.flows.capacity).unwrap_or(usize::MAX);
+        Ok(flows.keys().take(bound).filter(Result::is_ok).count())
+    }
+
+    pub(crate) fn counters(&self) -> Result<Counters, GateError> {
+        let failed = |error: MapError| GateError::Map {
+            attempt: "read",
+            table: "counters",
+            source: io::Error::other(error),
+        };
+        let counters = PerCpuArray::<_, Counters>::try_from(&self.counters).map_err(failed)?;
+        let per_cpu = counters.get(&0, 0).map_err(failed)?;
+        Ok(per_cpu
+            .iter()
+            .copied()
+            .fold(Counters::default(), Counters::plus))
+    }
+
+    pub(crate) fn state(&self) -> State {
+        State(self.control.state().load(Ordering::SeqCst))
+    }
+
+    /// How much of the lease is left, `None` without one. Zero when it has
+    /// run out.
+    pub(crate) fn lease_left(&self) -> Option<Duration> {
+        match self.control.deadline_ns().load(Ordering::SeqCst) {
+            0 => None,
+            deadline_ns => Some(Duration::from_nanos(
+                deadline_ns.saturating_sub(sys::now_ns()),
+            )),
+        }
+    }
+
+    fn set_state(&self, change: impl Fn(State) -> State) {
+        let state = self.control.state();
+        // The closure never returns `None`, so neither can this fail.
+        let _ = state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |word| {
+            Some(change(State(word)).0)
+        });
+    }
+
+    pub(crate) fn open_egress(&self) {
+        self.set_state(|state| {
+            let ingress = if state.is_closed(Direction::Ingress) {
+                Mode::Drop
+            } else {
+                Mode::Open
+            };
+            state.next(ingress, Mode::Open)
+        });
+    }
+
+    pub(crate) fn open_all(&self) {
+        self.set_state(|state| state.next(Mode::Open, Mode::Open));
+    }
+
+    pub(crate) fn close(&self) -> Result<(), GateError> {
+        self.set_state(|state| state.next(Mode::Drop, Mode::Drop));
+        let deadline_ns = self.control.deadline_ns().load(Ordering::SeqCst);
+        let now_ns = sys::now_ns();
+        if expired(deadline_ns, now_ns) {
+            self.open_all();
+            return Err(lease_expired(deadline_ns, now_ns));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn lease(&self, ttl: Option<Duration>) -> Result<(), GateError> {
+        let new_ns = ttl.map_or(0, |ttl| {
+            let ttl_ns = u64::try_from(ttl.as_nanos()).unwrap_or(u64::MAX);
+            // 0 would mean no lease at all.
+            sys::now_ns().saturating_add(ttl_ns).max(1)
+        });
+        let deadline = self.control.deadline_ns();
+        let old_ns = deadline.swap(new_ns, Ordering::SeqCst);
+        // Read after the swap: if the old end is still ahead now, no program
+        // can have seen it pass.
+        let now_ns = sys::now_ns();
+        if expired(old_ns, now_ns) && !self.state().is_open() {
+            deadline.store(old_ns, Ordering::SeqCst);
+            return Err(lease_expired(old_ns, now_ns));
+        }
+        Ok(())
+    }
+}
+
+fn lease_expired(deadline_ns: u64, now_ns: u64) -> GateError {
+    GateError::LeaseExpired {
+        ago: Duration::from_nanos(now_ns.saturating_sub(deadline_ns)),
+    }
+}
+
+fn data(map: &Map) -> &MapData {
+    match map {
+        Map::Array(data) | Map::PerCpuArray(data) | Map::HashMap(data) => data,
+        // Every other kind has been refused by name or by the loader: the
+        // object has these three only.
+        other => unreachable!("the gate has no map like {other:?}"),
+    }
+}
+
+fn descriptor(map: &Map) -> BorrowedFd<'_> {
+    data(map).fd().as_fd()
+}
+
+pub(crate) fn address_key(address: IpAddr) -> [u8; 16] {
+    match address.to_canonical() {
+        IpAddr::V4(address) => mapped(address.octets()),
+        IpAddr::V6(address) => address.octets(),
+    }
+}
+
+pub(crate) fn flow_key(flow: &Flow) -> FlowKey {
+    FlowKey {
+        local: address_key(flow.local.ip()),
+        remote: address_key(flow.remote.ip()),
+        local_port_be: flow.local.port().to_be_bytes(),
+        remote_port_be: flow.remote.port().to_be_bytes(),
+    }
+}
+
+/// One key, or two for a wildcard that takes both families.
+pub(crate) fn listener_keys(listener: &Listener) -> impl Iterator<Item = ListenerKey> + use<> {
+    let port_be = listener.local.port().to_be_bytes();
+    let (first, second) = match listener.local {
+        SocketAddr::V6(local) if local.ip().is_unspecified() => {
+            (ANY_V6, (!listener.v6only).then_some(ANY_V4))
+        }
+        SocketAddr::V4(_) | SocketAddr::V6(_) => (address_key(listener.local.ip()), None),
+    };
+    std::iter::once(first)
+        .chain(second)
+        .map(move |local| ListenerKey::new(local, port_be))
+}

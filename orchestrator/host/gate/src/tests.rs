@@ -1,0 +1,432 @@
+//! The programs themselves, run by the kernel on hand-made packets and, in
+//! `network`, between two network namespaces.
+
+mod network;
+mod packets;
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use aya::Ebpf;
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
+use migrate_core::{Flow, Listener};
+use migrate_ebpf_common::{Direction, EXEMPT_MARK};
+
+use self::packets::{ACK, Packet, RST, SYN};
+use crate::GateError;
+use crate::sys::{self, DeviceKind};
+use crate::tables::{self, Tables};
+
+/// Returns from the calling test, with a line that says so, without root.
+macro_rules! needs_root {
+    ($test:expr) => {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIP {}: needs root", $test);
+            return;
+        }
+    };
+}
+
+const NEXT: i32 = -1;
+const DROP: i32 = 2;
+const LOCAL: &str = "10.77.0.100:6379";
+const PEER: &str = "10.77.0.1:40000";
+
+/// The programs, loaded but attached nowhere, with the maps they read.
+struct Programs {
+    ebpf: Ebpf,
+    tables: Tables,
+}
+
+impl Programs {
+    fn load() -> Self {
+        let (mut ebpf, tables) = tables::load(1024).unwrap();
+        for (direction, kind) in [
+            (Direction::Ingress, DeviceKind::Ethernet),
+            (Direction::Egress, DeviceKind::Ethernet),
+            (Direction::Ingress, DeviceKind::Bare),
+            (Direction::Egress, DeviceKind::Bare),
+        ] {
+            crate::load_program(&mut ebpf, direction, kind).unwrap();
+        }
+        Self { ebpf, tables }
+    }
+
+    /// With the flow and the listener of most tests, closed, without a lease.
+    fn closed() -> Self {
+        let programs = Self::load();
+        programs.tables.add_flows(&[flow(LOCAL, PEER)]).unwrap();
+        programs.tables.close().unwrap();
+        programs
+    }
+
+    fn run_marked(&mut self, name: &str, packet: &[u8], mark: u32) -> i32 {
+        // The start of `struct __sk_buff`: len, pkt_type, mark. Only the mark
+        // may be set among them.
+        let mut context = [0_u8; 12];
+        context[8..].copy_from_slice(&mark.to_ne_bytes());
+        let program: &mut SchedClassifier =
+            self.ebpf.program_mut(name).unwrap().try_into().unwrap();
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(packet);
+        options.ctx_in = Some(&context);
+        program
+            .test_run(options)
+            .unwrap()
+            .return_value
+            .cast_signed()
+    }
+
+    fn ingress(&mut self, packet: &Packet) -> i32 {
+        self.run_marked("gate_ingress", &packet.bytes(), 0)
+    }
+
+    fn egress(&mut self, packet: &Packet) -> i32 {
+        self.run_marked("gate_egress", &packet.bytes(), 0)
+    }
+
+    /// The verdicts on a segment from the peer and on the answer to it.
+    fn both(&mut self, local: &str, peer: &str) -> (i32, i32) {
+        (
+            self.ingress(&Packet::tcp(peer, local, ACK)),
+            self.egress(&Packet::tcp(local, peer, ACK)),
+        )
+    }
+}
+
+fn flow(local: &str, remote: &str) -> Flow {
+    Flow::new(local.parse().unwrap(), remote.parse().unwrap())
+}
+
+fn listener(local: &str, v6only: bool) -> Listener {
+    Listener {
+        local: local.parse().unwrap(),
+        v6only,
+    }
+}
+
+fn ip(address: &str) -> IpAddr {
+    address.parse().unwrap()
+}
+
+#[test]
+fn a_closed_gate_drops_its_flow_both_ways_and_nothing_else() {
+    needs_root!("a_closed_gate_drops_its_flow_both_ways_and_nothing_else");
+    let mut programs = Programs::closed();
+    assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
+    for (local, peer) in [
+        (LOCAL, "10.77.0.1:40001"),
+        (LOCAL, "10.77.0.2:40000"),
+        ("10.77.0.100:6380", PEER),
+        ("10.77.0.101:6379", PEER),
+        // The same flow seen from its other end is another flow.
+        (PEER, LOCAL),
+    ] {
+        assert_eq!(programs.both(local, peer), (NEXT, NEXT), "{local} {peer}");
+    }
+    let counters = programs.tables.counters().unwrap();
+    let bytes = u64::try_from(Packet::tcp(PEER, LOCAL, ACK).bytes().len()).unwrap();
+    assert_eq!(counters.ingress_dropped_packets, 1);
+    assert_eq!(counters.egress_dropped_packets, 1);
+    assert_eq!(counters.ingress_dropped_bytes, bytes);
+    assert_eq!(counters.egress_dropped_bytes, bytes);
+}
+
+#[test]
+fn an_open_gate_passes_everything() {
+    needs_root!("an_open_gate_passes_everything");
+    let mut programs = Programs::closed();
+    programs.tables.open_all();
+    assert_eq!(programs.both(LOCAL, PEER), (NEXT, NEXT));
+}
+
+#[test]
+fn egress_opens_before_ingress() {
+    needs_root!("egress_opens_before_ingress");
+    let mut programs = Programs::closed();
+    programs.tables.open_egress();
+    assert_eq!(programs.both(LOCAL, PEER), (DROP, NEXT));
+    programs.tables.open_all();
+    assert_eq!(programs.both(LOCAL, PEER), (NEXT, NEXT));
+}
+
+#[test]
+fn ipv6_flows_are_matched() {
+    needs_root!("ipv6_flows_are_matched");
+    let mut programs = Programs::closed();
+    let (local, peer) = ("[fd00:77::100]:6379", "[fd00:77::1]:40000");
+    assert_eq!(programs.both(local, peer), (NEXT, NEXT));
+    programs.tables.add_flows(&[flow(local, peer)]).unwrap();
+    assert_eq!(programs.both(local, peer), (DROP, DROP));
+    let behind_options = Packet::tcp(peer, local, ACK).with_ipv6_extensions(&[0, 60, 51]);
+    assert_eq!(programs.ingress(&behind_options), DROP);
+}
+
+#[test]
+fn a_mapped_socket_is_its_ipv4_flow() {
+    needs_root!("a_mapped_socket_is_its_ipv4_flow");
+    let mut programs = Programs::load();
+    let mapped = Flow {
+        local: "[::ffff:10.77.0.100]:6379".parse().unwrap(),
+        remote: "[::ffff:10.77.0.1]:40000".parse().unwrap(),
+    };
+    programs.tables.add_flows(&[mapped]).unwrap();
+    programs
+        .tables
+        .add_listeners(&[listener("[::ffff:10.77.0.100]:7000", false)])
+        .unwrap();
+    programs.tables.close().unwrap();
+    assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
+    let syn = Packet::tcp(PEER, "10.77.0.100:7000", SYN);
+    assert_eq!(programs.ingress(&syn), DROP);
+}
+
+#[test]
+fn a_listener_keeps_new_connections_out() {
+    needs_root!("a_listener_keeps_new_connections_out");
+    let mut programs = Programs::load();
+    programs
+        .tables
+        .add_listeners(&[listener("10.77.0.100:7001", false)])
+        .unwrap();
+    programs.tables.close().unwrap();
+    let syn = |to: &str| Packet::tcp("10.77.0.9:50000", to, SYN);
+    assert_eq!(programs.ingress(&syn("10.77.0.100:7001")), DROP);
+    assert_eq!(programs.ingress(&syn("10.77.0.100:7002")), NEXT);
+    assert_eq!(programs.ingress(&syn("10.77.0.11:7001")), NEXT);
+}
+
+#[test]
+fn wildcards_keep_to_their_families() {
+    needs_root!("wildcards_keep_to_their_families");
+    let v4 = ("10.77.0.100:7000", "10.77.0.9:50000");
+    let v6 = ("[fd00:77::100]:7000", "[fd00:77::9]:50000");
+    for (local, v6only, v4_verdict, v6_verdict) in [
+        ("0.0.0.0:7000", false, DROP, NEXT),
+        ("[::]:7000", false, DROP, DROP),
+        ("[::]:7000", true, NEXT, DROP),
+    ] {
+        let mut programs = Programs::load();
+        programs
+            .tables
+            .add_listeners(&[listener(local, v6only)])
+            .unwrap();
+        programs.tables.close().unwrap();
+        let case = format!("{local} v6only={v6only}");
+        assert_eq!(
+            programs.both(v4.0, v4.1),
+            (v4_verdict, v4_verdict),
+            "{case}"
+        );
+        assert_eq!(
+            programs.both(v6.0, v6.1),
+            (v6_verdict, v6_verdict),
+            "{case}"
+        );
+    }
+}
+
+#[test]
+fn tags_options_and_fragments_are_read() {
+    needs_root!("tags_options_and_fragments_are_read");
+    let mut programs = Programs::closed();
+    let segment = || Packet::tcp(PEER, LOCAL, ACK);
+    assert_eq!(programs.ingress(&segment().with_vlan_tags(1)), DROP);
+    assert_eq!(programs.ingress(&segment().with_vlan_tags(2)), DROP);
+    assert_eq!(programs.ingress(&segment().with_ipv4_options(40)), DROP);
+    assert_eq!(programs.ingress(&segment().with_fragment_offset(0)), DROP);
+    // Without the first fragment this one is never put together.
+    assert_eq!(programs.ingress(&segment().with_fragment_offset(185)), NEXT);
+}
+
+#[test]
+fn devices_without_ethernet_header_are_read() {
+    needs_root!("devices_without_ethernet_header_are_read");
+    let mut programs = Programs::closed();
+    // The kernel's test runner takes an Ethernet header off and gives the
+    // program what is behind it only for L3 program types; so the frame here
+    // is one whose Ethernet header the L3 program must not skip: it finds no
+    // IPv4 header at offset 0 and passes.
+    let frame = Packet::tcp(PEER, LOCAL, ACK).bytes();
+    assert_eq!(programs.run_marked("gate_ingress_l3", &frame, 0), NEXT);
+    assert_eq!(programs.run_marked("gate_egress_l3", &frame, 0), NEXT);
+}
+
+#[test]
+fn crius_own_packets_pass() {
+    needs_root!("crius_own_packets_pass");
+    let mut programs = Programs::closed();
+    let forged = Packet::tcp(PEER, LOCAL, ACK).bytes();
+    assert_eq!(
+        programs.run_marked("gate_ingress", &forged, EXEMPT_MARK),
+        NEXT
+    );
+    assert_eq!(
+        programs.run_marked("gate_ingress", &forged, EXEMPT_MARK + 1),
+        DROP
+    );
+}
+
+#[test]
+fn resets_are_counted_and_kept_in() {
+    needs_root!("resets_are_counted_and_kept_in");
+    let mut programs = Programs::closed();
+    let reset = Packet::tcp(LOCAL, PEER, RST);
+    let foreign = Packet::tcp("10.77.0.11:22", PEER, RST);
+    assert_eq!(programs.egress(&reset), DROP);
+    assert_eq!(programs.egress(&foreign), NEXT);
+    let counters = programs.tables.counters().unwrap();
+    assert_eq!((counters.rst_dropped, counters.rst_sent), (1, 0));
+    programs.tables.open_egress();
+    assert_eq!(programs.egress(&reset), NEXT);
+    assert_eq!(programs.egress(&foreign), NEXT);
+    let counters = programs.tables.counters().unwrap();
+    assert_eq!((counters.rst_dropped, counters.rst_sent), (1, 1));
+}
+
+#[test]
+fn a_lease_that_runs_out_opens_the_gate() {
+    needs_root!("a_lease_that_runs_out_opens_the_gate");
+    let mut programs = Programs::load();
+    programs.tables.add_flows(&[flow(LOCAL, PEER)]).unwrap();
+    let lease = Duration::from_millis(50);
+    programs.tables.lease(Some(lease)).unwrap();
+    programs.tables.close().unwrap();
+    assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
+    // The programs' clock lags by up to a tick: wait for what they see.
+    let end = sys::now_ns() + 2_000_000_000;
+    while programs.both(LOCAL, PEER) != (NEXT, NEXT) {
+        assert!(sys::now_ns() < end, "the gate did not open");
+        std::thread::yield_now();
+    }
+    assert_eq!(programs.tables.lease_left(), Some(Duration::ZERO));
+    // What has been open is not silently closed again.
+    for ttl in [Some(lease), None] {
+        let refused = programs.tables.lease(ttl).unwrap_err();
+        assert!(
+            matches!(refused, GateError::LeaseExpired { .. }),
+            "{refused}"
+        );
+        assert_eq!(programs.both(LOCAL, PEER), (NEXT, NEXT));
+    }
+    let refused = programs.tables.close().unwrap_err();
+    assert!(
+        matches!(refused, GateError::LeaseExpired { .. }),
+        "{refused}"
+    );
+    // An open gate may have a new lease and be closed anew.
+    programs
+        .tables
+        .lease(Some(Duration::from_secs(60)))
+        .unwrap();
+    programs.tables.close().unwrap();
+    assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
+}
+
+#[test]
+fn without_a_lease_the_gate_stays_closed() {
+    needs_root!("without_a_lease_the_gate_stays_closed");
+    let mut programs = Programs::load();
+    programs.tables.add_flows(&[flow(LOCAL, PEER)]).unwrap();
+    let ttl = Duration::from_millis(100);
+    programs.tables.lease(Some(ttl)).unwrap();
+    programs.tables.close().unwrap();
+    programs.tables.lease(None).unwrap();
+    let end = sys::now_ns() + u64::try_from(ttl.as_nanos()).unwrap() * 2;
+    while sys::now_ns() < end {
+        assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
+    }
+    assert_eq!(programs.tables.lease_left(), None);
+}
+
+#[test]
+fn a_staged_ipv4_address_is_kept_quiet_in_every_state() {
+    needs_root!("a_staged_ipv4_address_is_kept_quiet_in_every_state");
+    let mut programs = Programs::load();
+    programs.tables.stage(&[ip("10.77.0.100")]).unwrap();
+    let (staged, peer, own) = ("10.77.0.100", "10.77.0.1", "10.77.0.12");
+    for close in [false, true] {
+        if close {
+            programs.tables.close().unwrap();
+        }
+        // Reply, gratuitous request, request about others in its name, probe.
+        assert_eq!(programs.egress(&Packet::arp(2, staged, peer)), DROP);
+        assert_eq!(programs.egress(&Packet::arp(1, staged, staged)), DROP);
+        assert_eq!(programs.egress(&Packet::arp(1, staged, peer)), DROP);
+        assert_eq!(programs.egress(&Packet::arp(1, "0.0.0.0", staged)), DROP);
+        assert_eq!(programs.ingress(&Packet::arp(1, peer, staged)), DROP);
+        // Those of the host's own address go on.
+        assert_eq!(programs.egress(&Packet::arp(1, own, peer)), NEXT);
+        assert_eq!(programs.ingress(&Packet::arp(1, peer, own)), NEXT);
+        assert_eq!(programs.ingress(&Packet::arp(2, peer, own)), NEXT);
+    }
+    assert_eq!(
+        programs.tables.counters().unwrap().staged_dropped_packets,
+        10
+    );
+    programs.tables.unstage(&[ip("10.77.0.100")]).unwrap();
+    assert_eq!(programs.egress(&Packet::arp(1, staged, staged)), NEXT);
+    assert_eq!(programs.ingress(&Packet::arp(1, peer, staged)), NEXT);
+    // Once more is no error.
+    programs.tables.unstage(&[ip("10.77.0.100")]).unwrap();
+}
+
+#[test]
+fn a_staged_ipv6_address_is_kept_quiet() {
+    needs_root!("a_staged_ipv6_address_is_kept_quiet");
+    let mut programs = Programs::load();
+    programs.tables.stage(&[ip("fd00:77::100")]).unwrap();
+    let (staged, peer, own) = ("fd00:77::100", "fd00:77::1", "fd00:77::12");
+    let (solicitation, advertisement, router_solicitation) = (135, 136, 133);
+    let nd = Packet::neighbour_discovery;
+    assert_eq!(
+        programs.egress(&nd(advertisement, staged, peer, staged)),
+        DROP
+    );
+    assert_eq!(programs.egress(&nd(advertisement, own, peer, staged)), DROP);
+    assert_eq!(programs.egress(&nd(solicitation, staged, peer, peer)), DROP);
+    assert_eq!(
+        programs.egress(&nd(router_solicitation, staged, peer, peer)),
+        DROP
+    );
+    assert_eq!(programs.egress(&nd(solicitation, "::", peer, staged)), DROP);
+    assert_eq!(
+        programs.ingress(&nd(solicitation, peer, staged, staged)),
+        DROP
+    );
+    assert_eq!(programs.egress(&nd(advertisement, own, peer, own)), NEXT);
+    assert_eq!(programs.ingress(&nd(solicitation, peer, own, own)), NEXT);
+    programs.tables.unstage(&[ip("fd00:77::100")]).unwrap();
+    assert_eq!(
+        programs.ingress(&nd(solicitation, peer, staged, staged)),
+        NEXT
+    );
+}
+
+#[test]
+fn flows_beyond_the_capacity_are_an_error() {
+    needs_root!("flows_beyond_the_capacity_are_an_error");
+    let programs = Programs::load();
+    let flows = |ports: std::ops::Range<u16>| -> Vec<Flow> {
+        ports
+            .map(|port| flow(LOCAL, &format!("10.77.0.1:{port}")))
+            .collect()
+    };
+    programs.tables.add_flows(&flows(1..1001)).unwrap();
+    // Known ones take no room.
+    programs.tables.add_flows(&flows(1..1001)).unwrap();
+    assert_eq!(programs.tables.count_flows().unwrap(), 1000);
+    let error = programs.tables.add_flows(&flows(2000..3000)).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            GateError::Full {
+                capacity: 1024,
+                asked: 1000,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(error.help().is_some());
+}

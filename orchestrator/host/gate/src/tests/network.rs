@@ -1,0 +1,1 @@
+//! A real gate between two network namespaces.
