@@ -6,5 +6,6 @@
 //! connection moves cannot go unseen; their own tests put such faults on the
 //! wire and demand that each is found.
 
+pub mod client;
 pub mod echo_wire;
 pub mod strict;

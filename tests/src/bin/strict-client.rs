@@ -76,8 +76,8 @@ struct Common {
     /// Milliseconds to wait for a workload that does not listen yet
     #[arg(long, default_value_t = 5_000)]
     connect_wait_ms: u64,
-    /// Take `snapshot` and `stop` as lines on standard input, and its end as
-    /// `stop`
+    /// Take `snapshot`, `progress N` and `stop` as lines on standard input,
+    /// and its end as `stop`
     #[arg(long)]
     control: bool,
     /// Print a snapshot every second on standard error

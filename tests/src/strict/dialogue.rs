@@ -89,6 +89,7 @@ pub(super) enum Expected {
 #[derive(Debug)]
 pub(super) struct Owed {
     queue: VecDeque<Expected>,
+    /// The last right reply: the one that would come again.
     last: Vec<u8>,
     /// How a counter's value is written and read.
     counter_prefix: &'static [u8],
@@ -115,7 +116,9 @@ impl Owed {
         for _ in 0..answered {
             self.queue.pop_front();
         }
-        self.last = frame.to_vec();
+        if finding.is_none() {
+            self.last = frame.to_vec();
+        }
         Judged::Reply {
             used: frame.len(),
             answered,

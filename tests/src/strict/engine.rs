@@ -119,6 +119,8 @@ struct Engine<'a> {
     client_lag: Duration,
     keys_verified: u64,
     control: Vec<u8>,
+    /// Right replies each connection must reach before a snapshot is printed.
+    awaited: Option<Vec<u64>>,
     chunk: Vec<u8>,
 }
 
@@ -243,6 +245,7 @@ impl<'a> Engine<'a> {
             client_lag: Duration::ZERO,
             keys_verified: 0,
             control: Vec::new(),
+            awaited: None,
             chunk: vec![0; 64 * 1024],
         };
         engine.watch(&engine.timer, TOKEN_TIMER)?;
@@ -313,6 +316,7 @@ impl<'a> Engine<'a> {
             }
             self.send_due()?;
             self.announce_ready()?;
+            self.answer_progress()?;
             let now = Instant::now();
             if now >= tick + TICK {
                 tick = now;
@@ -643,6 +647,21 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
+    /// Answers `progress` once every connection went on far enough.
+    fn answer_progress(&mut self) -> io::Result<()> {
+        let reached = self.awaited.as_ref().is_some_and(|goals| {
+            self.connections
+                .iter()
+                .zip(goals)
+                .all(|(connection, goal)| connection.requests >= *goal)
+        });
+        if reached {
+            self.awaited = None;
+            self.print_snapshot()?;
+        }
+        Ok(())
+    }
+
     fn take_signals(&mut self, signals: &SignalFd) -> io::Result<()> {
         while let Some(info) = signals.read_signal()? {
             if i32::try_from(info.ssi_signo).is_ok_and(|number| number == Signal::SIGUSR1 as i32) {
@@ -667,6 +686,28 @@ impl<'a> Engine<'a> {
             match line.trim_ascii() {
                 b"snapshot" => self.print_snapshot()?,
                 b"stop" => self.stop()?,
+                [
+                    b'p',
+                    b'r',
+                    b'o',
+                    b'g',
+                    b'r',
+                    b'e',
+                    b's',
+                    b's',
+                    b' ',
+                    count @ ..,
+                ] => {
+                    let count = std::str::from_utf8(count)
+                        .ok()
+                        .and_then(|text| text.parse().ok());
+                    let count: u64 = count.unwrap_or(1);
+                    let goals = self
+                        .connections
+                        .iter()
+                        .map(|c| c.requests.saturating_add(count));
+                    self.awaited = Some(goals.collect());
+                }
                 other => eprintln!("strict-client: no such command: {}", Excerpt(other)),
             }
         }

@@ -11,6 +11,9 @@ pub(super) struct Memcached {
     value_key: String,
     counter: Option<u64>,
     value: Vec<u8>,
+    /// Whether the value was read since it was set. It is not set again before
+    /// that: a set that went astray would not be seen.
+    read: bool,
     dice: Dice,
     owed: Owed,
 }
@@ -22,42 +25,45 @@ impl Memcached {
             value_key: format!("strict:{run:x}:{connection}:value"),
             counter: None,
             value: Vec::new(),
+            read: true,
             dice: Dice::new(scramble(run, connection as u64)),
             owed: Owed::new(b""),
         }
     }
 
     fn ask_one(&mut self, out: &mut Vec<u8>) {
-        let Some(counter) = &mut self.counter else {
-            self.counter = Some(0);
-            store(&self.counter_key, b"0", out);
-            return self.owed.push(Expected::Exact(b"STORED\r\n".to_vec()));
-        };
-        let choice = if self.value.is_empty() {
-            2
-        } else {
-            self.dice.below(4)
-        };
-        match choice {
-            0 => {
-                *counter += 1;
-                out.extend_from_slice(format!("incr {} 1\r\n", self.counter_key).as_bytes());
-                self.owed.push(Expected::Counter(*counter));
-            }
-            1 => {
-                out.extend_from_slice(format!("get {}\r\n", self.value_key).as_bytes());
-                let (key, length) = (&self.value_key, self.value.len());
-                let head = format!("VALUE {key} 0 {length}\r\n");
-                let reply = [head.as_bytes(), &self.value, b"\r\nEND\r\n"].concat();
-                self.owed.push(Expected::Exact(reply));
-            }
-            _ => {
+        match self.dice.below(3) {
+            0 => self.increment(out),
+            _ if self.read => {
                 let length = usize::try_from(self.dice.below(200)).unwrap_or(0) + 16;
                 self.value = self.dice.text(length);
+                self.read = false;
                 store(&self.value_key, &self.value, out);
                 self.owed.push(Expected::Exact(b"STORED\r\n".to_vec()));
             }
+            _ => self.get(out),
         }
+    }
+
+    fn increment(&mut self, out: &mut Vec<u8>) {
+        if let Some(counter) = &mut self.counter {
+            *counter += 1;
+            out.extend_from_slice(format!("incr {} 1\r\n", self.counter_key).as_bytes());
+            self.owed.push(Expected::Counter(*counter));
+        } else {
+            // Unlike redis, it counts up only what is there.
+            self.counter = Some(0);
+            store(&self.counter_key, b"0", out);
+            self.owed.push(Expected::Exact(b"STORED\r\n".to_vec()));
+        }
+    }
+
+    fn get(&mut self, out: &mut Vec<u8>) {
+        self.read = true;
+        out.extend_from_slice(format!("get {}\r\n", self.value_key).as_bytes());
+        let head = format!("VALUE {} 0 {}\r\n", self.value_key, self.value.len());
+        let reply = [head.as_bytes(), &self.value, b"\r\nEND\r\n"].concat();
+        self.owed.push(Expected::Exact(reply));
     }
 }
 
@@ -70,12 +76,23 @@ impl Dialogue for Memcached {
         batch
     }
 
+    fn ask_last(&mut self, out: &mut Vec<u8>) -> usize {
+        self.increment(out);
+        if self.read {
+            return 1;
+        }
+        self.get(out);
+        2
+    }
+
     fn judge(&mut self, input: &[u8]) -> Judged {
         match frame(input) {
             Ok(None) => Judged::Incomplete,
-            Ok(Some(length)) => self
-                .owed
-                .judge(&input[..length], self.counter.get_or_insert_default()),
+            Ok(Some(length)) => {
+                let mut none = 0;
+                let counter = self.counter.as_mut().unwrap_or(&mut none);
+                self.owed.judge(&input[..length], counter)
+            }
             Err(Malformed) => self.owed.out_of_step(input),
         }
     }

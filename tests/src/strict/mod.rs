@@ -81,7 +81,9 @@ pub struct Options {
     pub reply_timeout: Duration,
     /// How long to wait for a workload that does not listen yet.
     pub connect_wait: Duration,
-    /// Take `snapshot` and `stop` as lines on standard input; its end stops too.
+    /// Take lines on standard input, whose end stops too: `snapshot`, `stop`,
+    /// and `progress N`, answered with a snapshot as soon as every connection
+    /// had N more right replies.
     pub control: bool,
     /// One line a second on standard error.
     pub progress: bool,
@@ -98,7 +100,7 @@ pub fn default_interval(connections: usize) -> Duration {
     }
 }
 
-/// Where a run stands, answered on SIGUSR1.
+/// Where a run stands, answered on SIGUSR1 and to `snapshot`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// Requests with a right reply.

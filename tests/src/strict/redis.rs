@@ -16,6 +16,9 @@ pub(super) struct Redis {
     counter: u64,
     /// The value once every request sent so far is executed.
     value: Vec<u8>,
+    /// Whether the value was read since it was set. It is not set again before
+    /// that: a SET that went astray would not be seen.
+    read: bool,
     dice: Dice,
     owed: Owed,
 }
@@ -27,39 +30,41 @@ impl Redis {
             value_key: format!("strict:{run:x}:{connection}:value"),
             counter: 0,
             value: Vec::new(),
+            read: true,
             dice: Dice::new(scramble(run, connection as u64)),
             owed: Owed::new(b":"),
         }
     }
 
     fn ask_one(&mut self, out: &mut Vec<u8>) {
-        let choice = if self.value.is_empty() {
-            3
-        } else {
-            self.dice.below(5)
-        };
-        match choice {
-            0 | 1 => {
-                command(&[b"INCR", self.counter_key.as_bytes()], out);
-                self.counter += 1;
-                self.owed.push(Expected::Counter(self.counter));
-            }
-            2 => {
-                command(&[b"GET", self.value_key.as_bytes()], out);
-                self.owed.push(Expected::Exact(bulk(&self.value)));
-            }
-            3 => {
+        match self.dice.below(5) {
+            0 | 1 => self.increment(out),
+            2 | 3 if self.read => {
                 let length = usize::try_from(self.dice.below(200)).unwrap_or(0) + 16;
                 self.value = self.dice.text(length);
+                self.read = false;
                 command(&[b"SET", self.value_key.as_bytes(), &self.value], out);
                 self.owed.push(Expected::Exact(b"+OK\r\n".to_vec()));
             }
+            2 | 3 => self.get(out),
             _ => {
                 let nonce = self.dice.text(24);
                 command(&[b"ECHO", &nonce], out);
                 self.owed.push(Expected::Exact(bulk(&nonce)));
             }
         }
+    }
+
+    fn increment(&mut self, out: &mut Vec<u8>) {
+        command(&[b"INCR", self.counter_key.as_bytes()], out);
+        self.counter += 1;
+        self.owed.push(Expected::Counter(self.counter));
+    }
+
+    fn get(&mut self, out: &mut Vec<u8>) {
+        self.read = true;
+        command(&[b"GET", self.value_key.as_bytes()], out);
+        self.owed.push(Expected::Exact(bulk(&self.value)));
     }
 }
 
@@ -70,6 +75,15 @@ impl Dialogue for Redis {
             self.ask_one(out);
         }
         batch
+    }
+
+    fn ask_last(&mut self, out: &mut Vec<u8>) -> usize {
+        self.increment(out);
+        if self.read {
+            return 1;
+        }
+        self.get(out);
+        2
     }
 
     fn judge(&mut self, input: &[u8]) -> Judged {
