@@ -432,7 +432,7 @@ fn record(out: &mut Vec<u8>, message: &impl Message) {
     out.extend(body);
 }
 
-fn private() -> OpenOptions {
+pub(crate) fn private() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.mode(0o600);
     options

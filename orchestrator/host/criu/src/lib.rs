@@ -11,6 +11,7 @@ mod log;
 mod pages;
 mod rpc;
 mod session;
+pub mod stdio;
 mod worker;
 
 pub use error::{Action, CriuError};

@@ -21,6 +21,9 @@ const HARMLESS: &[&str] = &[
     // Only says that the line above it was fatal.
     "Dumping FAILED",
     "Restoring FAILED",
+    // The page socket is no TCP socket.
+    "Unable to set TCP_NODELAY",
+    "Unable to set TCP_CORK",
     // Our own `answer(false)`.
     "RPC client reported script error",
     "One of more action scripts failed",
@@ -31,6 +34,10 @@ const ADVICE: &[(&str, &str)] = &[
     (
         "No space left on device",
         "the tmpfs of the images is full: free memory or enlarge it",
+    ),
+    (
+        "Unable to interrupt task",
+        "a process of the tree ended during the dump: try again",
     ),
     (
         "File exists",
@@ -242,9 +249,11 @@ impl LogTail {
                 .map(|line| (*line).to_owned())
                 .collect();
         }
+        // A page stream that breaks is our own doing, or the wake of an error.
         let first_error = kept
             .iter()
-            .find(|line| is_error(line))
+            .filter(|line| is_error(line))
+            .min_by_key(|line| line.contains("page-xfer:"))
             .map(|line| bare(line).to_owned());
         Self {
             path: path.to_owned(),
@@ -253,17 +262,17 @@ impl LogTail {
         }
     }
 
-    /// Adds what CRIU said before it had a log, if there is nothing else.
-    pub(crate) fn or_stderr(mut self, stderr: Vec<String>, message: Option<String>) -> Self {
+    /// Adds what CRIU said elsewhere: on its standard error, before it had a
+    /// log, or in its answer.
+    pub(crate) fn or_else(mut self, stderr: Vec<String>, message: Option<String>) -> Self {
+        let said = message
+            .filter(|text| !HARMLESS.iter().any(|harmless| text.contains(harmless)))
+            .map(|text| bare(text.trim()).to_owned())
+            .filter(|text| !text.is_empty())
+            .or_else(|| stderr.last().map(|line| bare(line).to_owned()));
+        self.first_error = self.first_error.or(said);
         if self.lines.is_empty() {
             self.lines = stderr;
-        }
-        if self.first_error.is_none() {
-            self.first_error = message
-                .filter(|text| !HARMLESS.iter().any(|harmless| text.contains(harmless)))
-                .map(|text| bare(text.trim()).to_owned())
-                .filter(|text| !text.is_empty())
-                .or_else(|| self.lines.last().map(|line| bare(line).to_owned()));
         }
         self
     }
@@ -347,7 +356,7 @@ mod tests {
     #[test]
     fn without_a_log_what_was_on_stderr_is_kept() {
         let tail = LogTail::read(Path::new("/nonexistent/dump.log"))
-            .or_stderr(vec!["cannot open shared object".into()], None);
+            .or_else(vec!["cannot open shared object".into()], None);
         assert_eq!(tail.summary(), Some("cannot open shared object"));
     }
 

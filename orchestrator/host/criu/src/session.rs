@@ -129,7 +129,16 @@ impl Session {
         self.process.pid()
     }
 
+    /// Whether CRIU still runs, and so has held what it holds without a break.
+    pub fn alive(&mut self) -> bool {
+        self.process.alive()
+    }
+
     /// Our end of the page stream; once, and for a dump only.
+    ///
+    /// Serve it with [`serve_pages`](crate::serve_pages) from the start, or
+    /// drop it: CRIU waits there even when the dump has failed. So the stream
+    /// may come to its end without a mistake in a dump that fails.
     pub fn page_socket(&mut self) -> Option<UnixStream> {
         self.page_socket.take()
     }
@@ -185,7 +194,7 @@ impl Session {
         Err(CriuError::Failed {
             action: self.action,
             errno: response.cr_errno,
-            log: LogTail::read(&self.log).or_stderr(self.process.stderr(), response.cr_errmsg),
+            log: LogTail::read(&self.log).or_else(self.process.stderr(), response.cr_errmsg),
         })
     }
 
@@ -195,7 +204,7 @@ impl Session {
         CriuError::Died {
             action: self.action,
             status,
-            log: LogTail::read(&self.log).or_stderr(self.process.stderr(), None),
+            log: LogTail::read(&self.log).or_else(self.process.stderr(), None),
         }
     }
 

@@ -80,6 +80,13 @@ impl Process {
         self.pid
     }
 
+    /// Whether it has not ended.
+    pub(crate) fn alive(&mut self) -> bool {
+        self.child
+            .as_mut()
+            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
     /// Ends it and waits for the end.
     pub(crate) async fn kill(&mut self) -> io::Result<()> {
         match self.child.as_mut() {
@@ -138,8 +145,8 @@ pub struct DumpOptions {
     pub images: PathBuf,
     /// The tree's session leader or terminal is outside the tree.
     pub shell_job: bool,
-    /// Resources that lead out of the tree, in CRIU's notation; see the
-    /// crate's page on standard streams.
+    /// Resources that lead out of the tree, in CRIU's notation; see
+    /// [`stdio`](crate::stdio).
     pub external: Vec<String>,
     /// Datagram sockets may be connected to a named socket outside the tree
     /// (`/dev/log`); they are connected to the same name on restore.
