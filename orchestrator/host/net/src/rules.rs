@@ -149,7 +149,6 @@ pub fn place(
         .iter()
         .filter(|i| i.up && !i.loopback)
         .filter_map(|interface| {
-            // A /32 or /128 stands for itself and says nothing about its link.
             let prefix_len = addresses
                 .iter()
                 .filter(|a| a.ifindex == interface.index && a.global)

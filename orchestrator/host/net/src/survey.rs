@@ -518,8 +518,9 @@ impl<'a> Judge<'a> {
                 ));
                 continue;
             };
-            moving.push(address);
-            self.address(address, forced.contains(ip));
+            if self.address(address, forced.contains(ip)) {
+                moving.push(address);
+            }
         }
         for address in &moving {
             self.secondaries(address, &wanted);
@@ -538,7 +539,8 @@ impl<'a> Judge<'a> {
         (facts, interfaces.into_iter().collect())
     }
 
-    fn address(&mut self, address: &Address, forced: bool) {
+    /// Judges one address that the tree uses; `false` when it can move in no case.
+    fn address(&mut self, address: &Address, forced: bool) -> bool {
         let Address { ip, interface, .. } = address;
         let subject = format!("address {ip} on {interface}");
         if self.is_on_loopback(address) {
@@ -547,7 +549,7 @@ impl<'a> Judge<'a> {
                 "sits on the loopback interface: peers reach it by a route, which does not move",
                 "put the workload's address on the interface that faces its clients",
             ));
-            return;
+            return false;
         }
         let own_address = format!(
             "give the workload an address of its own (`ip address add ADDRESS/{} dev {interface}`) \
@@ -563,7 +565,7 @@ impl<'a> Judge<'a> {
                     format!("cannot move: {why}"),
                     "let the workload use a global or unique-local (fd00::/8) address",
                 ));
-                return;
+                return false;
             }
             Owner::Host(why) => {
                 fine = false;
@@ -621,6 +623,7 @@ impl<'a> Judge<'a> {
                 "belongs to the workload and moves with it",
             ));
         }
+        true
     }
 
     fn is_on_loopback(&self, address: &Address) -> bool {
@@ -767,12 +770,12 @@ pub async fn compare(
             }
         }
     }
-    findings.extend(port_findings(tree, &tcp_sockets()?));
+    findings.extend(port_findings(&tree.listeners, &tree.flows, &tcp_sockets()?));
     Ok((findings, placements))
 }
 
 /// What on this host is bound to an end that the tree will be bound to.
-fn port_findings(tree: &TreeFacts, here: &[TcpSocket]) -> Vec<Finding> {
+fn port_findings(listeners: &[Listener], flows: &[Flow], here: &[TcpSocket]) -> Vec<Finding> {
     let mut findings = Vec::new();
     let listening: Vec<&TcpSocket> = here
         .iter()
@@ -780,8 +783,8 @@ fn port_findings(tree: &TreeFacts, here: &[TcpSocket]) -> Vec<Finding> {
         .collect();
     // One line for each listener in the way, however many sockets it is in the way of.
     let mut in_the_way = BTreeMap::<SocketAddr, BTreeSet<SocketAddr>>::new();
-    let own = (tree.listeners.iter().map(|l| (l.local, l.v6only)))
-        .chain(tree.flows.iter().map(|f| (f.local, false)));
+    let own = (listeners.iter().map(|l| (l.local, l.v6only)))
+        .chain(flows.iter().map(|f| (f.local, false)));
     for (local, v6only) in own {
         for theirs in &listening {
             if rules::collide(local, v6only, theirs.local, theirs.v6only) {
@@ -800,7 +803,7 @@ fn port_findings(tree: &TreeFacts, here: &[TcpSocket]) -> Vec<Finding> {
             "stop that service on the destination, or bind it to the destination's own address",
         ));
     }
-    let flows: BTreeSet<Flow> = tree.flows.iter().copied().collect();
+    let flows: BTreeSet<Flow> = flows.iter().copied().collect();
     let taken: Vec<Flow> = here
         .iter()
         .filter(|s| s.state != TcpState::Listen)
