@@ -2,9 +2,9 @@
 
 use std::{
     env, fs,
-    io::{self, BufRead as _, Read as _, Write as _},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, SocketAddr},
-    os::unix::process::parent_id,
+    os::{fd::AsFd as _, unix::process::parent_id},
     path::PathBuf,
     sync::Arc,
     thread,
@@ -185,14 +185,21 @@ type Line = oneshot::Receiver<Result<Vec<u8>, ChannelError>>;
 /// Reads the source's line and then waits for the end of standard input.
 ///
 /// On a thread of its own: one of the runtime's would keep the process from
-/// ending for as long as the read takes.
+/// ending for as long as the read takes. And on a descriptor of its own: the
+/// thread stays behind when standard input is let go of, and must not hold
+/// the lock of the one that the rest of the process sees.
 fn watch_stdin() -> Result<(Line, oneshot::Receiver<()>), ChannelError> {
     let (line_tx, line_rx) = oneshot::channel();
     let (gone_tx, gone_rx) = oneshot::channel();
+    let stdin = io::stdin().as_fd().try_clone_to_owned();
+    let stdin = stdin.map_err(|source| ChannelError::Local {
+        attempt: "duplicate standard input",
+        source,
+    })?;
     thread::Builder::new()
         .name("stdin".into())
         .spawn(move || {
-            let mut stdin = io::stdin().lock();
+            let mut stdin = BufReader::new(fs::File::from(stdin));
             // Nobody may be waiting any longer; then it does not matter.
             let _ = line_tx.send(read_line(&mut stdin));
             let _ = io::copy(&mut stdin, &mut io::sink());

@@ -458,7 +458,7 @@ fn handshake_help(error: &io::Error) -> Option<String> {
             | CertificateError::NotValidYetContext { .. },
         ) => "its certificate is not valid now; renew it, or check both clocks",
         Tls::InvalidCertificate(_) => {
-            "it is not the host that was asked for, or something sits in between"
+            "it is not the host that was asked for, something sits in between, or its certificate is of another authority than the one given with --ca"
         }
         Tls::NoCertificatesPresented => {
             "the other side must present a certificate: --ca --cert --key"

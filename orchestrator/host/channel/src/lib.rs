@@ -34,6 +34,9 @@ mod frame;
 mod ssh;
 mod tls;
 
+#[cfg(test)]
+mod tests;
+
 pub use agent::{StandingAgent, serve_stdio};
 pub use connect::{Destination, TlsFiles, connect};
 pub use connection::{Connection, Peer, Receiver, Sender};
