@@ -1,2 +1,96 @@
-//!
-fn main() {}
+//! `migrate`: moves a running process tree to another Linux host while its
+//! TCP peers stay connected.
+
+mod exit;
+mod logging;
+mod show;
+mod verb;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::exit::Exit;
+
+/// Move a running process tree to another host; its TCP peers stay connected.
+#[derive(Debug, Parser)]
+#[command(
+    name = "migrate",
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = "Exit codes: 0 moved; 1 internal; 2 usage; 3 preflight refused; 4 connect or \
+                  authentication; 6 failed and rolled back, the source runs; 7 undecided or failed \
+                  after the commit; 8 CRIU refused the dump, the source runs; 130 interrupted and \
+                  rolled back."
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    #[command(flatten)]
+    migrate: verb::migrate::Args,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// How much is said, and how.
+#[derive(Debug, Clone, clap::Args)]
+struct Output {
+    /// One JSON object a line on standard output instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    /// Say nothing but the last line
+    #[arg(short, long, global = true, conflicts_with = "json")]
+    quiet: bool,
+    /// Log to standard error; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Examine a tree and the destination; move nothing
+    Check(verb::check::Args),
+    /// The destination's side: started over SSH, or standing with mutual TLS
+    Agent(verb::agent::Args),
+    /// What is under way on this host, and what was left behind
+    #[command(alias = "list")]
+    Status,
+    /// Remove gates whose owner is dead
+    Unlock(verb::unlock::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    logging::start(
+        &cli.output,
+        matches!(&cli.verb, Some(Verb::Agent(agent)) if agent.stdio),
+    );
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!(
+            "migrate: this needs root: it freezes processes, loads eBPF programs and moves addresses"
+        );
+        eprintln!("help: run it with sudo, or as root");
+        return Exit::Usage.into();
+    }
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("migrate: could not start: {error}");
+            return Exit::Internal.into();
+        }
+    };
+    let output = cli.output;
+    let exit = runtime.block_on(async move {
+        match cli.verb {
+            None => verb::migrate::run(cli.migrate, &output).await,
+            Some(Verb::Check(args)) => verb::check::run(args, &output).await,
+            Some(Verb::Agent(args)) => verb::agent::run(args).await,
+            Some(Verb::Status) => verb::status::run(&output),
+            Some(Verb::Unlock(args)) => verb::unlock::run(&args).await,
+        }
+    });
+    // Tasks that only wait for a peer must not keep the process.
+    runtime.shutdown_background();
+    exit.into()
+}

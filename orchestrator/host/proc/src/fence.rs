@@ -51,6 +51,15 @@ pub enum FenceKind {
     StopSignal,
 }
 
+impl std::fmt::Display for FenceKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::CgroupFreezer => "cgroup freezer",
+            Self::StopSignal => "stop signals",
+        })
+    }
+}
+
 /// All that another process needs to take a fence over after a crash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FenceRecord {

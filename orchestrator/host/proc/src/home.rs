@@ -101,6 +101,25 @@ impl Home {
         }
     }
 
+    /// Kills those of `pids` that live here: a copy whose restore came to
+    /// nothing. Without a v2 hierarchy nothing tells the copy from others, and
+    /// nothing is killed.
+    ///
+    /// # Errors
+    /// When one cannot be killed.
+    pub fn kill(&self, pids: &[i32]) -> Result<(), ProcError> {
+        if self.directory.is_none() {
+            return Ok(());
+        }
+        let mut here = Vec::new();
+        for &pid in pids {
+            if cgroup::of_tree(pid).ok().flatten().as_deref() == Some(&self.path) {
+                here.push(pid);
+            }
+        }
+        crate::kill_tree(&here)
+    }
+
     /// Leaves the cgroup to the tree: the restore has been committed.
     pub fn keep(mut self) {
         self.created.clear();

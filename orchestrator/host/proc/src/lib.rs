@@ -30,4 +30,4 @@ pub use signal::kill_tree;
 pub use supervisor::{
     HoldDown, HoldDownRecord, Supervisor, hold_down, supervisor, supervisor_finding,
 };
-pub use tree::{Tree, tree, validate_target};
+pub use tree::{Tree, start_ticks, tree, validate_target};

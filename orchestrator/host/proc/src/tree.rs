@@ -344,3 +344,14 @@ pub(crate) fn is_same_process(pid: i32, start_ticks: u64) -> bool {
 pub(crate) fn descriptors_of(pid: i32) -> PathBuf {
     read::of(pid, "fd")
 }
+
+/// When a process started, in clock ticks since boot; `None` when it is not
+/// there or has ended. Tells a reused PID from the process it once was.
+#[must_use]
+pub fn start_ticks(pid: i32) -> Option<u64> {
+    read::stat(pid)
+        .ok()
+        .flatten()
+        .filter(|stat| !stat.has_ended())
+        .map(|stat| stat.start_ticks)
+}

@@ -1,0 +1,63 @@
+//! Exit codes, a promise to scripts.
+
+use std::process::ExitCode;
+
+use migrate_core::Phase;
+use migrate_session::Error;
+use migrate_session::source::Failure;
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done.
+    Done = 0,
+    /// A defect, or something this list has no name for.
+    Internal = 1,
+    /// The command line.
+    Usage = 2,
+    /// Preflight refused.
+    Refused = 3,
+    /// The destination was not reached or did not let us in.
+    Connect = 4,
+    /// Failed and rolled back; the source runs.
+    RolledBack = 6,
+    /// Undecided, or failed after the commit.
+    Undecided = 7,
+    /// CRIU refused the dump; the source runs.
+    DumpRefused = 8,
+    /// Interrupted and rolled back.
+    Interrupted = 130,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+impl Exit {
+    /// The code for an error before anything was done.
+    pub fn of(error: &Error) -> Self {
+        match error {
+            Error::Refused(_) | Error::Proc(_) | Error::Busy { .. } => Self::Refused,
+            Error::Connect(_) => Self::Connect,
+            Error::Cancelled => Self::Interrupted,
+            Error::DumpRefused(_) => Self::DumpRefused,
+            Error::Undecided(_) | Error::LostAfterCommit(_) => Self::Undecided,
+            Error::Illegal(_) | Error::OutOfOrder { .. } | Error::Unexpected { .. } => {
+                Self::Internal
+            }
+            _ => Self::RolledBack,
+        }
+    }
+
+    /// The code for a migration that did not end in a commit.
+    pub fn of_failure(failure: &Failure) -> Self {
+        if failure.outcome == Phase::RolledBack {
+            Self::of(&failure.error)
+        } else {
+            Self::Undecided
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! What a person or a script sees.
+
+use std::io::{IsTerminal, Write};
+
+use migrate_core::Phase;
+use migrate_core::preflight::{Finding, Severity};
+use migrate_core::report::Report;
+use migrate_session::source::Failure;
+use migrate_session::{Error, Progress};
+use serde::Serialize;
+
+use crate::Output;
+
+/// The three ways to show: a terminal, plain lines, JSON.
+#[derive(Debug)]
+pub struct Show {
+    json: bool,
+    quiet: bool,
+    terminal: bool,
+    colour: bool,
+}
+
+/// The last line of `--json` when a migration failed.
+#[derive(Serialize)]
+struct FailureLine<'a> {
+    event: &'static str,
+    phase: Phase,
+    outcome: Phase,
+    error: String,
+    help: Option<String>,
+    leftovers: &'a [String],
+    exit_code: u8,
+    runs_on: Option<String>,
+}
+
+impl Show {
+    pub fn new(output: &Output) -> Self {
+        let terminal = std::io::stdout().is_terminal();
+        Self {
+            json: output.json,
+            quiet: output.quiet,
+            terminal,
+            colour: terminal && std::env::var_os("NO_COLOR").is_none(),
+        }
+    }
+
+    fn json<T: Serialize>(&self, line: &T) {
+        if let Ok(line) = serde_json::to_string(line) {
+            say(&line);
+        }
+    }
+
+    fn paint(&self, code: &str, text: &str) -> String {
+        if self.colour {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_owned()
+        }
+    }
+
+    /// Something happened.
+    pub fn progress(&mut self, progress: &Progress) {
+        if self.json {
+            self.json(progress);
+            return;
+        }
+        if self.quiet {
+            return;
+        }
+        match progress {
+            Progress::Connected { destination, .. } => {
+                self.line(&format!("connected to {destination}"));
+            }
+            Progress::Finding { finding } if finding.severity != Severity::Ok => {
+                self.line(&self.finding(finding));
+            }
+            Progress::Started { phase } if self.terminal => {
+                let mut out = std::io::stdout().lock();
+                let _ = write!(out, "  {:<10} ...", phase.name());
+                let _ = out.flush();
+            }
+            Progress::Ended {
+                phase,
+                took_us,
+                detail,
+            } => {
+                let start = if self.terminal { "\r\x1b[K" } else { "" };
+                say(format!(
+                    "{start}  {:<10} {:>10}  {detail}",
+                    phase.name(),
+                    ms(*took_us)
+                )
+                .trim_end());
+            }
+            Progress::Failed { phase, error } => {
+                let text = self.paint("31", &format!("{} failed", phase.name()));
+                self.line(&format!("  {text}: {error}"));
+            }
+            Progress::Warning { text } => {
+                let mark = self.paint("33", "warning");
+                self.line(&format!("  {mark}: {text}"));
+            }
+            Progress::Finding { .. } | Progress::Started { .. } | Progress::Report { .. } => {}
+        }
+    }
+
+    /// A line of its own, also while a phase's line is open.
+    fn line(&self, text: &str) {
+        let start = if self.terminal { "\r\x1b[K" } else { "" };
+        say(&format!("{start}{text}"));
+    }
+
+    fn finding(&self, finding: &Finding) -> String {
+        let verdict = match finding.severity {
+            Severity::Ok => self.paint("32", "ok     "),
+            Severity::Note => self.paint("33", "note   "),
+            Severity::Refused => self.paint("31", "refused"),
+        };
+        let mut text = format!("  {verdict}  {}: {}", finding.subject, finding.finding);
+        if !finding.way_out.is_empty() {
+            text += &format!("\n           -> {}", finding.way_out);
+        }
+        text
+    }
+
+    /// All findings, with a verdict at the end.
+    pub fn table(&mut self, findings: &[Finding]) {
+        if self.json {
+            for finding in findings {
+                self.json(&Progress::Finding {
+                    finding: finding.clone(),
+                });
+            }
+            return;
+        }
+        if !self.quiet {
+            for finding in findings {
+                say(&self.finding(finding));
+            }
+        }
+        let count = |severity| findings.iter().filter(|f| f.severity == severity).count();
+        let (notes, refused) = (count(Severity::Note), count(Severity::Refused));
+        if refused == 0 {
+            say(&format!("can be moved ({notes} notes)"));
+        } else {
+            say(&format!("can not be moved: {refused} problems"));
+        }
+    }
+
+    /// The closing block.
+    pub fn report(&mut self, report: &Report) {
+        if self.json {
+            self.json(&Progress::Report {
+                report: Box::new(report.clone()),
+            });
+            return;
+        }
+        if !self.quiet {
+            let Report {
+                pages,
+                bytes,
+                frozen_us,
+                blackout,
+                connections,
+                dropped_packets,
+                rst_sent,
+                total_us,
+                ..
+            } = report;
+            say("");
+            say(&format!(
+                "  moved        {} pages, {} sent, in {}",
+                thousands(*pages),
+                mib(*bytes),
+                ms(*total_us)
+            ));
+            say(&format!("  frozen       {}", ms(*frozen_us)));
+            say(&format!("  blackout     {blackout}"));
+            say(&format!(
+                "  connections  {connections} kept, {rst_sent} reset, {} packets dropped",
+                thousands(*dropped_packets)
+            ));
+        }
+        let place = self.paint("1", &report.destination);
+        say(&format!(
+            "process {} ({}) runs on {place}",
+            report.pid, report.name
+        ));
+    }
+
+    /// A migration that did not end in a commit.
+    pub fn failure(&mut self, pid: i32, failure: &Failure, exit_code: u8) {
+        let runs_here = failure.outcome == Phase::RolledBack;
+        if self.json {
+            self.json(&FailureLine {
+                event: "failure",
+                phase: failure.phase,
+                outcome: failure.outcome,
+                error: failure.error.chain(),
+                help: failure.error.help(),
+                leftovers: &failure.leftovers,
+                exit_code,
+                runs_on: runs_here.then(migrate_session::hostname),
+            });
+            return;
+        }
+        if self.quiet {
+            eprintln!("migrate: {}", failure.error.chain());
+        }
+        if let Some(help) = failure.error.help() {
+            eprintln!("help: {help}");
+        }
+        for leftover in &failure.leftovers {
+            eprintln!("left behind: {leftover}");
+        }
+        // Nothing was touched when the target itself was refused.
+        let refused = matches!(&failure.error, Error::Proc(_) | Error::Busy { .. });
+        if runs_here && !refused {
+            say(&format!(
+                "process {pid} runs on {}, as before",
+                migrate_session::hostname()
+            ));
+        } else if !runs_here {
+            say(&format!(
+                "process {pid} is fenced on {} and may run on the destination",
+                migrate_session::hostname()
+            ));
+        }
+    }
+
+    /// An error of a command that moves nothing.
+    pub fn error(&self, error: &Error) {
+        eprintln!("migrate: {}", error.chain());
+        if let Some(help) = error.help() {
+            eprintln!("help: {help}");
+        }
+    }
+
+    /// A mistake on the command line that clap cannot see.
+    pub fn usage(&self, text: &str) {
+        eprintln!("migrate: {text}");
+    }
+}
+
+/// Prints a line; a reader that has gone away is no reason to stop.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stdout().lock(), "{text}");
+}
+
+fn ms(us: u64) -> String {
+    format!("{}.{} ms", us / 1000, us % 1000 / 100)
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{}.{} MiB", bytes >> 20, (bytes & 0xf_ffff) * 10 >> 20)
+}
+
+fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index) % 3 == 0 {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(thousands(7), "7");
+        assert_eq!(thousands(1234), "1,234");
+        assert_eq!(thousands(1_234_567), "1,234,567");
+        assert_eq!(ms(1_950), "1.9 ms");
+        assert_eq!(mib(21 << 20), "21.0 MiB");
+        assert_eq!(mib((1 << 20) + (1 << 19)), "1.5 MiB");
+    }
+}

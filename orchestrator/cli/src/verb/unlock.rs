@@ -1,0 +1,70 @@
+//! `migrate unlock`: remove gates that were left behind.
+
+use migrate_core::journal::Stage;
+use migrate_gate::Leftover;
+use migrate_session::{State, journal, sweep};
+
+use crate::exit::Exit;
+
+/// Which gates.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only this migration's
+    #[arg(value_name = "MIGRATION")]
+    pub id: Option<String>,
+    /// Also where the owner lives or where the tree may run elsewhere: peers may see a reset
+    #[arg(long)]
+    pub force: bool,
+}
+
+pub async fn run(args: &Args) -> Exit {
+    let state = match State::open() {
+        Ok(state) => state,
+        Err(error) => {
+            eprintln!("migrate unlock: {}", error.chain());
+            return Exit::Internal;
+        }
+    };
+    // Whole migrations first: a fence or an address may hang on a gate.
+    sweep::sweep(&state).await;
+    let (gates, records) = match migrate_gate::leftovers(&state.gates()) {
+        Ok(gates) => (gates, journal::all(&state).unwrap_or_default()),
+        Err(error) => {
+            eprintln!("migrate unlock: {}", migrate_session::error::chain(&error));
+            return Exit::Internal;
+        }
+    };
+    let wanted: Vec<&Leftover> = gates
+        .iter()
+        .filter(|gate| args.id.as_ref().is_none_or(|id| *id == gate.id))
+        .collect();
+    if wanted.is_empty() {
+        println!("no gate is left");
+        return Exit::Done;
+    }
+    let mut exit = Exit::Done;
+    for gate in wanted {
+        let committed = records
+            .iter()
+            .any(|r| r.migration_id == gate.id && r.stage == Stage::HandedOver);
+        if gate.owner_alive && !args.force {
+            eprintln!(
+                "gate {} is held by process {}, which lives\nhelp: stop that process first, or use --force",
+                gate.id, gate.owner_pid
+            );
+            exit = Exit::Refused;
+        } else if committed && !args.force {
+            eprintln!(
+                "gate {} guards a tree that was handed over: without it this host would reset its connections\nhelp: see `migrate status` on the destination; then use --force",
+                gate.id
+            );
+            exit = Exit::Refused;
+        } else if let Err(error) = migrate_gate::unlock(&state.gates(), &gate.id, gate.role) {
+            eprintln!("migrate unlock: {}", migrate_session::error::chain(&error));
+            exit = Exit::Internal;
+        } else {
+            println!("removed the gate of {}", gate.id);
+        }
+    }
+    exit
+}

@@ -1,0 +1,34 @@
+//! Stopping a migration from outside.
+
+use tokio::sync::watch;
+
+/// A request to stop, shared by whoever may make it and whoever obeys it.
+#[derive(Debug, Clone)]
+pub struct Cancel {
+    sender: watch::Sender<bool>,
+}
+
+impl Default for Cancel {
+    fn default() -> Self {
+        Self {
+            sender: watch::Sender::new(false),
+        }
+    }
+}
+
+impl Cancel {
+    /// Asks the migration to stop and roll back.
+    pub fn cancel(&self) {
+        self.sender.send_replace(true);
+    }
+
+    /// Waits until somebody asks.
+    pub async fn cancelled(&self) {
+        let mut receiver = self.sender.subscribe();
+        if receiver.wait_for(|asked| *asked).await.is_err() {
+            // The sender lives in `self`, so this cannot happen; waiting for
+            // ever is what "nobody asked" means.
+            std::future::pending::<()>().await;
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! The destination's side of a migration: one connection, one tree.
+//!
+//! Until `Owned` is on record everything is undone when the connection ends,
+//! whatever the reason; after it nothing is.
+
+mod preflight;
+mod prepare;
+mod receive;
+mod takeover;
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use migrate_channel::{Connection, Receiver, Sender};
+use migrate_core::facts::TreeFacts;
+use migrate_core::journal::Stage;
+use migrate_core::phase::Phase;
+use migrate_core::wire::{Message, StdioChoice, WireError};
+use migrate_criu::{Criu, ImageDir, Session, Worker};
+use migrate_gate::Gate;
+use migrate_net::{Net, Placement, Staged};
+use migrate_proc::Home;
+
+use crate::cancel::Cancel;
+use crate::error::Error;
+use crate::inbox::Inbox;
+use crate::journal::{self, Journal};
+use crate::state::State;
+
+/// How the destination's part ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// The tree runs here.
+    Running,
+    /// The source only wanted to check, or to know the verdict.
+    Asked,
+}
+
+/// The longest silence of the source outside the blackout. It examines its
+/// tree or asks its user within this time.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// Serves one connection.
+///
+/// # Errors
+///
+/// The tree was not taken over, and everything here has been undone; or, after
+/// [`Error::LostAfterCommit`], it was taken over and could not be run.
+pub async fn serve(connection: Connection, cancel: Cancel) -> Result<Served, Error> {
+    let state = State::open()?;
+    let mut side = Destination::new(state, connection);
+    let outcome = side.run(&cancel).await;
+    if let Err(error) = &outcome {
+        tracing::warn!(error = %error.chain(), phase = %side.phase, "the migration failed here");
+        let failed = Message::Failed(WireError {
+            phase: side.phase,
+            host: crate::hostname(),
+            message: error.chain(),
+            help: error.help(),
+        });
+        if !side.owned {
+            for leftover in side.undo().await {
+                tracing::error!("{leftover}");
+            }
+        }
+        // Told after the undoing, so that the same command succeeds at once.
+        let _ = side.sender.control(&failed).await;
+    }
+    // A peer that is gone needs no farewell.
+    let _ = side.sender.close().await;
+    outcome
+}
+
+/// What the source has told about the tree.
+struct Order {
+    tree: TreeFacts,
+    stdio: StdioChoice,
+    placements: Vec<Placement>,
+}
+
+/// CRIU's part, which changes from a waiting worker to a held restore.
+enum Engine {
+    None,
+    Ready(Worker),
+    Held(Session),
+}
+
+/// Where frames come from: raw while pages are streamed, by a task afterwards.
+enum Incoming {
+    Frames(Receiver),
+    Messages(Inbox),
+    Closed,
+}
+
+/// Everything this side has done so far; a field that is set is an effect in
+/// force, and [`Destination::undo`] is the undo of each.
+struct Destination {
+    state: State,
+    peer: String,
+    migration_id: String,
+    sender: Sender,
+    incoming: Incoming,
+    phase: Phase,
+    owned: bool,
+    order: Option<Order>,
+    net: Option<Net>,
+    criu: Option<Criu>,
+    dumped_at: Option<Instant>,
+
+    // Effects, in the order in which they come about.
+    journal: Option<Journal>,
+    gate: Option<Gate>,
+    staged: Vec<Staged>,
+    images: Option<ImageDir>,
+    home: Option<Home>,
+    /// Keys of streams that lead out of the tree, in the order of the worker's inherited fds.
+    streams: Vec<String>,
+    engine: Engine,
+}
+
+impl Destination {
+    fn new(state: State, connection: Connection) -> Self {
+        Self {
+            state,
+            peer: connection.hello.hostname.clone(),
+            migration_id: connection.hello.migration_id.clone(),
+            sender: connection.sender,
+            incoming: Incoming::Frames(connection.receiver),
+            phase: Phase::Preflight,
+            owned: false,
+            order: None,
+            net: None,
+            criu: None,
+            dumped_at: None,
+            journal: None,
+            gate: None,
+            staged: Vec::new(),
+            images: None,
+            home: None,
+            streams: Vec::new(),
+            engine: Engine::None,
+        }
+    }
+
+    /// Everything that can be undone, and then what cannot.
+    async fn run(&mut self, cancel: &Cancel) -> Result<Served, Error> {
+        let until_owned = tokio::select! {
+            served = self.until_owned() => served,
+            () = cancel.cancelled() => Err(Error::Cancelled),
+        };
+        if until_owned? == Served::Asked {
+            return Ok(Served::Asked);
+        }
+        self.phase = Phase::Takeover;
+        match self.take_over().await {
+            Ok(()) => Ok(Served::Running),
+            Err(error) => Err(Error::LostAfterCommit(Box::new(error))),
+        }
+    }
+
+    /// The phases in order, up to the record that makes the tree ours.
+    async fn until_owned(&mut self) -> Result<Served, Error> {
+        loop {
+            match self.message("what the source wants", SILENCE).await? {
+                Message::Preflight {
+                    tree,
+                    source,
+                    stdio,
+                } => self.preflight(*tree, &source, stdio).await?,
+                Message::Verdict { migration_id } => {
+                    let stage = journal::verdict(&self.state, &migration_id)?;
+                    self.send(&Message::VerdictIs(stage)).await?;
+                    return Ok(Served::Asked);
+                }
+                Message::Abort { .. } => return Ok(Served::Asked),
+                Message::Prepare { blackout_limit_ms } => {
+                    let blackout_limit = Duration::from_millis(blackout_limit_ms);
+                    self.phase = Phase::Prepare;
+                    self.prepare().await?;
+                    self.phase = Phase::Dump;
+                    self.receive(blackout_limit).await?;
+                    self.phase = Phase::Restore;
+                    self.restore().await?;
+                    self.phase = Phase::HandedOver;
+                    self.await_go(blackout_limit).await?;
+                    return Ok(Served::Running);
+                }
+                other => return Err(self.unexpected(&other, "what the source wants")),
+            }
+        }
+    }
+
+    async fn send(&mut self, message: &Message) -> Result<(), Error> {
+        self.sender
+            .control(message)
+            .await
+            .map_err(|source| Error::Channel {
+                peer: self.peer.clone(),
+                source,
+            })
+    }
+
+    /// The next message, whatever way messages come at the moment.
+    async fn message(&mut self, awaited: &'static str, limit: Duration) -> Result<Message, Error> {
+        match &mut self.incoming {
+            Incoming::Frames(receiver) => match receiver.control(limit).await {
+                Ok(message) => Ok(message),
+                Err(error) if error.is_disconnect() => Err(Error::PeerGone {
+                    peer: self.peer.clone(),
+                    awaited,
+                }),
+                Err(source) => Err(Error::Channel {
+                    peer: self.peer.clone(),
+                    source,
+                }),
+            },
+            Incoming::Messages(inbox) => inbox.next_within(awaited, limit).await,
+            Incoming::Closed => Err(Error::PeerGone {
+                peer: self.peer.clone(),
+                awaited,
+            }),
+        }
+    }
+
+    fn unexpected(&self, message: &Message, awaited: &'static str) -> Error {
+        crate::inbox::unexpected(&self.peer, message, awaited)
+    }
+
+    /// How long CRIU may take to remove a copy that it was told to give up.
+    const KILL_LIMIT: Duration = Duration::from_secs(20);
+
+    /// Undoes everything, newest first, and collects what could not be undone.
+    /// The address goes before the gate does: nothing may answer for it here.
+    async fn undo(&mut self) -> Vec<String> {
+        let mut leftovers = Vec::new();
+        let mut note = |what: String, result: Result<(), String>| {
+            if let Err(why) = result {
+                leftovers.push(format!("could not {what}: {why}"));
+            }
+        };
+        if let Some(journal) = &mut self.journal {
+            // Closed by the source's question already, or closed now.
+            let _ = journal.stage(Stage::Undone);
+        }
+        match std::mem::replace(&mut self.engine, Engine::None) {
+            Engine::None => {}
+            Engine::Ready(worker) => drop(worker),
+            Engine::Held(session) => {
+                note(
+                    "kill the copy".to_owned(),
+                    give_up(session).await.map_err(|e| e.chain()),
+                );
+            }
+        }
+        if let Some(order) = &self.order {
+            let pids: Vec<i32> = order
+                .tree
+                .processes
+                .iter()
+                .map(|process| process.pid)
+                .collect();
+            // Only what lives in the home made for this tree is the copy's.
+            if let Some(home) = &self.home {
+                note(
+                    "kill the copy".to_owned(),
+                    home.kill(&pids).map_err(|e| crate::error::chain(&e)),
+                );
+            }
+        }
+        if let Some(home) = self.home.take() {
+            drop(home);
+        }
+        if let Some(images) = self.images.take() {
+            note(
+                "wipe the images".to_owned(),
+                images.wipe().map_err(|e| crate::error::chain(&e)),
+            );
+        }
+        if let Some(net) = &self.net {
+            for staged in self.staged.drain(..).rev() {
+                let what = format!("remove {}", staged.placement.ip);
+                note(
+                    what,
+                    net.unstage(&staged)
+                        .await
+                        .map_err(|e| crate::error::chain(&e)),
+                );
+            }
+        }
+        if let Some(gate) = self.gate.take() {
+            note(
+                "detach the gate".to_owned(),
+                gate.detach().map_err(|e| crate::error::chain(&e)),
+            );
+        }
+        if let Some(journal) = self.journal.take() {
+            journal.discard();
+        }
+        leftovers
+    }
+
+    fn addresses(&self) -> Vec<IpAddr> {
+        self.order.as_ref().map_or_else(Vec::new, |order| {
+            order.tree.addresses.iter().map(|a| a.ip).collect()
+        })
+    }
+}
+
+/// Ends a restore so that the copy is killed before its first instruction.
+async fn give_up(mut session: Session) -> Result<(), Error> {
+    let limit = Destination::KILL_LIMIT;
+    let _ = session.answer(false).await;
+    let ended = tokio::time::timeout(limit, async {
+        loop {
+            match session.next(limit).await {
+                Ok(migrate_criu::Notice::Finished(_)) | Err(_) => return,
+                Ok(_) => {
+                    let _ = session.answer(false).await;
+                }
+            }
+        }
+    })
+    .await;
+    ended.map_err(|_| Error::Changed(format!("CRIU has not ended within {} s", limit.as_secs())))
+}

@@ -1,0 +1,101 @@
+//! Preflight: does the tree fit here? Nothing is changed.
+
+use std::path::Path;
+
+use migrate_core::facts::{HostFacts, StdioFacts, TreeFacts};
+use migrate_core::preflight::{Finding, refused};
+use migrate_core::wire::{Message, StdioChoice};
+use migrate_net::Net;
+
+use super::{Destination, Order};
+use crate::error::Error;
+
+impl Destination {
+    /// Compares the tree with this host and answers with every finding.
+    pub(super) async fn preflight(
+        &mut self,
+        tree: TreeFacts,
+        source: &HostFacts,
+        stdio: StdioChoice,
+    ) -> Result<(), Error> {
+        crate::sweep::sweep(&self.state).await;
+        let mut findings = Vec::new();
+        let criu = match migrate_criu::locate().await {
+            Ok(criu) => {
+                findings.push(Finding::ok(
+                    "criu on the destination",
+                    format!("{} at {}", criu.version, criu.path.display()),
+                ));
+                Some(criu)
+            }
+            Err(error) => {
+                findings.push(Finding::refused(
+                    "criu on the destination",
+                    crate::error::chain(&error),
+                    error.help().unwrap_or_default(),
+                ));
+                None
+            }
+        };
+        let mut host = migrate_proc::host_facts(&self.state.image_root()?);
+        host.criu = criu.as_ref().map(|criu| criu.version);
+        findings.extend(migrate_proc::compare_hosts(source, &host, &tree));
+        findings.extend(migrate_proc::compare_pids(&tree));
+        findings.extend(migrate_proc::compare_files(&tree.files));
+        findings.extend(judge_stdio(&tree.stdio, &stdio));
+        let net = Net::open().await?;
+        let (network, placements) = migrate_net::compare(&net, &tree).await?;
+        findings.extend(network);
+
+        if !refused(&findings) {
+            self.order = Some(Order {
+                tree,
+                stdio,
+                placements,
+            });
+            self.net = Some(net);
+            self.criu = criu;
+        }
+        let answer = Message::Findings {
+            findings,
+            destination: Box::new(host),
+        };
+        self.send(&answer).await
+    }
+}
+
+/// Where the tree's streams are to lead must be there.
+fn judge_stdio(stdio: &[StdioFacts], choice: &StdioChoice) -> Option<Finding> {
+    if stdio.is_empty() {
+        return None;
+    }
+    match choice {
+        StdioChoice::Journal if !Path::new(super::prepare::JOURNAL_SOCKET).exists() => {
+            Some(Finding::refused(
+                "--stdio journal",
+                "no journal takes messages on the destination",
+                "use --stdio null or --stdio FILE",
+            ))
+        }
+        StdioChoice::File(path) => {
+            let path = Path::new(path);
+            let parent = path.parent().unwrap_or(Path::new("/"));
+            if !path.is_absolute() {
+                Some(Finding::refused(
+                    format!("--stdio {}", path.display()),
+                    "is not an absolute path",
+                    "name the file on the destination from the root directory on",
+                ))
+            } else if !parent.is_dir() {
+                Some(Finding::refused(
+                    format!("--stdio {}", path.display()),
+                    format!("{} is no directory on the destination", parent.display()),
+                    "create it there, or name another file",
+                ))
+            } else {
+                None
+            }
+        }
+        StdioChoice::Keep | StdioChoice::Null | StdioChoice::Journal => None,
+    }
+}

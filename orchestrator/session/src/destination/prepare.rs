@@ -1,0 +1,161 @@
+//! Prepare: the gate is closed before the address exists here, so that no
+//! packet can be answered too early.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use migrate_core::facts::{AddressFacts, StdioFacts};
+use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
+use migrate_core::wire::{Message, StdioChoice};
+use migrate_criu::{ImageDir, WorkerOptions};
+use migrate_gate::{Gate, GateOptions, Role};
+use migrate_proc::Home;
+
+use super::{Destination, Engine, Order};
+use crate::error::Error;
+use crate::journal::Journal;
+
+/// journald's socket for services' standard output (systemd
+/// `src/journal/journald-stream.c`).
+pub(super) const JOURNAL_SOCKET: &str = "/run/systemd/journal/stdout";
+
+/// Room for connections that come before the tree stands still.
+const SPARE_FLOWS: usize = 4096;
+
+impl Destination {
+    /// Makes this host ready for the tree.
+    pub(super) async fn prepare(&mut self) -> Result<(), Error> {
+        // From here on this process has something to undo, so it must not go
+        // down with the login that started it.
+        migrate_proc::detach_from_session()?;
+        let order = self.order.as_ref().ok_or_else(no_order)?;
+        let net = self.net.as_ref().ok_or_else(no_order)?;
+        let criu = self.criu.as_ref().ok_or_else(no_order)?;
+
+        let images = self.state.image_root()?.join(&self.migration_id);
+        let record = self.record(order, &images.display().to_string());
+        self.journal = Some(Journal::begin(&self.state, record)?);
+
+        let interfaces: Vec<u32> = order
+            .placements
+            .iter()
+            .map(|placement| placement.ifindex)
+            .collect::<std::collections::BTreeSet<_>>()
+            .into_iter()
+            .collect();
+        let capacity = order.tree.flows.len() * 2 + SPARE_FLOWS;
+        let gate = Gate::attach(
+            &interfaces,
+            &GateOptions {
+                id: self.migration_id.clone(),
+                role: Role::Destination,
+                flow_capacity: u32::try_from(capacity).unwrap_or(u32::MAX),
+                directory: self.state.gates(),
+            },
+        )?;
+        let addresses = self.addresses();
+        let gate = self.gate.insert(gate);
+        gate.add_flows(&order.tree.flows)?;
+        gate.add_listeners(&order.tree.listeners)?;
+        gate.stage_addresses(&addresses)?;
+        gate.close()?;
+        for placement in &order.placements {
+            self.staged.push(net.stage(placement).await?);
+        }
+
+        self.images = Some(ImageDir::create(&images)?);
+        let home = Home::create(&order.tree, &self.migration_id)?;
+        let (streams, inherit) = reattach(&order.tree.stdio, &order.stdio)?;
+        criu.warm().await?;
+        let worker = criu
+            .worker(WorkerOptions {
+                cgroup: home.directory().map(ToOwned::to_owned),
+                inherit,
+                new_session: true,
+            })
+            .await?;
+        self.home = Some(home);
+        self.streams = streams;
+        self.engine = Engine::Ready(worker);
+        self.send(&Message::Prepared).await
+    }
+
+    fn record(&self, order: &Order, images: &str) -> Record {
+        let owner_pid = std::process::id().cast_signed();
+        Record {
+            version: RECORD_VERSION,
+            migration_id: self.migration_id.clone(),
+            side: Side::Destination,
+            stage: Stage::Preparing,
+            owner_pid,
+            owner_start_ticks: migrate_proc::start_ticks(owner_pid).unwrap_or(0),
+            root_pid: order.tree.root_pid,
+            pids: order.tree.processes.iter().map(|p| p.pid).collect(),
+            name: order
+                .tree
+                .processes
+                .first()
+                .map_or_else(String::new, |process| process.name.clone()),
+            peer: self.peer.clone(),
+            addresses: order
+                .placements
+                .iter()
+                .map(|placement| AddressFacts {
+                    ip: placement.ip,
+                    prefix_len: placement.prefix_len,
+                    interface: placement.interface.clone(),
+                })
+                .collect(),
+            images: Some(images.to_owned()),
+            fence: None,
+        }
+    }
+}
+
+fn no_order() -> Error {
+    Error::Changed("the source asked to prepare a tree that preflight has not accepted".to_owned())
+}
+
+/// Opens what the tree's outside streams lead to from now on: CRIU's keys and
+/// the fds, in the same order.
+fn reattach(
+    stdio: &[StdioFacts],
+    choice: &StdioChoice,
+) -> Result<(Vec<String>, Vec<OwnedFd>), Error> {
+    let mut keys = Vec::new();
+    let mut fds = Vec::new();
+    for stream in stdio {
+        let fd: OwnedFd = match choice {
+            StdioChoice::Keep => continue,
+            StdioChoice::Null => OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open("/dev/null")
+                .map_err(Error::file("open", "/dev/null"))?
+                .into(),
+            StdioChoice::File(path) => OpenOptions::new()
+                .append(true)
+                .create(true)
+                .read(!stream.writable)
+                .open(path)
+                .map_err(Error::file("open", path))?
+                .into(),
+            StdioChoice::Journal => journal_stream()
+                .map_err(Error::file("open", JOURNAL_SOCKET))?
+                .into(),
+        };
+        keys.push(stream.resource.clone());
+        fds.push(fd);
+    }
+    Ok((keys, fds))
+}
+
+/// A stream into the journal. Its header is seven lines: identifier, unit,
+/// priority, level prefix, forward to syslog, to kmsg, to console.
+fn journal_stream() -> std::io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(JOURNAL_SOCKET)?;
+    stream.write_all(b"migrate\n\n6\n1\n0\n0\n0\n")?;
+    Ok(stream)
+}

@@ -1,0 +1,179 @@
+//! What can go wrong in a migration, and what to do about it.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use migrate_channel::ChannelError;
+use migrate_core::phase::IllegalTransition;
+use migrate_core::wire::WireError;
+use migrate_criu::CriuError;
+use migrate_gate::GateError;
+use migrate_net::NetError;
+use migrate_proc::ProcError;
+use thiserror::Error;
+
+/// Why a migration ended without moving the tree.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Processes, files, cgroups.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+    /// Addresses and sockets.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// CRIU.
+    #[error(transparent)]
+    Criu(#[from] CriuError),
+    /// CRIU did not accept the tree; it runs on as before.
+    #[error("the dump was refused")]
+    DumpRefused(#[source] CriuError),
+    /// The gate.
+    #[error(transparent)]
+    Gate(#[from] GateError),
+    /// Reaching the other host or talking to it, before the tree was touched.
+    #[error("could not reach the destination")]
+    Connect(#[source] ChannelError),
+    /// The connection to the other host, later on.
+    #[error("the connection to {peer} failed")]
+    Channel {
+        /// The other host.
+        peer: String,
+        /// What happened to it.
+        #[source]
+        source: ChannelError,
+    },
+    /// The other host gave up and said why.
+    #[error(transparent)]
+    Peer(#[from] WireError),
+    /// The other host closed the connection without a word.
+    #[error("{peer} closed the connection during {awaited}")]
+    PeerGone {
+        /// The other host.
+        peer: String,
+        /// What this side was waiting for.
+        awaited: &'static str,
+    },
+    /// The other host sent something that has no meaning here.
+    #[error("{peer} sent {got} while {awaited} was awaited")]
+    Unexpected {
+        /// The other host.
+        peer: String,
+        /// What came.
+        got: String,
+        /// What was awaited.
+        awaited: &'static str,
+    },
+    /// Preflight found a reason; the findings have been shown.
+    #[error("preflight refused the migration: {}", .0.join("; "))]
+    Refused(Vec<String>),
+    /// The user asked to stop.
+    #[error("interrupted")]
+    Cancelled,
+    /// The other side asked to stop.
+    #[error("cancelled by the source: {0}")]
+    Aborted(String),
+    /// The tree stood still for too long.
+    #[error("the tree would have stood still for more than {} ms", limit.as_millis())]
+    BlackoutLimit {
+        /// The limit in force.
+        limit: Duration,
+    },
+    /// What was checked is not what is there any more.
+    #[error("{0}")]
+    Changed(String),
+    /// CRIU announced something out of order.
+    #[error("CRIU announced {got} while {awaited} was awaited")]
+    OutOfOrder {
+        /// What came.
+        got: String,
+        /// What was awaited.
+        awaited: &'static str,
+    },
+    /// Another `migrate` moves this tree already.
+    #[error("process {pid} is being migrated already")]
+    Busy {
+        /// The tree's root.
+        pid: i32,
+    },
+    /// A record that another side's verdict has closed.
+    #[error("the source has taken the tree back")]
+    Disowned,
+    /// A file of our own.
+    #[error("could not {attempt} {}", path.display())]
+    File {
+        /// What was tried.
+        attempt: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A defect of the driver.
+    #[error(transparent)]
+    Illegal(#[from] IllegalTransition),
+    /// `Go` was sent and nothing proves what became of it.
+    #[error("the destination may or may not run the tree")]
+    Undecided(#[source] Box<Error>),
+    /// The destination owned the tree and could not run it.
+    #[error("the destination took the tree over and then failed")]
+    LostAfterCommit(#[source] Box<Error>),
+}
+
+impl Error {
+    /// A way out, where there is one.
+    #[must_use]
+    pub fn help(&self) -> Option<String> {
+        match self {
+            Self::Proc(error) => error.help(),
+            Self::Net(error) => error.help(),
+            Self::Criu(error) | Self::DumpRefused(error) => error.help(),
+            Self::Gate(error) => error.help(),
+            Self::Connect(error) | Self::Channel { source: error, .. } => error.help(),
+            Self::Peer(error) => error.help.clone(),
+            Self::PeerGone { .. } => Some("see the agent's log on that host (`/run/migrate/log`); the same command may be tried again".to_owned()),
+            Self::BlackoutLimit { .. } => Some("allow more with `--max-blackout SECONDS`, or move the tree when it is smaller or less busy".to_owned()),
+            Self::Changed(_) => Some("try again".to_owned()),
+            Self::Busy { .. } => Some("`migrate status` shows what is under way".to_owned()),
+            Self::Unexpected { .. } | Self::OutOfOrder { .. } | Self::Illegal(_) => {
+                Some("this is a defect of migrate: please report it with the output of `migrate -vv`".to_owned())
+            }
+            Self::Undecided(_) => Some("the source is fenced and does not run; `migrate status` on the destination says whether the tree runs there".to_owned()),
+            Self::LostAfterCommit(inner) => inner.help(),
+            Self::Refused(_) | Self::Cancelled | Self::Aborted(_) | Self::Disowned | Self::File { .. } => None,
+        }
+    }
+
+    /// The error and its causes in one line, joined by colons.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        chain(self)
+    }
+
+    /// For errors of files of our own.
+    pub(crate) fn file(
+        attempt: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::File {
+            attempt,
+            path,
+            source,
+        }
+    }
+}
+
+/// An error and its causes in one line, joined by colons.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += ": ";
+        text += &error.to_string();
+        cause = error.source();
+    }
+    text
+}

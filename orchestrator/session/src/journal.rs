@@ -1,0 +1,232 @@
+//! Journal records on disk: replaced as a whole, changed only under a lock.
+
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::error::Error;
+use crate::state::State;
+
+/// One side's record of one migration, and the only way to change it.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    record: Record,
+}
+
+impl Journal {
+    /// Writes the first record.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written.
+    pub fn begin(state: &State, record: Record) -> Result<Self, Error> {
+        let journal = Self {
+            path: path(state, &record.migration_id, record.side),
+            record,
+        };
+        let _lock = lock(&journal.path)?;
+        store(&journal.path, &journal.record)?;
+        Ok(journal)
+    }
+
+    /// The record as this process last wrote it.
+    #[must_use]
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Changes the record, unless somebody else has closed it meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Disowned`] when another process has set [`Stage::Undone`]; or
+    /// the file cannot be written.
+    pub fn update(&mut self, change: impl FnOnce(&mut Record)) -> Result<(), Error> {
+        let _lock = lock(&self.path)?;
+        let closed = load(&self.path)?.is_none_or(|on_disk| on_disk.stage == Stage::Undone);
+        if closed && self.record.stage != Stage::Undone {
+            return Err(Error::Disowned);
+        }
+        change(&mut self.record);
+        store(&self.path, &self.record)
+    }
+
+    /// Sets the stage; see [`Journal::update`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Journal::update`].
+    pub fn stage(&mut self, stage: Stage) -> Result<(), Error> {
+        self.update(|record| record.stage = stage)
+    }
+
+    /// Removes the record: nothing is left that it would be needed for.
+    pub fn discard(self) {
+        let _ = fs::remove_file(&self.path);
+        let _ = fs::remove_file(lock_path(&self.path));
+    }
+}
+
+/// The stage of the destination's record. A record that may still become
+/// `Owned` is closed first, so that the answer stays true.
+///
+/// # Errors
+///
+/// The record cannot be read or written.
+pub fn verdict(state: &State, migration_id: &str) -> Result<Stage, Error> {
+    let path = path(state, migration_id, Side::Destination);
+    let _lock = lock(&path)?;
+    let Some(mut record) = load(&path)? else {
+        // Nothing was ever prepared under this id, or it was undone and swept.
+        return Ok(Stage::Undone);
+    };
+    if record.stage.may_own() {
+        record.stage = Stage::Undone;
+        store(&path, &record)?;
+    }
+    Ok(record.stage)
+}
+
+/// Every record of this host that can be read.
+///
+/// # Errors
+///
+/// The directory cannot be read.
+pub fn all(state: &State) -> Result<Vec<Record>, Error> {
+    let directory = state.journal();
+    let mut records = Vec::new();
+    for entry in fs::read_dir(&directory).map_err(Error::file("read", &directory))? {
+        let path = entry.map_err(Error::file("read", &directory))?.path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "json")
+        {
+            match load(&path) {
+                Ok(Some(record)) => records.push(record),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(error = %error.chain(), "skipping a record"),
+            }
+        }
+    }
+    records.sort_by(|a, b| a.migration_id.cmp(&b.migration_id));
+    Ok(records)
+}
+
+/// Removes a record that was read by [`all`].
+pub fn remove(state: &State, record: &Record) {
+    let path = path(state, &record.migration_id, record.side);
+    let _ = fs::remove_file(&path);
+    let _ = fs::remove_file(lock_path(&path));
+}
+
+fn path(state: &State, migration_id: &str, side: Side) -> PathBuf {
+    let side = match side {
+        Side::Source => "source",
+        Side::Destination => "destination",
+    };
+    state.journal().join(format!("{migration_id}.{side}.json"))
+}
+
+fn lock_path(path: &Path) -> PathBuf {
+    path.with_extension("lock")
+}
+
+fn lock(path: &Path) -> Result<Flock<File>, Error> {
+    let path = lock_path(path);
+    let file = File::create(&path).map_err(Error::file("create", &path))?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| Error::file("lock", &path)(errno.into()))
+}
+
+fn load(path: &Path) -> Result<Option<Record>, Error> {
+    let text = match fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::file("read", path)(error)),
+    };
+    let record: Record =
+        serde_json::from_slice(&text).map_err(|error| Error::file("parse", path)(error.into()))?;
+    if record.version == RECORD_VERSION {
+        Ok(Some(record))
+    } else {
+        Err(Error::file("use the other version's record", path)(
+            ErrorKind::Unsupported.into(),
+        ))
+    }
+}
+
+fn store(path: &Path, record: &Record) -> Result<(), Error> {
+    let text = serde_json::to_vec_pretty(record)
+        .map_err(|error| Error::file("encode", path)(error.into()))?;
+    let fresh = path.with_extension("new");
+    fs::write(&fresh, text).map_err(Error::file("write", &fresh))?;
+    fs::rename(&fresh, path).map_err(Error::file("replace", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(side: Side) -> Record {
+        Record {
+            version: RECORD_VERSION,
+            migration_id: "m-1".to_owned(),
+            side,
+            stage: Stage::Preparing,
+            owner_pid: 1,
+            owner_start_ticks: 1,
+            root_pid: 7,
+            pids: vec![7],
+            name: "redis".to_owned(),
+            peer: "host2".to_owned(),
+            addresses: Vec::new(),
+            images: None,
+            fence: None,
+        }
+    }
+
+    fn state() -> (tempfile::TempDir, State) {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::at(directory.path()).unwrap();
+        (directory, state)
+    }
+
+    #[test]
+    fn a_verdict_binds() {
+        let (_directory, state) = state();
+        let mut journal = Journal::begin(&state, record(Side::Destination)).unwrap();
+        assert_eq!(verdict(&state, "m-1").unwrap(), Stage::Undone);
+        assert!(matches!(journal.stage(Stage::Owned), Err(Error::Disowned)));
+        assert_eq!(verdict(&state, "m-1").unwrap(), Stage::Undone);
+    }
+
+    #[test]
+    fn an_owner_stays_the_owner() {
+        let (_directory, state) = state();
+        let mut journal = Journal::begin(&state, record(Side::Destination)).unwrap();
+        journal.stage(Stage::Owned).unwrap();
+        assert_eq!(verdict(&state, "m-1").unwrap(), Stage::Owned);
+        journal.stage(Stage::Done).unwrap();
+        assert_eq!(verdict(&state, "m-1").unwrap(), Stage::Done);
+    }
+
+    #[test]
+    fn an_unknown_migration_is_not_owned() {
+        let (_directory, state) = state();
+        assert_eq!(verdict(&state, "other").unwrap(), Stage::Undone);
+    }
+
+    #[test]
+    fn records_are_listed_and_discarded() {
+        let (_directory, state) = state();
+        let source = Journal::begin(&state, record(Side::Source)).unwrap();
+        Journal::begin(&state, record(Side::Destination)).unwrap();
+        assert_eq!(all(&state).unwrap().len(), 2);
+        source.discard();
+        assert_eq!(all(&state).unwrap(), [record(Side::Destination)]);
+    }
+}

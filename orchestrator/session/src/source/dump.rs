@@ -1,0 +1,280 @@
+//! Freeze and dump: from the closed gate to the last image.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use migrate_channel::{ChannelError, Sender};
+use migrate_core::wire::{ImagePiece, Message, PageRun};
+use migrate_criu::{DumpOptions, Notice, PageSink, PageStats, serve_pages};
+
+use super::preflight::{externals, survey};
+use super::{Engine, Migration, STEP_LIMIT, not_yet};
+use crate::error::Error;
+
+/// Bytes of an image file in one frame.
+const PIECE_BYTES: usize = 1 << 20;
+
+impl Migration {
+    /// Closes the gate and lets CRIU seize the tree.
+    pub(super) async fn freeze(&mut self) -> Result<String, Error> {
+        let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
+        if !plan.tree.still_same() {
+            // A child that came or went is CRIU's business and fits the
+            // destination or not; another process under the root's PID is not.
+            let fresh = migrate_proc::tree(self.request.pid)?;
+            let same_root = fresh.processes.first().map(|p| (p.pid, p.start_ticks))
+                == plan.tree.processes.first().map(|p| (p.pid, p.start_ticks));
+            if !same_root {
+                return Err(Error::Changed(format!(
+                    "process {} is not the one that was checked",
+                    self.request.pid
+                )));
+            }
+        }
+        let images = self
+            .images
+            .clone()
+            .ok_or_else(|| not_yet("the image directory"))?;
+        let options = DumpOptions {
+            shell_job: plan.facts.shell_job,
+            external: externals(&plan.facts.stdio),
+            external_unix: true,
+            ..DumpOptions::new(self.request.pid, images)
+        };
+        let Engine::Ready(worker) = std::mem::replace(&mut self.engine, Engine::None) else {
+            return Err(not_yet("CRIU"));
+        };
+        let session = worker.dump(&options).await.map_err(Error::DumpRefused)?;
+        self.engine = Engine::Dumping(session);
+        self.expect(&Notice::PreDump, "the start of the dump")
+            .await?;
+
+        // CRIU is loaded and waits; the tree still runs. One map write, and no
+        // packet of the tree passes any more.
+        self.gate()?.close()?;
+        let now = Instant::now();
+        self.moments.gate_closed = Some(now);
+        self.frozen_until
+            .send_replace(Some(now + self.request.choices.max_blackout));
+        self.answer().await?;
+        self.expect(&Notice::QueryExtFiles, "the frozen tree")
+            .await?;
+        self.moments.frozen = Some(Instant::now());
+        self.last_look().await
+    }
+
+    /// The tree stands still: connections that came since the first look are
+    /// added to the gate before CRIU touches a socket.
+    async fn last_look(&mut self) -> Result<String, Error> {
+        let net = self.net.as_ref().ok_or_else(|| not_yet("netlink"))?;
+        let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
+        let tree = migrate_proc::tree(self.request.pid)?;
+        let sockets = survey(net, &self.request.choices, &tree).await?;
+        let known = &plan.facts.addresses;
+        if let Some(stranger) = sockets
+            .addresses
+            .iter()
+            .find(|address| !known.iter().any(|other| other.ip == address.ip))
+        {
+            return Err(Error::Changed(format!(
+                "the tree has begun to use {} since it was checked",
+                stranger.ip
+            )));
+        }
+        if let Some(link) = self.link.as_mut() {
+            link.sender
+                .control(&Message::Flows(sockets.flows.clone()))
+                .await
+                .map_err(|source| Error::Channel {
+                    peer: link.peer.clone(),
+                    source,
+                })?;
+        }
+        self.gate()?.add_flows(&sockets.flows)?;
+        let detail = format!(
+            "{} processes, {} connections",
+            tree.processes.len(),
+            sockets.flows.len()
+        );
+        if let Some(plan) = self.plan.as_mut() {
+            plan.facts.flows = sockets.flows;
+            plan.facts.processes.clone_from(&tree.processes);
+            plan.tree = tree;
+        }
+        Ok(detail)
+    }
+
+    /// Lets CRIU write; pages go to the destination as they come, the small
+    /// images after them.
+    pub(super) async fn dump(&mut self) -> Result<String, Error> {
+        let version = self.plan()?.criu.version;
+        let Engine::Dumping(session) = &mut self.engine else {
+            return Err(not_yet("CRIU's dump"));
+        };
+        let link = self
+            .link
+            .as_mut()
+            .ok_or_else(|| not_yet("the connection"))?;
+        let socket = session
+            .page_socket()
+            .ok_or_else(|| not_yet("the page socket"))?;
+        session.answer(true).await.map_err(Error::DumpRefused)?;
+
+        let mut sink = Outgoing {
+            sender: &mut link.sender,
+            pages: 0,
+        };
+        let dumped = {
+            let pages = serve_pages(socket, version, &mut sink, DUMP_LIMIT);
+            tokio::pin!(pages);
+            let mut streamed = None;
+            loop {
+                tokio::select! {
+                    stats = &mut pages, if streamed.is_none() => {
+                        // A failure vetoes the dump, which CRIU then reports;
+                        // the cause is this one, not CRIU's report of it.
+                        streamed = Some(stats);
+                    }
+                    message = link.inbox.next("the end of the dump") => {
+                        break message.and_then(|message| {
+                            Err(link.inbox.unexpected(&message, "the end of the dump"))
+                        });
+                    }
+                    notice = session.next(DUMP_LIMIT) => match (notice, streamed.take()) {
+                        (_, Some(Err(error))) => break Err(Error::Criu(error)),
+                        (Err(error), _) => break Err(Error::DumpRefused(error)),
+                        (Ok(Notice::PostDump), Some(Ok(_))) => break Ok(()),
+                        (Ok(Notice::NetworkLock), served) => {
+                            streamed = served;
+                            session.answer(true).await.map_err(Error::DumpRefused)?;
+                        }
+                        (Ok(other), _) => break Err(out_of_order(&other, "the end of the dump")),
+                    }
+                }
+            }
+        };
+        self.pages = sink.pages;
+        dumped?;
+        self.moments.dumped = Some(Instant::now());
+        self.send_images().await
+    }
+
+    /// Sends what CRIU has written to tmpfs beside the pages.
+    async fn send_images(&mut self) -> Result<String, Error> {
+        let directory = self
+            .images
+            .clone()
+            .ok_or_else(|| not_yet("the image directory"))?;
+        let images = migrate_criu::small_images(&directory)?;
+        let pages = self.pages;
+        let link = self.link()?;
+        let broken = |peer: &str| {
+            let peer = peer.to_owned();
+            move |source| Error::Channel { peer, source }
+        };
+        for image in &images {
+            let data = std::fs::read(&image.path).map_err(Error::file("read", &image.path))?;
+            let mut pieces = data.chunks(PIECE_BYTES).peekable();
+            loop {
+                let data = pieces.next().unwrap_or_default();
+                let last = pieces.peek().is_none();
+                let piece = ImagePiece {
+                    name: &image.name,
+                    last,
+                    data,
+                };
+                link.sender.image(piece).await.map_err(broken(&link.peer))?;
+                if last {
+                    break;
+                }
+            }
+        }
+        let end = Message::Dumped {
+            pages,
+            images: u32::try_from(images.len()).unwrap_or(u32::MAX),
+        };
+        link.sender
+            .control(&end)
+            .await
+            .map_err(broken(&link.peer))?;
+        self.sent_bytes = link.sender.sent_bytes();
+        self.moments.sent = Some(Instant::now());
+        Ok(format!(
+            "{} pages, {} images, {} MiB",
+            pages,
+            images.len(),
+            self.sent_bytes >> 20
+        ))
+    }
+
+    /// Waits for the destination's copy.
+    pub(super) async fn restore(&mut self) -> Result<String, Error> {
+        const AWAITED: &str = "the restored copy";
+        let link = self.link()?;
+        match link
+            .inbox
+            .next_within(AWAITED, STEP_LIMIT.max(DUMP_LIMIT))
+            .await?
+        {
+            Message::Restored { restore_us } => {
+                self.moments.restored = Some(Instant::now());
+                Ok(format!("in {} ms on the destination", restore_us / 1000))
+            }
+            other => Err(link.inbox.unexpected(&other, AWAITED)),
+        }
+    }
+
+    async fn expect(&mut self, wanted: &Notice, awaited: &'static str) -> Result<(), Error> {
+        let Engine::Dumping(session) = &mut self.engine else {
+            return Err(not_yet("CRIU's dump"));
+        };
+        loop {
+            let notice = session.next(DUMP_LIMIT).await.map_err(Error::DumpRefused)?;
+            if notice == *wanted {
+                return Ok(());
+            }
+            // Only said for trees with a network namespace of their own.
+            if notice != Notice::NetworkLock {
+                return Err(out_of_order(&notice, awaited));
+            }
+            session.answer(true).await.map_err(Error::DumpRefused)?;
+        }
+    }
+
+    async fn answer(&mut self) -> Result<(), Error> {
+        let Engine::Dumping(session) = &mut self.engine else {
+            return Err(not_yet("CRIU's dump"));
+        };
+        session.answer(true).await.map_err(Error::DumpRefused)
+    }
+}
+
+/// CRIU is given up for stuck after this much silence; `--max-blackout` is
+/// shorter as a rule.
+pub(super) const DUMP_LIMIT: Duration = Duration::from_secs(600);
+
+pub(super) fn out_of_order(notice: &Notice, awaited: &'static str) -> Error {
+    Error::OutOfOrder {
+        got: format!("{notice:?}"),
+        awaited,
+    }
+}
+
+/// Pages on their way to the destination.
+struct Outgoing<'a> {
+    sender: &'a mut Sender,
+    pages: u64,
+}
+
+impl PageSink for Outgoing<'_> {
+    type Error = ChannelError;
+
+    async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), ChannelError> {
+        self.pages += (data.len() / migrate_core::wire::PAGE_BYTES) as u64;
+        self.sender.pages(&run, &data).await
+    }
+
+    async fn close(&mut self, _stats: PageStats) -> Result<(), ChannelError> {
+        self.sender.flush().await
+    }
+}

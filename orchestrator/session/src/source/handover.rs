@@ -1,0 +1,238 @@
+//! Handover, takeover, finish: the commit and what follows it.
+//!
+//! The order in `Migration::hand_over` is the safety argument of the whole
+//! tool:
+//!
+//! 1. The destination has a complete copy that has not run an instruction.
+//! 2. The fence is closed: from here on the tree does not run even when CRIU
+//!    dies. That CRIU is alive *after* the fence has closed proves that the
+//!    tree has not run since the dump, for only CRIU held it.
+//! 3. `HandedOver` goes on record. From here on this host runs the tree again
+//!    only when the destination has put on record that it never will.
+//! 4. The gate stays closed for good, the address is withdrawn: nothing on
+//!    this host answers a peer any more.
+//! 5. `Go` is sent. An error of that send proves nothing about its arrival.
+
+use std::time::{Duration, Instant};
+
+use migrate_core::journal::Stage;
+use migrate_core::phase::Event;
+use migrate_core::wire::Message;
+use migrate_criu::{Notice, Session};
+
+use super::preflight::connect;
+use super::{Engine, Go, Migration, STEP_LIMIT, detach, not_yet};
+use crate::error::Error;
+
+impl Migration {
+    /// How long the destination may take to put the ownership on record.
+    const OWNED_LIMIT: Duration = Duration::from_secs(10);
+
+    /// How often a lost answer is asked for.
+    const VERDICT_TRIES: u32 = 5;
+
+    /// Between two such questions.
+    const VERDICT_PAUSE: Duration = Duration::from_secs(1);
+
+    /// The commit and everything after it.
+    pub(super) async fn hand_over(&mut self) -> Result<(), Error> {
+        self.seal().await?;
+        if let Err(lost) = self.go().await {
+            // `Go` may have arrived: ask until there is an answer that binds.
+            let stage = self.verdict(&lost).await?;
+            if !stage.owns() {
+                self.go = Go::Disowned;
+                return Err(lost);
+            }
+            self.reporter
+                .warn("the destination says that it owns the tree");
+        }
+        self.advance(Event::Owned, String::new())?;
+        match self.await_running().await {
+            Ok(()) => {
+                self.moments.running = Some(Instant::now());
+                let detail = format!(
+                    "runs as {} in cgroup {}",
+                    self.running.root_pid,
+                    if self.running.cgroup.is_empty() {
+                        "/"
+                    } else {
+                        &self.running.cgroup
+                    }
+                );
+                self.advance(Event::Running, detail)?;
+            }
+            // The destination says that its copy is lost. The frozen tree is
+            // the only thing left of it, so it stays, fenced.
+            Err(error @ Error::Peer(_)) => return Err(Error::LostAfterCommit(Box::new(error))),
+            // It owns the tree and does not answer: here the tree is done with.
+            Err(error) => {
+                self.reporter.warn(error.chain());
+                self.phase = self.phase.on(Event::Failed)?;
+            }
+        }
+        self.remove().await;
+        self.advance(Event::Removed, String::new())
+    }
+
+    /// Makes sure that nothing here runs or answers any more, and records it.
+    async fn seal(&mut self) -> Result<(), Error> {
+        let fence = self.fence.as_ref().ok_or_else(|| not_yet("the fence"))?;
+        fence.close()?;
+        let Engine::Dumping(session) = &mut self.engine else {
+            return Err(not_yet("CRIU's dump"));
+        };
+        if !session.alive() {
+            return Err(Error::Changed(
+                "CRIU has died, and the tree may have run since it was dumped".to_owned(),
+            ));
+        }
+        if let Some(lease) = self.lease.take() {
+            lease.abort();
+            let _ = lease.await;
+        }
+        self.gate()?.lease(None)?;
+        if let Some(journal) = &mut self.journal {
+            journal.stage(Stage::HandedOver)?;
+        }
+        let net = self.net.as_ref().ok_or_else(|| not_yet("netlink"))?;
+        let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
+        for address in &plan.facts.addresses {
+            self.withdrawn.push(net.withdraw(address).await?);
+        }
+        Ok(())
+    }
+
+    /// Sends `Go` and waits for the word that the destination owns the tree.
+    async fn go(&mut self) -> Result<(), Error> {
+        const AWAITED: &str = "the destination's word that it owns the tree";
+        self.go = Go::MaybeSent;
+        self.send(&Message::Go).await?;
+        let link = self.link()?;
+        match link.inbox.next_within(AWAITED, Self::OWNED_LIMIT).await? {
+            Message::Owned => Ok(()),
+            other => Err(link.inbox.unexpected(&other, AWAITED)),
+        }
+    }
+
+    /// Asks the destination who owns the tree; its answer binds it.
+    async fn verdict(&mut self, lost: &Error) -> Result<Stage, Error> {
+        self.reporter.warn(format!(
+            "asking the destination who owns the tree, because {}",
+            lost.chain()
+        ));
+        // The old connection is closed first, so that nothing of it arrives later.
+        if let Some(mut link) = self.link.take() {
+            let _ = link.sender.close().await;
+        }
+        let mut last = None;
+        for _ in 0..Self::VERDICT_TRIES {
+            match self.ask_verdict().await {
+                Ok(stage) if !stage.may_own() => return Ok(stage),
+                Ok(stage) => {
+                    last = Some(Error::Changed(format!("the destination answers {stage:?}")));
+                }
+                Err(error) => last = Some(error),
+            }
+            tokio::time::sleep(Self::VERDICT_PAUSE).await;
+        }
+        Err(Error::Undecided(Box::new(
+            last.unwrap_or_else(|| not_yet("an answer")),
+        )))
+    }
+
+    async fn ask_verdict(&mut self) -> Result<Stage, Error> {
+        const AWAITED: &str = "the destination's verdict";
+        let mut link = connect(&self.request.destination, &self.id, &self.reporter).await?;
+        let question = Message::Verdict {
+            migration_id: self.id.clone(),
+        };
+        link.sender
+            .control(&question)
+            .await
+            .map_err(Error::Connect)?;
+        let stage = match link.inbox.next_within(AWAITED, STEP_LIMIT).await? {
+            Message::VerdictIs(stage) => stage,
+            other => return Err(link.inbox.unexpected(&other, AWAITED)),
+        };
+        self.link = Some(link);
+        Ok(stage)
+    }
+
+    /// Waits for the running copy.
+    async fn await_running(&mut self) -> Result<(), Error> {
+        const AWAITED: &str = "the running copy";
+        let link = self.link()?;
+        match link.inbox.next_within(AWAITED, STEP_LIMIT).await? {
+            Message::Running(report) => {
+                self.running = report;
+                Ok(())
+            }
+            other => Err(link.inbox.unexpected(&other, AWAITED)),
+        }
+    }
+
+    /// Removes what is left of the tree here. CRIU kills it with its sockets
+    /// in repair mode, so that no FIN and no RST leaves.
+    async fn remove(&mut self) {
+        let mut leftovers = Vec::new();
+        if let Engine::Dumping(session) = std::mem::replace(&mut self.engine, Engine::None)
+            && let Err(error) = kill(session).await
+        {
+            leftovers.push(format!(
+                "could not remove the frozen tree: {}",
+                error.chain()
+            ));
+        }
+        if let Some(fence) = self.fence.take()
+            && let Err(error) = fence.release()
+        {
+            leftovers.push(format!(
+                "could not remove the fence: {}",
+                crate::error::chain(&error)
+            ));
+        }
+        if let Some(hold) = self.supervisor.take() {
+            // Waits for systemd to notice the end, which it does by polling.
+            let released = tokio::task::spawn_blocking(|| hold.release_after_end()).await;
+            match released {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => leftovers.push(format!(
+                    "could not give the unit back to systemd: {}",
+                    crate::error::chain(&error)
+                )),
+                Err(error) => leftovers.push(error.to_string()),
+            }
+        }
+        if let Some(gate) = self.gate.take() {
+            if let Ok(counted) = gate.counters() {
+                self.counted = counted;
+            }
+            if let Err(error) = detach(gate) {
+                leftovers.push(format!("could not detach the gate: {error}"));
+            }
+        }
+        if let Some(images) = self.images.take() {
+            let _ = std::fs::remove_dir_all(images);
+        }
+        if let Some(journal) = self.journal.take()
+            && leftovers.is_empty()
+        {
+            journal.discard();
+        }
+        for leftover in leftovers {
+            self.reporter.warn(leftover);
+        }
+    }
+}
+
+/// Lets CRIU end the dump and with it the tree.
+async fn kill(mut session: Session) -> Result<(), Error> {
+    session.answer(true).await?;
+    loop {
+        match session.next(Migration::THAW_LIMIT).await? {
+            Notice::Finished(_) => return Ok(()),
+            _ => session.answer(true).await?,
+        }
+    }
+}

@@ -1,0 +1,523 @@
+//! The source's side of a migration.
+//!
+//! [`migrate`] runs the phases in order. Everything up to the commit is one
+//! future that may be dropped at any moment: each effect is noted in
+//! [`Migration`] in the same step that makes it, and [`Migration::roll_back`]
+//! undoes what is noted, newest first.
+
+mod dump;
+mod handover;
+mod preflight;
+mod prepare;
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use migrate_channel::{Destination, Sender};
+use migrate_core::facts::{HostFacts, TreeFacts};
+use migrate_core::phase::{Event, Phase};
+use migrate_core::report::{Blackout, Report};
+use migrate_core::wire::{Message, StdioChoice};
+use migrate_criu::{Criu, Notice, Session, Worker};
+use migrate_gate::{Counters, Gate};
+use migrate_net::{Net, Withdrawn};
+use migrate_proc::{Fence, HoldDown, Tree};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::cancel::Cancel;
+use crate::error::Error;
+use crate::inbox::Inbox;
+use crate::journal::Journal;
+use crate::progress::{Progress, Reporter};
+use crate::state::{State, TreeLock};
+
+pub use preflight::check;
+
+/// What the user asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Root of the tree.
+    pub pid: i32,
+    /// Where to.
+    pub destination: Destination,
+    /// How.
+    pub choices: Choices,
+}
+
+/// What the user said about the tree.
+#[derive(Debug, Clone)]
+pub struct Choices {
+    /// What becomes of standard streams that lead out of the tree.
+    pub stdio: StdioChoice,
+    /// Addresses that move although they look like the host's own.
+    pub addresses: Vec<IpAddr>,
+    /// The longest time the tree may stand still before the commit.
+    pub max_blackout: Duration,
+    /// A supervisor that would start a second copy has been dealt with.
+    pub ignore_supervisor: bool,
+}
+
+impl Choices {
+    /// The default of `--max-blackout`: what a peer with default timeouts of
+    /// popular client libraries still bears.
+    pub const MAX_BLACKOUT: Duration = Duration::from_secs(5);
+}
+
+/// How long the destination may take to be reached.
+const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+
+/// How long the other side may take for a step outside the blackout.
+const STEP_LIMIT: Duration = Duration::from_secs(30);
+
+/// How a migration ended when it did not end in a commit.
+#[derive(Debug)]
+pub struct Failure {
+    /// The phase in which it failed.
+    pub phase: Phase,
+    /// [`Phase::RolledBack`] or [`Phase::Undecided`].
+    pub outcome: Phase,
+    /// Why.
+    pub error: Error,
+    /// What could not be undone.
+    pub leftovers: Vec<String>,
+}
+
+/// A random name for a migration.
+///
+/// # Errors
+///
+/// The kernel's random numbers cannot be read.
+pub fn migration_id() -> Result<String, Error> {
+    let path = "/proc/sys/kernel/random/uuid";
+    let uuid = std::fs::read_to_string(path).map_err(Error::file("read", path))?;
+    Ok(uuid.trim().chars().filter(|c| *c != '-').take(12).collect())
+}
+
+/// Moves a tree.
+///
+/// # Errors
+///
+/// [`Failure`] says whether the source still runs the tree.
+pub async fn migrate(
+    request: Request,
+    reporter: Reporter,
+    cancel: Cancel,
+) -> Result<Report, Box<Failure>> {
+    let early = |error| {
+        Box::new(Failure {
+            phase: Phase::Preflight,
+            outcome: Phase::RolledBack,
+            error,
+            leftovers: Vec::new(),
+        })
+    };
+    let mut migration = Migration::new(request, reporter).map_err(early)?;
+    let limit = migration.request.choices.max_blackout;
+    let mut frozen_until = migration.frozen_until.subscribe();
+    let before_commit = tokio::select! {
+        done = migration.until_restored() => done,
+        () = cancel.cancelled() => Err(Error::Cancelled),
+        () = passed(&mut frozen_until) => Err(Error::BlackoutLimit { limit }),
+    };
+    let outcome = match before_commit {
+        Ok(()) => migration.hand_over().await,
+        Err(error) => Err(error),
+    };
+    let Err(error) = outcome else {
+        return Ok(migration.report());
+    };
+    let phase = migration.phase;
+    migration.reporter.tell(Progress::Failed {
+        phase,
+        error: error.chain(),
+    });
+    let (outcome, leftovers) = migration.fail().await;
+    Err(Box::new(Failure {
+        phase,
+        outcome,
+        error,
+        leftovers,
+    }))
+}
+
+/// Waits until a moment that may be set later has passed.
+async fn passed(until: &mut watch::Receiver<Option<Instant>>) {
+    loop {
+        let moment = *until.borrow_and_update();
+        let changed = match moment {
+            Some(moment) => tokio::select! {
+                () = tokio::time::sleep_until(moment.into()) => return,
+                changed = until.changed() => changed,
+            },
+            None => until.changed().await,
+        };
+        if changed.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// The connection to the destination.
+struct Link {
+    peer: String,
+    sender: Sender,
+    inbox: Inbox,
+}
+
+/// The tree as it was last seen, and what stays the same about it.
+struct Plan {
+    tree: Tree,
+    facts: TreeFacts,
+    host: HostFacts,
+    interfaces: Vec<u32>,
+    criu: Criu,
+}
+
+/// CRIU's part, which changes from a waiting worker to a running dump.
+enum Engine {
+    None,
+    Ready(Worker),
+    Dumping(Session),
+}
+
+/// The one message that cannot be taken back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Go {
+    /// It was not sent: the destination cannot run the tree.
+    NotSent,
+    /// Its sending was begun: it may have arrived.
+    MaybeSent,
+    /// The destination has put on record that it does not own the tree.
+    Disowned,
+}
+
+/// Moments of one migration, all on this host's clock.
+#[derive(Default)]
+struct Moments {
+    gate_closed: Option<Instant>,
+    frozen: Option<Instant>,
+    dumped: Option<Instant>,
+    sent: Option<Instant>,
+    restored: Option<Instant>,
+    running: Option<Instant>,
+}
+
+/// Everything that a migration has done so far. A field that is set is an
+/// effect that is in force; [`Migration::roll_back`] is the undo of each.
+struct Migration {
+    request: Request,
+    reporter: Reporter,
+    state: State,
+    net: Option<Net>,
+    id: String,
+    phase: Phase,
+    begun: Instant,
+    phase_begun: Instant,
+    plan: Option<Plan>,
+    moments: Moments,
+    frozen_until: watch::Sender<Option<Instant>>,
+    counted: Counters,
+    pages: u64,
+    sent_bytes: u64,
+    running: migrate_core::wire::RunningReport,
+    /// What is known about who may run the tree once `HandedOver` is on record.
+    go: Go,
+
+    // Effects, in the order in which they come about.
+    _lock: TreeLock,
+    link: Option<Link>,
+    journal: Option<Journal>,
+    gate: Option<Arc<Gate>>,
+    lease: Option<JoinHandle<()>>,
+    supervisor: Option<HoldDown>,
+    fence: Option<Fence>,
+    images: Option<PathBuf>,
+    engine: Engine,
+    withdrawn: Vec<Withdrawn>,
+}
+
+impl Migration {
+    fn new(request: Request, reporter: Reporter) -> Result<Self, Error> {
+        migrate_proc::validate_target(request.pid)?;
+        let state = State::open()?;
+        let lock = state.lock_tree(request.pid)?;
+        let now = Instant::now();
+        Ok(Self {
+            id: migration_id()?,
+            request,
+            reporter,
+            state,
+            net: None,
+            phase: Phase::Preflight,
+            begun: now,
+            phase_begun: now,
+            plan: None,
+            moments: Moments::default(),
+            frozen_until: watch::Sender::new(None),
+            counted: Counters::default(),
+            pages: 0,
+            sent_bytes: 0,
+            running: migrate_core::wire::RunningReport::default(),
+            go: Go::NotSent,
+            _lock: lock,
+            link: None,
+            journal: None,
+            gate: None,
+            lease: None,
+            supervisor: None,
+            fence: None,
+            images: None,
+            engine: Engine::None,
+            withdrawn: Vec::new(),
+        })
+    }
+
+    /// Every phase that can be undone, in order.
+    async fn until_restored(&mut self) -> Result<(), Error> {
+        self.reporter.tell(Progress::Started { phase: self.phase });
+        let detail = self.preflight().await?;
+        self.advance(Event::Checked, detail)?;
+        let detail = self.track().await?;
+        self.advance(Event::Tracked, detail)?;
+        let detail = self.prepare().await?;
+        self.advance(Event::Prepared, detail)?;
+        let detail = self.freeze().await?;
+        self.advance(Event::Frozen, detail)?;
+        let detail = self.dump().await?;
+        self.advance(Event::Dumped, detail)?;
+        let detail = self.restore().await?;
+        self.advance(Event::Restored, detail)
+    }
+
+    /// Moves on to the next phase and says so.
+    fn advance(&mut self, event: Event, detail: String) -> Result<(), Error> {
+        let ended = self.phase;
+        self.phase = ended.on(event)?;
+        let took = std::mem::replace(&mut self.phase_begun, Instant::now()).elapsed();
+        self.reporter.tell(Progress::Ended {
+            phase: ended,
+            took_us: micros(took),
+            detail,
+        });
+        if self.phase <= Phase::Finish {
+            self.reporter.tell(Progress::Started { phase: self.phase });
+        }
+        Ok(())
+    }
+
+    fn link(&mut self) -> Result<&mut Link, Error> {
+        self.link.as_mut().ok_or_else(|| not_yet("the connection"))
+    }
+
+    fn plan(&self) -> Result<&Plan, Error> {
+        self.plan.as_ref().ok_or_else(|| not_yet("the plan"))
+    }
+
+    fn gate(&self) -> Result<&Arc<Gate>, Error> {
+        self.gate.as_ref().ok_or_else(|| not_yet("the gate"))
+    }
+
+    /// Sends one message.
+    async fn send(&mut self, message: &Message) -> Result<(), Error> {
+        let link = self.link()?;
+        link.sender
+            .control(message)
+            .await
+            .map_err(|source| Error::Channel {
+                peer: link.peer.clone(),
+                source,
+            })
+    }
+
+    /// What a failure means, and the way back where there is one.
+    async fn fail(&mut self) -> (Phase, Vec<String>) {
+        let event = match (self.phase, self.go) {
+            (Phase::HandedOver, Go::NotSent | Go::Disowned) => Event::Disowned,
+            _ => Event::Failed,
+        };
+        let outcome = self.phase.on(event).unwrap_or(Phase::Undecided);
+        self.phase = outcome;
+        if outcome == Phase::RolledBack {
+            let leftovers = self.roll_back().await;
+            (outcome, leftovers)
+        } else {
+            self.leave_fenced();
+            (Phase::Undecided, Vec::new())
+        }
+    }
+
+    /// How long the destination may take to undo its side before the source
+    /// stops waiting for it. The source's tree runs again before that.
+    const PEER_UNDO_LIMIT: Duration = Duration::from_secs(10);
+
+    /// How long CRIU may take to put the tree back on its feet.
+    const THAW_LIMIT: Duration = Duration::from_secs(20);
+
+    /// Undoes everything, newest first, and collects what could not be undone.
+    async fn roll_back(&mut self) -> Vec<String> {
+        let mut leftovers = Vec::new();
+        let mut note = |what: &str, result: Result<(), String>| {
+            if let Err(why) = result {
+                leftovers.push(format!("could not {what}: {why}"));
+            }
+        };
+        // The destination undoes its side when the connection ends. It can not
+        // run the copy: `Go` was not sent, or it has disowned the tree.
+        if let Some(link) = &mut self.link {
+            // A peer that is gone needs no farewell.
+            let _ = link.sender.close().await;
+        }
+        if let Some(net) = &self.net {
+            for withdrawn in self.withdrawn.drain(..).rev() {
+                let what = format!("put {} back", withdrawn.ip);
+                note(
+                    &what,
+                    net.restore(&withdrawn)
+                        .await
+                        .map_err(|e| crate::error::chain(&e)),
+                );
+            }
+        }
+        if let Some(fence) = &self.fence {
+            note(
+                "open the fence",
+                fence.open().map_err(|e| crate::error::chain(&e)),
+            );
+        }
+        match std::mem::replace(&mut self.engine, Engine::None) {
+            Engine::None => {}
+            Engine::Ready(worker) => drop(worker),
+            Engine::Dumping(session) => {
+                note("thaw the tree", thaw(session).await.map_err(|e| e.chain()));
+            }
+        }
+        if let Some(lease) = self.lease.take() {
+            lease.abort();
+            // The renewer holds the gate until it has ended.
+            let _ = lease.await;
+        }
+        if let Some(gate) = self.gate.take() {
+            note(
+                "open the gate",
+                gate.open().map_err(|e| crate::error::chain(&e)),
+            );
+            note("detach the gate", detach(gate));
+        }
+        if let Some(fence) = self.fence.take() {
+            note(
+                "remove the fence",
+                fence.release().map_err(|e| crate::error::chain(&e)),
+            );
+        }
+        if let Some(hold) = self.supervisor.take() {
+            note(
+                "give the unit back to systemd",
+                hold.release().map_err(|e| crate::error::chain(&e)),
+            );
+        }
+        if let Some(images) = self.images.take() {
+            let _ = std::fs::remove_dir_all(images);
+        }
+        if let Some(journal) = self.journal.take() {
+            journal.discard();
+        }
+        if let Some(mut link) = self.link.take() {
+            link.inbox.closed(Self::PEER_UNDO_LIMIT).await;
+        }
+        leftovers
+    }
+
+    /// Leaves a tree alone that may run elsewhere: fenced, its gate closed for
+    /// good, its address withdrawn, its record on disk.
+    fn leave_fenced(&mut self) {
+        if let Some(lease) = self.lease.take() {
+            lease.abort();
+        }
+        if let Some(fence) = self.fence.take() {
+            std::mem::forget(fence);
+        }
+        self.supervisor.take().map(std::mem::forget);
+    }
+
+    /// The closing block.
+    fn report(&self) -> Report {
+        let m = &self.moments;
+        let span = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => micros(to.saturating_duration_since(from)),
+            _ => 0,
+        };
+        let facts = self.plan.as_ref().map(|plan| &plan.facts);
+        Report {
+            migration_id: self.id.clone(),
+            outcome: self.phase,
+            pid: self.request.pid,
+            name: facts
+                .and_then(|facts| facts.processes.first())
+                .map_or_else(String::new, |process| process.name.clone()),
+            source: crate::hostname(),
+            destination: self
+                .link
+                .as_ref()
+                .map_or_else(String::new, |link| link.peer.clone()),
+            pages: self.pages,
+            bytes: self.sent_bytes,
+            frozen_us: span(m.frozen, m.running),
+            blackout: Blackout {
+                freeze_us: span(m.gate_closed, m.frozen),
+                dump_us: span(m.frozen, m.dumped),
+                transfer_us: span(m.dumped, m.sent),
+                restore_us: span(m.sent, m.restored),
+                takeover_us: span(m.restored, m.running),
+            },
+            connections: facts.map_or(0, |facts| facts.flows.len() as u64),
+            dropped_packets: crate::dropped_packets(&self.counted) + self.running.dropped_packets,
+            rst_sent: self.counted.rst_sent + self.running.rst_sent,
+            total_us: micros(self.begun.elapsed()),
+        }
+    }
+}
+
+/// Ends a dump so that the tree runs on: a held notification is refused, and
+/// CRIU's last word awaited.
+async fn thaw(mut session: Session) -> Result<(), Error> {
+    let limit = Migration::THAW_LIMIT;
+    // Refuses the notification that CRIU may be held in.
+    let _ = session.answer(false).await;
+    let ended = tokio::time::timeout(limit, async {
+        loop {
+            match session.next(limit).await {
+                Ok(Notice::Finished(_)) | Err(_) => return,
+                Ok(_) => {
+                    let _ = session.answer(false).await;
+                }
+            }
+        }
+    })
+    .await;
+    ended.map_err(|_| {
+        Error::Changed(format!(
+            "CRIU has not let go of the tree within {} s",
+            limit.as_secs()
+        ))
+    })
+}
+
+/// Detaches a gate that nobody else holds.
+fn detach(gate: Arc<Gate>) -> Result<(), String> {
+    match Arc::into_inner(gate) {
+        Some(gate) => gate.detach().map_err(|e| crate::error::chain(&e)),
+        None => Err("it is still in use".to_owned()),
+    }
+}
+
+fn micros(span: Duration) -> u64 {
+    u64::try_from(span.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A step needed something that an earlier step has not made: a defect.
+fn not_yet(what: &'static str) -> Error {
+    Error::Changed(format!("{what} is not there yet"))
+}

@@ -1,0 +1,279 @@
+//! Preflight: look at the tree, let the destination compare, refuse in time.
+
+use migrate_channel::Destination;
+use migrate_core::facts::{HostFacts, StdioFacts, StdioKind, TreeFacts};
+use migrate_core::preflight::{Finding, Severity};
+use migrate_core::wire::{Message, StdioChoice};
+use migrate_net::{Net, SurveyOptions, TreeSockets};
+use migrate_proc::{Supervisor, Tree};
+
+use super::{CONNECT_LIMIT, Choices, Link, Migration, Plan, STEP_LIMIT, migration_id};
+use crate::error::Error;
+use crate::inbox::Inbox;
+use crate::progress::{Progress, Reporter};
+use crate::state::State;
+
+/// What an examination of the tree brought to light.
+pub(super) struct Examined {
+    pub(super) plan: Plan,
+    pub(super) findings: Vec<Finding>,
+    pub(super) supervisor: Option<Supervisor>,
+}
+
+/// Bytes a second that a full dump and restore are expected to move, for the
+/// warning about big trees: measured 0.5 to 2.5 GB/s with cold and warm tmpfs.
+const EXPECTED_BYTES_PER_SECOND: u64 = 500_000_000;
+
+impl Migration {
+    /// Connects, examines, compares.
+    pub(super) async fn preflight(&mut self) -> Result<String, Error> {
+        crate::sweep::sweep(&self.state).await;
+        let link = connect(&self.request.destination, &self.id, &self.reporter).await?;
+        self.link = Some(link);
+        let net = Net::open().await?;
+        let examined = examine(&self.state, &net, self.request.pid, &self.request.choices).await?;
+        self.net = Some(net);
+        let mut findings = examined.findings;
+        let stdio = self.request.choices.stdio.clone();
+        let (tree, host) = (&examined.plan.facts, &examined.plan.host);
+        findings.extend(ask(self.link()?, tree, host, &stdio).await?);
+        self.reporter.findings(&findings);
+        let refused: Vec<String> = findings
+            .iter()
+            .filter(|finding| finding.severity == Severity::Refused)
+            .map(|finding| format!("{}: {}", finding.subject, finding.finding))
+            .collect();
+        if !refused.is_empty() {
+            let reason = "preflight refused the migration".to_owned();
+            self.send(&Message::Abort { reason }).await?;
+            return Err(Error::Refused(refused));
+        }
+        let facts = &examined.plan.facts;
+        let detail = format!(
+            "{} checks, {} processes, {} connections",
+            findings.len(),
+            facts.processes.len(),
+            facts.flows.len()
+        );
+        if let Some(supervisor) = &examined.supervisor {
+            self.supervisor = Some(migrate_proc::hold_down(supervisor)?);
+        }
+        self.plan = Some(examined.plan);
+        Ok(detail)
+    }
+}
+
+/// Preflight and nothing else: examines the tree, and lets the destination
+/// compare when one is named.
+///
+/// # Errors
+///
+/// The examination itself failed; what it found is in the findings.
+pub async fn check(
+    pid: i32,
+    destination: Option<&Destination>,
+    choices: &Choices,
+    reporter: &Reporter,
+) -> Result<Vec<Finding>, Error> {
+    migrate_proc::validate_target(pid)?;
+    let state = State::open()?;
+    let net = Net::open().await?;
+    let examined = examine(&state, &net, pid, choices).await?;
+    let mut findings = examined.findings;
+    if let Some(destination) = destination {
+        let id = migration_id()?;
+        let mut link = connect(destination, &id, reporter).await?;
+        findings.extend(
+            ask(
+                &mut link,
+                &examined.plan.facts,
+                &examined.plan.host,
+                &choices.stdio,
+            )
+            .await?,
+        );
+        let reason = "only a check".to_owned();
+        let _ = link.sender.control(&Message::Abort { reason }).await;
+        let _ = link.sender.close().await;
+        link.inbox.closed(Migration::PEER_UNDO_LIMIT).await;
+    }
+    Ok(findings)
+}
+
+pub(super) async fn connect(
+    destination: &Destination,
+    id: &str,
+    reporter: &Reporter,
+) -> Result<Link, Error> {
+    let connection = migrate_channel::connect(destination, crate::hello(id), CONNECT_LIMIT)
+        .await
+        .map_err(Error::Connect)?;
+    let peer = connection.hello.hostname.clone();
+    reporter.tell(Progress::Connected {
+        migration_id: id.to_owned(),
+        destination: peer.clone(),
+    });
+    Ok(Link {
+        sender: connection.sender,
+        inbox: Inbox::new(peer.clone(), connection.receiver),
+        peer,
+    })
+}
+
+/// Lets the destination compare.
+async fn ask(
+    link: &mut Link,
+    tree: &TreeFacts,
+    source: &HostFacts,
+    stdio: &StdioChoice,
+) -> Result<Vec<Finding>, Error> {
+    const AWAITED: &str = "the destination's findings";
+    let question = Message::Preflight {
+        tree: Box::new(tree.clone()),
+        source: Box::new(source.clone()),
+        stdio: stdio.clone(),
+    };
+    link.sender
+        .control(&question)
+        .await
+        .map_err(|source| Error::Channel {
+            peer: link.peer.clone(),
+            source,
+        })?;
+    match link.inbox.next_within(AWAITED, STEP_LIMIT).await? {
+        Message::Findings { findings, .. } => Ok(findings),
+        other => Err(link.inbox.unexpected(&other, AWAITED)),
+    }
+}
+
+/// Looks at the tree and at this host.
+async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Result<Examined, Error> {
+    let tree = migrate_proc::tree(pid)?;
+    let sockets = survey(net, choices, &tree).await?;
+    let mut findings = tree.findings()?;
+    let stdio = tree.stdio()?;
+    findings.extend(judge_stdio(&stdio, &choices.stdio));
+    let supervisor = migrate_proc::supervisor(&tree)?;
+    if let Some(found) = &supervisor
+        && !choices.ignore_supervisor
+    {
+        findings.push(migrate_proc::supervisor_finding(found));
+    }
+    let criu = match migrate_criu::locate().await {
+        Ok(criu) => {
+            findings.push(Finding::ok(
+                "criu on the source",
+                format!("{} at {}", criu.version, criu.path.display()),
+            ));
+            Some(criu)
+        }
+        Err(error) => {
+            findings.push(Finding::refused(
+                "criu on the source",
+                crate::error::chain(&error),
+                error.help().unwrap_or_default(),
+            ));
+            None
+        }
+    };
+    let mut host = migrate_proc::host_facts(&state.image_root()?);
+    host.criu = criu.as_ref().map(|criu| criu.version);
+    findings.extend(sockets.findings);
+    let facts = TreeFacts {
+        root_pid: pid,
+        processes: tree.processes.clone(),
+        files: tree.files()?,
+        flows: sockets.flows,
+        listeners: sockets.listeners,
+        addresses: sockets.addresses,
+        stdio,
+        resident_bytes: tree.resident_bytes(),
+        shell_job: tree.shell_job(),
+        cgroup: tree.cgroup().to_owned(),
+    };
+    let still = facts.resident_bytes / EXPECTED_BYTES_PER_SECOND;
+    if still >= choices.max_blackout.as_secs() {
+        findings.push(Finding::note(
+            "memory",
+            format!(
+                "{} MiB are resident: the tree may stand still for more than the {} s allowed",
+                facts.resident_bytes >> 20,
+                choices.max_blackout.as_secs()
+            ),
+            "allow more with --max-blackout SECONDS",
+        ));
+    }
+    let criu = criu.ok_or(()).or_else(|()| {
+        // Refused below; every finding is still shown.
+        Ok::<_, Error>(migrate_criu::Criu {
+            path: "criu".into(),
+            version: migrate_core::facts::CriuVersion::OLDEST_SUPPORTED,
+        })
+    })?;
+    Ok(Examined {
+        plan: Plan {
+            tree,
+            facts,
+            host,
+            interfaces: sockets.interfaces,
+            criu,
+        },
+        findings,
+        supervisor,
+    })
+}
+
+/// A stream that leads out of the tree cannot be carried as it is.
+fn judge_stdio(stdio: &[StdioFacts], choice: &StdioChoice) -> Vec<Finding> {
+    stdio
+        .iter()
+        .map(|stream| {
+            let what = match stream.kind {
+                StdioKind::Terminal => "a terminal",
+                StdioKind::Pipe => "a pipe to a process outside the tree",
+                StdioKind::UnixStream => "a socket to a process outside the tree",
+            };
+            let holders = stream
+                .holders
+                .iter()
+                .map(|(pid, fd)| format!("fd {fd} of {pid}"))
+                .collect::<Vec<_>>()
+                .join(", ");
+            let subject = format!("standard stream {}", stream.resource);
+            match choice {
+                StdioChoice::Keep => Finding::refused(
+                    subject,
+                    format!("{what}, which stays on this host ({holders})"),
+                    "say where it leads on the destination: --stdio null, --stdio journal or --stdio FILE",
+                ),
+                StdioChoice::Null => Finding::ok(subject, format!("{what} becomes /dev/null")),
+                StdioChoice::Journal => {
+                    Finding::ok(subject, format!("{what} becomes the destination's journal"))
+                }
+                StdioChoice::File(path) => Finding::ok(subject, format!("{what} becomes {path}")),
+            }
+        })
+        .collect()
+}
+
+/// Names by which CRIU's dump is told that a stream leads out of the tree.
+pub(super) fn externals(stdio: &[StdioFacts]) -> Vec<String> {
+    stdio
+        .iter()
+        .filter(|stream| stream.kind != StdioKind::Pipe)
+        .map(|stream| stream.resource.clone())
+        .collect()
+}
+
+/// The tree's sockets as they are at this moment.
+pub(super) async fn survey(
+    net: &Net,
+    choices: &Choices,
+    tree: &Tree,
+) -> Result<TreeSockets, Error> {
+    let inodes = tree.socket_inodes()?;
+    let options = SurveyOptions {
+        forced_addresses: choices.addresses.clone(),
+    };
+    Ok(migrate_net::survey(net, &inodes, &options).await?)
+}

@@ -1,0 +1,134 @@
+//! Track and prepare: everything that can be done while the tree runs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
+use migrate_core::wire::Message;
+use migrate_criu::WorkerOptions;
+use migrate_gate::{Gate, GateOptions, Role};
+use migrate_proc::Fence;
+
+use super::{Engine, Migration, STEP_LIMIT, not_yet};
+use crate::error::Error;
+use crate::journal::Journal;
+use crate::state::make_private;
+
+impl Migration {
+    /// A gate whose owner is gone opens by itself after this time. Longer than
+    /// any delay a live owner has, shorter than TCP peers give up.
+    const LEASE: Duration = Duration::from_secs(4);
+
+    /// How often a live owner renews its lease.
+    const RENEWAL: Duration = Duration::from_secs(1);
+
+    /// Room for connections that come while the migration runs.
+    const SPARE_FLOWS: usize = 4096;
+
+    /// Attaches the gate, open, and teaches it the tree's connections.
+    pub(super) async fn track(&mut self) -> Result<String, Error> {
+        let record = self.record()?;
+        self.journal = Some(Journal::begin(&self.state, record)?);
+        let plan = self.plan()?;
+        let flows = &plan.facts.flows;
+        let listeners = &plan.facts.listeners;
+        let capacity = flows.len() * 2 + Self::SPARE_FLOWS;
+        let gate = Arc::new(Gate::attach(
+            &plan.interfaces,
+            &GateOptions {
+                id: self.id.clone(),
+                role: Role::Source,
+                flow_capacity: u32::try_from(capacity).unwrap_or(u32::MAX),
+                directory: self.state.gates(),
+            },
+        )?);
+        let detail = format!(
+            "gate on {} interfaces, {} connections, {} listeners",
+            plan.interfaces.len(),
+            flows.len(),
+            listeners.len()
+        );
+        let filled = gate
+            .lease(Some(Self::LEASE))
+            .and_then(|()| gate.add_flows(flows))
+            .and_then(|()| gate.add_listeners(listeners));
+        self.gate = Some(Arc::clone(&gate));
+        filled?;
+        self.lease = Some(tokio::spawn(async move {
+            let mut renewal = tokio::time::interval(Self::RENEWAL);
+            loop {
+                renewal.tick().await;
+                if let Err(error) = gate.lease(Some(Self::LEASE)) {
+                    tracing::warn!(error = %crate::error::chain(&error), "could not renew the gate's lease");
+                }
+            }
+        }));
+        Ok(detail)
+    }
+
+    /// Gets both sides ready, so that the blackout holds nothing that can be
+    /// done before it.
+    pub(super) async fn prepare(&mut self) -> Result<String, Error> {
+        const AWAITED: &str = "the destination to get ready";
+        let prepare = Message::Prepare {
+            blackout_limit_ms: u64::try_from(self.request.choices.max_blackout.as_millis())
+                .unwrap_or(u64::MAX),
+        };
+        self.send(&prepare).await?;
+
+        let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
+        let fence = Fence::prepare(&plan.tree, &self.id)?;
+        let record = fence.record();
+        let kind = fence.kind();
+        self.fence = Some(fence);
+        let images = self.state.image_root()?.join(&self.id);
+        make_private(&images)?;
+        self.images = Some(images.clone());
+        if let Some(journal) = &mut self.journal {
+            let text = serde_json::to_string(&record)
+                .map_err(|error| Error::file("encode", "the fence")(error.into()))?;
+            journal.update(|record| {
+                record.fence = Some(text);
+                record.images = Some(images.display().to_string());
+            })?;
+        }
+        let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
+        plan.criu.warm().await?;
+        let worker = plan.criu.worker(WorkerOptions::default()).await?;
+        self.engine = Engine::Ready(worker);
+
+        let link = self.link()?;
+        match link.inbox.next_within(AWAITED, STEP_LIMIT).await? {
+            Message::Prepared => Ok(format!("fence by {kind}")),
+            other => Err(link.inbox.unexpected(&other, AWAITED)),
+        }
+    }
+
+    fn record(&self) -> Result<Record, Error> {
+        let plan = self.plan()?;
+        let peer = self
+            .link
+            .as_ref()
+            .map_or_else(String::new, |link| link.peer.clone());
+        let owner_pid = std::process::id().cast_signed();
+        Ok(Record {
+            version: RECORD_VERSION,
+            migration_id: self.id.clone(),
+            side: Side::Source,
+            stage: Stage::Preparing,
+            owner_pid,
+            owner_start_ticks: migrate_proc::start_ticks(owner_pid).unwrap_or(0),
+            root_pid: self.request.pid,
+            pids: plan.tree.pids(),
+            name: plan
+                .facts
+                .processes
+                .first()
+                .map_or_else(String::new, |process| process.name.clone()),
+            peer,
+            addresses: plan.facts.addresses.clone(),
+            images: None,
+            fence: None,
+        })
+    }
+}
