@@ -166,7 +166,11 @@ impl Tree {
             findings.push(Finding::refused(
                 format!("{} fd {}", self.named(descriptor.pid), descriptor.fd),
                 format!("is a pipe ({}) to {}", descriptor.link, others.join(", ")),
-                "end that process, or name its common ancestor as the PID so that both move",
+                format!(
+                    "name the common ancestor as the PID so that both ends move, or start the \
+                     workload without it: `exec {}>&-` in the shell that starts it",
+                    descriptor.fd
+                ),
             ));
         }
         Ok(())
