@@ -214,7 +214,7 @@ impl ImageDir {
             return Err(bad("a run of pages without data"));
         }
         if run.pages == 0
-            || run.vaddr % PAGE_BYTES as u64 != 0
+            || !run.vaddr.is_multiple_of(PAGE_BYTES as u64)
             || run.data_bytes() != data.len() as u64
             || run.vaddr.checked_add(run.data_bytes()).is_none()
         {
@@ -569,6 +569,38 @@ mod tests {
             Ok(_) => println!("SKIP disk: /var/tmp is a tmpfs here"),
             Err(other) => panic!("{other}"),
         }
+    }
+
+    #[test]
+    fn a_full_tmpfs_is_told_apart() {
+        let parent = tempfile::tempdir().unwrap();
+        let target = std::ffi::CString::new(parent.path().to_str().unwrap()).unwrap();
+        // SAFETY: all pointers are C strings that outlive the call.
+        let mounted = unsafe {
+            libc::mount(
+                c"tmpfs".as_ptr(),
+                target.as_ptr(),
+                c"tmpfs".as_ptr(),
+                0,
+                c"size=64k".as_ptr().cast(),
+            )
+        };
+        if mounted != 0 {
+            println!("SKIP mount: {}", io::Error::last_os_error());
+            return;
+        }
+        let mut images = ImageDir::create(parent.path().join("images")).unwrap();
+        let result = images.pages(run(PageOwner::Task(7), 0x1000, 64), &filled(64, 1));
+        drop(images);
+        // SAFETY: as above.
+        let unmounted = unsafe { libc::umount2(target.as_ptr(), 0) };
+        assert_eq!(
+            unmounted, 0,
+            "the directory was removed and nothing is open"
+        );
+        let error = result.unwrap_err();
+        assert!(matches!(error, CriuError::ImageSpace { .. }), "{error}");
+        assert!(error.help().unwrap().contains("tmpfs"));
     }
 
     #[test]

@@ -1,8 +1,46 @@
 //! CRIU as the freezer and the thawer of a migration.
 //!
-//! CRIU is driven by its own RPC: a *worker* is a `criu swrk` that has started
-//! and waits; one order turns it into a *session*, which reports the moments
-//! of a dump or restore and waits for an answer at each.
+//! CRIU is driven by its own RPC. A [`Worker`] is a `criu swrk` that has
+//! started and waits; one order turns it into a [`Session`], which reports the
+//! moments of a dump or a restore and waits for an answer at each.
+//!
+//! ```text
+//! source                                     destination
+//!   locate, warm, worker                       locate, warm, worker
+//!   Worker::dump
+//!   PreDump            serve_pages starts
+//!   [NetworkLock]      frozen: close the gate
+//!   QueryExtFiles      frozen: close the gate
+//!     page stream  ->  PageSink  ->  channel ->  ImageDir::pages
+//!     PageSink::close: all have arrived
+//!   PostDump           small_images ---------->  ImageDir::image_piece, finish
+//!     |                                        Worker::restore
+//!     |                                        PreRestore
+//!     |                                        PostRestore   complete, has not run
+//!     |                                          |
+//!   =====================  the commit  =====================
+//!   answer(true)                               answer(true)
+//!   Finished(Dumped)   the tree is dead        [NetworkUnlock]
+//!                                              PreResume     out of repair mode
+//!                                              PostResume    it runs
+//!                                              Finished(Restored)
+//! ```
+//!
+//! Before the commit `answer(false)` undoes everything on either side, and
+//! [`Outcome::Refused`] says that this is done. Whatever else happens to the
+//! caller by then, a panic or the end of the process, closes CRIU's socket,
+//! which CRIU takes for `false`. CRIU itself is never killed while it holds a
+//! tree: the tree would run on with its sockets in repair mode, unless it was
+//! fenced.
+//!
+//! The network lock is the caller's: CRIU runs with `skip`. cgroups are the
+//! caller's as well: CRIU ignores them, and what is restored lives in the
+//! worker's cgroup ([`WorkerOptions::cgroup`]). The restored root becomes a
+//! child of the nearest reaper above the caller. CRIU's configuration files
+//! are not read.
+//!
+//! Images hold the memory of a process, so they only ever stand on a tmpfs, and
+//! an [`ImageDir`] removes itself.
 
 mod error;
 mod images;

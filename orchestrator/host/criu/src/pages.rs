@@ -286,7 +286,7 @@ async fn run<S: PageSink>(
         return Err(protocol("number of pages", pages));
     }
     let bytes = pages * PAGE_BYTES as u64;
-    if vaddr % PAGE_BYTES as u64 != 0 || vaddr.checked_add(bytes).is_none() {
+    if !vaddr.is_multiple_of(PAGE_BYTES as u64) || vaddr.checked_add(bytes).is_none() {
         return Err(protocol("address", vaddr));
     }
     stats.runs += 1;
@@ -426,7 +426,7 @@ mod tests {
     async fn a_session_in_both_layouts() {
         for version in [OLD, NEW] {
             let segment = 9 << 8 | 2;
-            let data: Vec<u8> = (0..600 * PAGE_BYTES).map(|i| (i / 7 % 251) as u8).collect();
+            let data: Vec<u8> = (0..=250).cycle().take(600 * PAGE_BYTES).collect();
             let mut add = encode(version, 6, 4, 600, 0x1000, PID_7);
             add.extend(&data);
             let mut sink = Kept::default();
@@ -536,7 +536,7 @@ mod tests {
             encode(NEW, 6, 4, 0, 0x1000, PID_7),
             encode(NEW, 6, 4, u64::MAX, 0x1000, PID_7),
             encode(NEW, 6, 4, 1, 0x1001, PID_7),
-            encode(NEW, 6, 1, 1 << 44, u64::MAX & !0xfff, PID_7),
+            encode(NEW, 6, 1, 1 << 44, !0xfff, PID_7),
             encode(NEW, 6, 4, 1, 0x1000, 7 << 8 | 3),
             encode(NEW, 4, 0, 0, 0, u64::MAX << 8 | 1),
             // The other layout.

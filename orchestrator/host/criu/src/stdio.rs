@@ -9,6 +9,11 @@
 //! | unix datagram to a named socket (`/dev/log`) | - | `external_unix` on both sides | connects again by name | - |
 //! | regular file, `/dev/null` | - | nothing | opened again by its path | - |
 //!
+//! A terminal whose session leader is outside the tree (a shell's job) can only
+//! be redirected, be it to another terminal: CRIU looks for the leader ("No task
+//! found with sid"). Such a tree also needs `shell_job` on both sides, and joins
+//! the session of the worker (`new_session`).
+//!
 //! In every case `inherit_fd` names a descriptor *inside the worker*: give it
 //! with [`WorkerOptions::inherit`](crate::WorkerOptions::inherit) and take its
 //! number from [`Worker::inherited`](crate::Worker::inherited).

@@ -1,5 +1,9 @@
 //! Dump and restore with a real CRIU. Needs root; a part that cannot run
 //! prints a line that starts with `SKIP`.
+#![allow(
+    clippy::unwrap_used,
+    reason = "the exemption for tests does not reach their helpers"
+)]
 
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
@@ -8,7 +12,7 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
@@ -74,11 +78,17 @@ fn workload(arguments: &[&str]) -> Command {
     command
 }
 
+fn start(arguments: &[&str]) -> Killed {
+    Killed::of(workload(arguments))
+}
+
 /// A process that is killed and reaped in the end, whoever made it.
 struct Killed(i32);
 
 impl Killed {
-    fn new(child: &Child) -> Self {
+    #[allow(clippy::zombie_processes, reason = "reaped by number when dropped")]
+    fn of(mut command: Command) -> Self {
+        let child = command.spawn().unwrap();
         Self(i32::try_from(child.id()).unwrap())
     }
 
@@ -237,11 +247,15 @@ async fn dump_to_commit(criu: &Criu, images: &mut Images, options: &DumpOptions)
 }
 
 /// Commits a dump and reaps what it killed.
-async fn commit(mut session: Session, tree: &Killed) {
+async fn commit(session: Session, tree: &Killed) {
+    commit_dump(session).await;
+    tree.reap();
+}
+
+async fn commit_dump(mut session: Session) {
     session.answer(true).await.unwrap();
     let end = session.next(LIMIT).await.unwrap();
     assert_eq!(end, Notice::Finished(Outcome::Dumped));
-    tree.reap();
 }
 
 async fn restore_to_commit(
@@ -287,10 +301,7 @@ async fn memory_moves_and_a_refused_dump_runs_on() {
     let Some(criu) = criu().await else { return };
     let scratch = scratch();
     let file = scratch.path().join("counter");
-    let child = workload(&["count", file.to_str().unwrap(), "24"])
-        .spawn()
-        .unwrap();
-    let tree = Killed::new(&child);
+    let tree = start(&["count", file.to_str().unwrap(), "24"]);
     advances(&file);
 
     // Refused at the commit.
@@ -387,8 +398,7 @@ async fn move_a_connection() {
         .local_addr()
         .unwrap()
         .port();
-    let child = workload(&["echo", &port.to_string()]).spawn().unwrap();
-    let tree = Killed::new(&child);
+    let tree = start(&["echo", &port.to_string()]);
     let mut client = None;
     eventually("the server listens", || {
         client = TcpStream::connect(("127.0.0.1", port)).ok();
@@ -438,10 +448,7 @@ async fn whatever_breaks_before_the_commit_the_tree_runs_on() {
     let Some(criu) = criu().await else { return };
     let scratch = scratch();
     let file = scratch.path().join("counter");
-    let child = workload(&["count", file.to_str().unwrap(), "8"])
-        .spawn()
-        .unwrap();
-    let tree = Killed::new(&child);
+    let tree = start(&["count", file.to_str().unwrap(), "8"]);
     advances(&file);
 
     // A worker that was never given an order dies with its owner.
@@ -505,6 +512,40 @@ async fn whatever_breaks_before_the_commit_the_tree_runs_on() {
 }
 
 #[tokio::test]
+async fn a_killed_criu_leaves_a_fenced_tree_stopped_and_no_half_copy() {
+    let Some(criu) = criu().await else { return };
+    let scratch = scratch();
+    let file = scratch.path().join("counter");
+    let tree = start(&["count", file.to_str().unwrap(), "1"]);
+    advances(&file);
+
+    let mut images = Images::new(scratch.path(), "fenced");
+    let options = images.dump_options(tree.0);
+    let session = dump_to_commit(&criu, &mut images, &options).await;
+    // SAFETY: signals to a child that has not been reaped.
+    unsafe { libc::kill(tree.0, libc::SIGSTOP) };
+    session.kill().await.unwrap();
+    stands_still(&file);
+    // SAFETY: as above.
+    unsafe { libc::kill(tree.0, libc::SIGCONT) };
+    advances(&file);
+
+    let mut images = Images::new(scratch.path(), "killed");
+    let options = images.dump_options(tree.0);
+    let session = dump_to_commit(&criu, &mut images, &options).await;
+    images.complete();
+    commit(session, &tree).await;
+    let session = restore_to_commit(&criu, WorkerOptions::default(), |_| {
+        RestoreOptions::new(images.destination.path())
+    })
+    .await;
+    let before = stands_still(&file);
+    session.kill().await.unwrap();
+    eventually("the copy is gone", || !runs(tree.0));
+    assert_eq!(counter(&file), before);
+}
+
+#[tokio::test]
 async fn failures_are_explained() {
     let Some(criu) = criu().await else { return };
     let scratch = scratch();
@@ -512,8 +553,7 @@ async fn failures_are_explained() {
     // A process that is not there.
     let images = Images::new(scratch.path(), "nobody");
     let gone = {
-        let child = workload(&["lines"]).spawn().unwrap();
-        let gone = Killed::new(&child);
+        let gone = start(&["lines"]);
         gone.reap();
         gone.0
     };
@@ -532,10 +572,7 @@ async fn failures_are_explained() {
 
     // A PID that is taken: by the tree itself, which is left as it was.
     let file = scratch.path().join("counter");
-    let child = workload(&["count", file.to_str().unwrap(), "1"])
-        .spawn()
-        .unwrap();
-    let tree = Killed::new(&child);
+    let tree = start(&["count", file.to_str().unwrap(), "1"]);
     advances(&file);
     let mut images = Images::new(scratch.path(), "taken");
     let options = images.dump_options(tree.0);
@@ -572,10 +609,7 @@ async fn a_restored_tree_lives_in_the_workers_cgroup() {
     let Some(group) = Cgroup::new() else { return };
     let scratch = scratch();
     let file = scratch.path().join("counter");
-    let child = workload(&["count", file.to_str().unwrap(), "1"])
-        .spawn()
-        .unwrap();
-    let tree = Killed::new(&child);
+    let tree = start(&["count", file.to_str().unwrap(), "1"]);
     advances(&file);
     let mut images = Images::new(scratch.path(), "cgroup");
     let options = images.dump_options(tree.0);
@@ -656,9 +690,54 @@ async fn standard_streams_are_attached_again() {
     for before in [Before::Pipes, Before::Terminal, Before::UnixStream] {
         for after in [After::Same, After::SocketAndFile] {
             println!("{before:?} {after:?}");
-            move_streams(&criu, before, after).await;
+            move_streams(&criu, before, after, false).await;
         }
     }
+}
+
+#[tokio::test]
+async fn a_job_of_a_shell_leaves_its_terminal() {
+    let Some(criu) = criu().await else { return };
+    for after in [After::Same, After::SocketAndFile] {
+        println!("{after:?}");
+        move_streams(&criu, Before::Terminal, after, true).await;
+    }
+}
+
+/// Starts `lines`, as the leader of a session or as the foreground job of a
+/// shell that leads the session of the terminal. In the second case the shell
+/// is the other process.
+fn start_lines(input: OwnedFd, output: OwnedFd, shell: bool) -> (Killed, Option<Killed>) {
+    let mut command = workload(&["lines"]);
+    if shell {
+        let mut leader = Command::new("/bin/sh");
+        leader
+            .args(["-c", r#""$0" lines; exit 0"#])
+            .arg(command.get_program());
+        // SAFETY: system calls only, between fork and exec.
+        unsafe {
+            leader.pre_exec(|| {
+                libc::setsid();
+                if libc::ioctl(0, libc::TIOCSCTTY, 0) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        command = leader;
+    }
+    command.stdin(input).stdout(output).stderr(Stdio::null());
+    let first = Killed::of(command);
+    if !shell {
+        return (first, None);
+    }
+    let mut job = None;
+    eventually("the shell has a job", || {
+        let path = format!("/proc/{0}/task/{0}/children", first.0);
+        job = fs::read_to_string(path).unwrap().trim().parse().ok();
+        job.is_some()
+    });
+    (Killed(job.unwrap()), Some(first))
 }
 
 /// Our ends of the standard streams: to write to and to read from.
@@ -751,20 +830,16 @@ fn resource(kind: Before, fd: &OwnedFd) -> String {
     }
 }
 
-async fn move_streams(criu: &Criu, before: Before, after: After) {
+async fn move_streams(criu: &Criu, before: Before, after: After, shell: bool) {
     let scratch = scratch();
     let (mut old, input, output) = streams(before);
     let resources = [resource(before, &input), resource(before, &output)];
-    let child = workload(&["lines"])
-        .stdin(input)
-        .stdout(output)
-        .spawn()
-        .unwrap();
-    let tree = Killed::new(&child);
+    let (tree, leader) = start_lines(input, output, shell);
     assert_eq!(old.ask("one"), "1:one");
 
     let mut images = Images::new(scratch.path(), "stdio");
     let mut options = images.dump_options(tree.0);
+    options.shell_job = shell;
     if !matches!(before, Before::Pipes) {
         options.external = resources.to_vec();
     }
@@ -778,7 +853,14 @@ async fn move_streams(criu: &Criu, before: Before, after: After) {
     options.images = images.source.path().to_owned();
     let session = dump_to_commit(criu, &mut images, &options).await;
     images.complete();
-    commit(session, &tree).await;
+    match &leader {
+        // The shell reaps its job, and ends.
+        Some(leader) => {
+            commit_dump(session).await;
+            leader.reap();
+        }
+        None => commit(session, &tree).await,
+    }
     drop(old);
 
     let appended = scratch.path().join("output");
@@ -798,12 +880,12 @@ async fn move_streams(criu: &Criu, before: Before, after: After) {
         (After::Same, Before::UnixStream) => {
             resources.map(|name| name.replace("unix[", "socket:["))
         }
-        (After::Same, _) => resources.clone(),
+        (After::Same, _) if !shell => resources.clone(),
         (After::SocketAndFile, Before::Pipes) => resources
             .clone()
             .map(|name| images.destination.redirect(&name).unwrap().unwrap()),
         // Input and output are one resource, so one descriptor serves both.
-        (After::SocketAndFile, _) => {
+        _ => {
             let key = images.destination.redirect(&resources[0]).unwrap().unwrap();
             [key.clone(), key]
         }
@@ -819,6 +901,7 @@ async fn move_streams(criu: &Criu, before: Before, after: After) {
     };
     let session = restore_to_commit(criu, worker, |worker| {
         let mut options = RestoreOptions::new(images.destination.path());
+        options.shell_job = shell;
         options.inherit_fd = keys
             .into_iter()
             .take(if one { 1 } else { 2 })
