@@ -1,5 +1,7 @@
 //! What a tree has open and mapped, as real processes have it.
 
+#![allow(clippy::unwrap_used, reason = "a test ends at what it did not expect")]
+
 mod common;
 
 use std::os::fd::OwnedFd;

@@ -1,5 +1,7 @@
 //! Which PIDs are refused, and what a tree is seen to be.
 
+#![allow(clippy::unwrap_used, reason = "a test ends at what it did not expect")]
+
 mod common;
 
 use common::{Running, eventually, require};
