@@ -111,3 +111,143 @@ fn is_workload<W: World>(key: &FlowKey, world: &W) -> bool {
         || world.has_listener(&key.listener())
         || world.has_listener(&key.wildcard_listener())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::key::mapped;
+    use crate::state::Mode;
+
+    const IPV4: u16 = 0x0800;
+    const IPV6: u16 = 0x86DD;
+
+    /// The maps' answers, the same for every key.
+    #[derive(Clone, Copy, Debug)]
+    struct Fixed {
+        state: State,
+        deadline_ns: u64,
+        now_ns: u64,
+        is_workload: bool,
+        is_staged: bool,
+    }
+
+    impl World for Fixed {
+        fn state(&self) -> State {
+            self.state
+        }
+        fn deadline_ns(&self) -> u64 {
+            self.deadline_ns
+        }
+        fn now_ns(&self) -> u64 {
+            self.now_ns
+        }
+        fn has_flow(&self, _: &FlowKey) -> bool {
+            false
+        }
+        fn has_listener(&self, key: &ListenerKey) -> bool {
+            // Reached last, so the look-ups before it have been made.
+            self.is_workload && key.local == crate::key::ANY_V4
+        }
+        fn is_staged(&self, address: &[u8; 16]) -> bool {
+            self.is_staged && *address == mapped([10, 0, 0, 2])
+        }
+    }
+
+    fn closed() -> Fixed {
+        Fixed {
+            state: State(0).next(Mode::Drop, Mode::Drop),
+            deadline_ns: 0,
+            now_ns: 1000,
+            is_workload: true,
+            is_staged: false,
+        }
+    }
+
+    fn segment(flags: u8) -> [u8; 40] {
+        let mut bytes = [0; 40];
+        bytes[0] = 0x45;
+        bytes[9] = 6;
+        bytes[33] = flags;
+        bytes
+    }
+
+    fn verdict(bytes: &[u8], ethertype: u16, direction: Direction, world: Fixed) -> Judgement {
+        judge(bytes, Layer2::None, ethertype, 0, direction, &world)
+    }
+
+    #[test]
+    fn the_workloads_segments_follow_the_state() {
+        use Direction::{Egress, Ingress};
+        let (open, expired, foreign) = (
+            Fixed {
+                state: State(0),
+                ..closed()
+            },
+            Fixed {
+                deadline_ns: 1000,
+                ..closed()
+            },
+            Fixed {
+                is_workload: false,
+                ..closed()
+            },
+        );
+        let drop = |reset| Judgement::Drop { reset };
+        for (flags, direction, world, expected) in [
+            (0, Ingress, closed(), drop(false)),
+            (0, Egress, closed(), drop(false)),
+            (TCP_RST, Ingress, closed(), drop(false)),
+            (TCP_RST, Egress, closed(), drop(true)),
+            (TCP_RST, Egress, open, Judgement::PassReset),
+            (TCP_RST, Egress, expired, Judgement::PassReset),
+            (TCP_RST, Ingress, open, Judgement::Pass),
+            (0, Egress, open, Judgement::Pass),
+            (0, Ingress, expired, Judgement::Pass),
+            (TCP_RST, Egress, foreign, Judgement::Pass),
+            (0, Ingress, foreign, Judgement::Pass),
+        ] {
+            let got = verdict(&segment(flags), IPV4, direction, world);
+            assert_eq!(got, expected, "{flags} {direction:?} {world:?}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_told_apart_is_dropped_only_while_closed() {
+        let mut endless = [0; 200];
+        endless[0] = 0x60;
+        let ingress = Direction::Ingress;
+        let open = Fixed {
+            state: State(0),
+            ..closed()
+        };
+        assert_eq!(
+            verdict(&endless, IPV6, ingress, closed()),
+            Judgement::Drop { reset: false }
+        );
+        assert_eq!(verdict(&endless, IPV6, ingress, open), Judgement::Pass);
+    }
+
+    proptest! {
+        #[test]
+        fn marked_packets_always_pass(
+            bytes in proptest::collection::vec(any::<u8>(), 0..100), ethertype: u16,
+        ) {
+            let world = Fixed { is_staged: true, ..closed() };
+            let got = judge(
+                &bytes[..], Layer2::Ethernet, ethertype, EXEMPT_MARK, Direction::Egress, &world,
+            );
+            prop_assert_eq!(got, Judgement::Pass);
+        }
+
+        #[test]
+        fn an_open_gate_without_staged_addresses_drops_nothing(
+            bytes in proptest::collection::vec(any::<u8>(), 0..100), ethertype: u16,
+        ) {
+            let world = Fixed { state: State(0), ..closed() };
+            let got = verdict(&bytes, ethertype, Direction::Egress, world);
+            prop_assert!(matches!(got, Judgement::Pass | Judgement::PassReset));
+        }
+    }
+}

@@ -282,3 +282,220 @@ fn neighbour_discovery<P: Packet + ?Sized>(packet: &P, offset: usize, source: [u
         concerns_target,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::vec::Vec;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::key::is_mapped;
+
+    const ETHERTYPES: [u16; 6] = [
+        ETHERTYPE_IPV4,
+        ETHERTYPE_ARP,
+        ETHERTYPE_IPV6,
+        ETHERTYPE_VLAN,
+        ETHERTYPE_QINQ,
+        0x88CC,
+    ];
+
+    fn ipv4_segment(source: [u8; 4], destination: [u8; 4], ports: [u16; 2], flags: u8) -> Vec<u8> {
+        let mut bytes = vec![0x45, 0, 0, 40, 0, 0, 0, 0, 64, PROTOCOL_TCP, 0, 0];
+        bytes.extend(source);
+        bytes.extend(destination);
+        bytes.extend(tcp_header(ports, flags));
+        bytes
+    }
+
+    fn ipv6_segment(
+        source: [u8; 16],
+        destination: [u8; 16],
+        extensions: &[u8],
+        ports: [u16; 2],
+        flags: u8,
+    ) -> Vec<u8> {
+        let mut chain: Vec<u8> = extensions.to_vec();
+        chain.push(PROTOCOL_TCP);
+        let mut bytes = vec![0x60, 0, 0, 0, 0, 0, chain[0], 64];
+        bytes.extend(source);
+        bytes.extend(destination);
+        for pair in chain.windows(2) {
+            // Eight bytes each, in the header's own way of counting; a
+            // fragment header whose offset is zero.
+            bytes.extend([pair[1], 0, 0, 0, 0, 0, 0, 0]);
+        }
+        bytes.extend(tcp_header(ports, flags));
+        bytes
+    }
+
+    fn tcp_header(ports: [u16; 2], flags: u8) -> Vec<u8> {
+        let mut bytes: Vec<u8> = ports.iter().flat_map(|port| port.to_be_bytes()).collect();
+        bytes.extend([0, 0, 0, 0, 0, 0, 0, 0, 0x50, flags]);
+        bytes.extend([0; 6]);
+        bytes
+    }
+
+    fn read(bytes: &[u8], ethertype: u16, direction: Direction) -> Parsed {
+        parse(bytes, Layer2::None, ethertype, direction)
+    }
+
+    #[test]
+    fn every_extension_header_up_to_the_bound_is_passed_over() {
+        for kind in [
+            PROTOCOL_HOP_BY_HOP,
+            PROTOCOL_ROUTING,
+            PROTOCOL_FRAGMENT,
+            PROTOCOL_DESTINATION_OPTIONS,
+        ] {
+            for (count, is_read) in [
+                (0, true),
+                (1, true),
+                (MAX_EXTENSION_HEADERS, true),
+                (MAX_EXTENSION_HEADERS + 1, false),
+            ] {
+                let bytes = ipv6_segment([1; 16], [2; 16], &vec![kind; count], [1, 2], 0);
+                let parsed = read(&bytes, ETHERTYPE_IPV6, Direction::Ingress);
+                if is_read {
+                    assert!(
+                        matches!(parsed, Parsed::Tcp { .. }),
+                        "{kind} x {count}: {parsed:?}"
+                    );
+                } else {
+                    assert_eq!(parsed, Parsed::Unreadable, "{kind} x {count}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_first_fragment_that_ends_behind_the_ports_is_read() {
+        let bytes = ipv4_segment([10, 0, 0, 1], [10, 0, 0, 2], [1, 2], TCP_RST);
+        let parsed = read(&bytes[..24], ETHERTYPE_IPV4, Direction::Ingress);
+        assert!(matches!(parsed, Parsed::Tcp { flags: 0, .. }), "{parsed:?}");
+        assert_eq!(
+            read(&bytes[..23], ETHERTYPE_IPV4, Direction::Ingress),
+            Parsed::Other
+        );
+    }
+
+    #[test]
+    fn later_fragments_have_no_ports() {
+        let mut bytes = ipv4_segment([10, 0, 0, 1], [10, 0, 0, 2], [1, 2], 0);
+        bytes[7] = 1;
+        assert_eq!(
+            read(&bytes, ETHERTYPE_IPV4, Direction::Ingress),
+            Parsed::Other
+        );
+        let mut bytes = ipv6_segment([1; 16], [2; 16], &[PROTOCOL_FRAGMENT], [1, 2], 0);
+        bytes[43] = 8;
+        assert_eq!(
+            read(&bytes, ETHERTYPE_IPV6, Direction::Ingress),
+            Parsed::Other
+        );
+    }
+
+    #[test]
+    fn a_third_tag_is_not_read() {
+        let tag = |next: u16| [[0, 7], next.to_be_bytes()].concat();
+        let segment = ipv4_segment([10, 0, 0, 1], [10, 0, 0, 2], [1, 2], 0);
+        let two = [tag(ETHERTYPE_VLAN), tag(ETHERTYPE_IPV4), segment.clone()].concat();
+        let three = [
+            tag(ETHERTYPE_VLAN),
+            tag(ETHERTYPE_VLAN),
+            tag(ETHERTYPE_IPV4),
+            segment,
+        ]
+        .concat();
+        assert!(matches!(
+            read(&two, ETHERTYPE_QINQ, Direction::Ingress),
+            Parsed::Tcp { .. }
+        ));
+        assert_eq!(
+            read(&three, ETHERTYPE_QINQ, Direction::Ingress),
+            Parsed::Other
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_without_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200),
+            ethertype in prop_oneof![proptest::sample::select(&ETHERTYPES[..]), any::<u16>()],
+            ethernet: bool,
+            ingress: bool,
+        ) {
+            let layer2 = if ethernet { Layer2::Ethernet } else { Layer2::None };
+            let direction = if ingress { Direction::Ingress } else { Direction::Egress };
+            parse(&bytes[..], layer2, ethertype, direction);
+        }
+
+        /// Random bytes seldom get past the first checks: this keeps the
+        /// header's start right and everything behind it random, cut anywhere.
+        #[test]
+        fn damaged_headers_are_read_without_panic(
+            mut bytes in proptest::collection::vec(any::<u8>(), 40..200),
+            cut in 0_usize..200,
+            version in prop_oneof![Just(4_u8), Just(6_u8)],
+            protocol in prop_oneof![
+                Just(PROTOCOL_TCP), Just(PROTOCOL_ICMPV6), Just(PROTOCOL_HOP_BY_HOP),
+                Just(PROTOCOL_FRAGMENT), Just(PROTOCOL_AUTHENTICATION), any::<u8>(),
+            ],
+        ) {
+            bytes[0] = (version << 4) | (bytes[0] & 0x0f);
+            let ethertype = if version == 4 {
+                bytes[9] = protocol;
+                ETHERTYPE_IPV4
+            } else {
+                bytes[6] = protocol;
+                ETHERTYPE_IPV6
+            };
+            bytes.truncate(cut);
+            read(&bytes, ethertype, Direction::Egress);
+        }
+
+        #[test]
+        fn both_directions_of_an_ipv4_flow_have_one_key(
+            local: [u8; 4], remote: [u8; 4], ports: [u16; 2], flags: u8,
+        ) {
+            let inbound = ipv4_segment(remote, local, [ports[1], ports[0]], flags);
+            let outbound = ipv4_segment(local, remote, ports, flags);
+            let parsed = read(&inbound, ETHERTYPE_IPV4, Direction::Ingress);
+            prop_assert_eq!(parsed, read(&outbound, ETHERTYPE_IPV4, Direction::Egress));
+            let key = FlowKey {
+                local: mapped(local),
+                remote: mapped(remote),
+                local_port_be: ports[0].to_be_bytes(),
+                remote_port_be: ports[1].to_be_bytes(),
+            };
+            prop_assert!(is_mapped(&key.local));
+            prop_assert_eq!(parsed, Parsed::Tcp { key, flags });
+        }
+
+        #[test]
+        fn both_directions_of_an_ipv6_flow_have_one_key(
+            local: [u8; 16], remote: [u8; 16], ports: [u16; 2], flags: u8,
+            extensions in proptest::collection::vec(
+                proptest::sample::select(&[
+                    PROTOCOL_HOP_BY_HOP, PROTOCOL_ROUTING, PROTOCOL_DESTINATION_OPTIONS,
+                ][..]),
+                0..=MAX_EXTENSION_HEADERS,
+            ),
+        ) {
+            let inbound = ipv6_segment(remote, local, &extensions, [ports[1], ports[0]], flags);
+            let outbound = ipv6_segment(local, remote, &extensions, ports, flags);
+            let parsed = read(&inbound, ETHERTYPE_IPV6, Direction::Ingress);
+            prop_assert_eq!(parsed, read(&outbound, ETHERTYPE_IPV6, Direction::Egress));
+            prop_assert_eq!(parsed, Parsed::Tcp {
+                key: FlowKey {
+                    local,
+                    remote,
+                    local_port_be: ports[0].to_be_bytes(),
+                    remote_port_be: ports[1].to_be_bytes(),
+                },
+                flags,
+            });
+        }
+    }
+}

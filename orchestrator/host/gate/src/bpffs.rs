@@ -68,7 +68,13 @@ pub(crate) fn release(directory: &Path) {
     let Ok(directory) = directory.canonicalize() else {
         return;
     };
-    let is_empty = fs::read_dir(&directory).is_ok_and(|mut entries| entries.next().is_none());
+    // The kernel puts files of its own there (`maps.debug`, `progs.debug`,
+    // CONFIG_BPF_PRELOAD) and lets nobody else use a dot in a name.
+    let is_empty = fs::read_dir(&directory).is_ok_and(|entries| {
+        entries
+            .flatten()
+            .all(|entry| entry.file_name().as_encoded_bytes().contains(&b'.'))
+    });
     if is_empty && is_our_mount(&directory) && umount2(&directory, MntFlags::empty()).is_ok() {
         let _ = fs::remove_dir(&directory);
     }

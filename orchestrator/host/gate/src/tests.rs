@@ -1,6 +1,16 @@
 //! The programs themselves, run by the kernel on hand-made packets and, in
 //! `network`, between two network namespaces.
 
+/// Returns from the calling test, with a line that says so, without root.
+macro_rules! needs_root {
+    ($test:expr) => {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIP {}: needs root", $test);
+            return;
+        }
+    };
+}
+
 mod network;
 mod packets;
 
@@ -16,16 +26,6 @@ use self::packets::{ACK, Packet, RST, SYN};
 use crate::GateError;
 use crate::sys::{self, DeviceKind};
 use crate::tables::{self, Tables};
-
-/// Returns from the calling test, with a line that says so, without root.
-macro_rules! needs_root {
-    ($test:expr) => {
-        if !nix::unistd::geteuid().is_root() {
-            println!("SKIP {}: needs root", $test);
-            return;
-        }
-    };
-}
 
 const NEXT: i32 = -1;
 const DROP: i32 = 2;
@@ -237,19 +237,6 @@ fn tags_options_and_fragments_are_read() {
     assert_eq!(programs.ingress(&segment().with_fragment_offset(0)), DROP);
     // Without the first fragment this one is never put together.
     assert_eq!(programs.ingress(&segment().with_fragment_offset(185)), NEXT);
-}
-
-#[test]
-fn devices_without_ethernet_header_are_read() {
-    needs_root!("devices_without_ethernet_header_are_read");
-    let mut programs = Programs::closed();
-    // The kernel's test runner takes an Ethernet header off and gives the
-    // program what is behind it only for L3 program types; so the frame here
-    // is one whose Ethernet header the L3 program must not skip: it finds no
-    // IPv4 header at offset 0 and passes.
-    let frame = Packet::tcp(PEER, LOCAL, ACK).bytes();
-    assert_eq!(programs.run_marked("gate_ingress_l3", &frame, 0), NEXT);
-    assert_eq!(programs.run_marked("gate_egress_l3", &frame, 0), NEXT);
 }
 
 #[test]

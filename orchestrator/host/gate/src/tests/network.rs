@@ -1,1 +1,522 @@
-//! A real gate between two network namespaces.
+//! A real gate on a veth pair between two network namespaces: `server` stands
+//! for the gated host, `client` for a peer. The server's namespaces have their
+//! own mounts, so nothing stays behind even when a test fails.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use aya::programs::{SchedClassifier, TcAttachType};
+use migrate_core::{Flow, Listener};
+use nix::mount::{MsFlags, mount};
+use nix::net::if_::if_nametoindex;
+use nix::sched::{CloneFlags, setns, unshare};
+
+use super::packets::{Packet, SYN};
+use crate::{Gate, GateError, GateOptions, LeftoverMode, Role, adopt, leftovers, unlock};
+
+const SERVER_V4: &str = "10.9.0.1";
+const STAGED_V4: &str = "10.9.0.50";
+const SERVER_V6: &str = "fd00:9::1";
+/// Long enough for what must arrive, short enough to wait for what must not.
+const PATIENCE: Duration = Duration::from_secs(10);
+const SILENCE: Duration = Duration::from_millis(250);
+
+/// Names a directory to the process that plays the dying owner.
+const OWNER_DIRECTORY: &str = "MIGRATE_GATE_TEST_DIRECTORY";
+
+/// A network namespace with its own mounts.
+struct Host {
+    net: File,
+    mnt: File,
+}
+
+impl Host {
+    fn new() -> Self {
+        std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
+            mount(
+                None::<&str>,
+                "/",
+                None::<&str>,
+                MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+                None::<&str>,
+            )
+            .unwrap();
+            Self {
+                net: File::open("/proc/thread-self/ns/net").unwrap(),
+                mnt: File::open("/proc/thread-self/ns/mnt").unwrap(),
+            }
+        })
+        .join()
+        .unwrap()
+    }
+
+    /// Runs a closure, and what it spawns, inside.
+    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    // A thread can change its mounts only if it shares no
+                    // working directory with others.
+                    unshare(CloneFlags::CLONE_FS).unwrap();
+                    setns(&self.mnt, CloneFlags::CLONE_NEWNS).unwrap();
+                    setns(&self.net, CloneFlags::CLONE_NEWNET).unwrap();
+                    work()
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+/// Both ends, and a directory for the pins.
+struct Pair {
+    server: Host,
+    client: Host,
+    _scratch: tempfile::TempDir,
+    directory: PathBuf,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let (server, client) = (Host::new(), Host::new());
+        let client_net = format!("/proc/{}/fd/{}", std::process::id(), client.net.as_raw_fd());
+        server.run(|| {
+            ip("link add gate0 type veth peer name gate1");
+            ip(&format!("link set gate1 netns {client_net}"));
+            ip(&format!("addr add {SERVER_V4}/24 dev gate0"));
+            ip(&format!("addr add {SERVER_V6}/64 dev gate0 nodad"));
+            ip("link set gate0 up");
+            ip("link set lo up");
+        });
+        client.run(|| {
+            ip("addr add 10.9.0.2/24 dev gate1");
+            ip("addr add fd00:9::2/64 dev gate1 nodad");
+            ip("link set gate1 up");
+        });
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path().join("bpf");
+        Self {
+            server,
+            client,
+            _scratch: scratch,
+            directory,
+        }
+    }
+
+    fn attach(&self) -> Gate {
+        self.server.run(|| attach_here(&self.directory))
+    }
+
+    fn listen(&self, address: &str) -> TcpListener {
+        self.server.run(|| TcpListener::bind(address).unwrap())
+    }
+
+    fn connect(&self, address: SocketAddr, within: Duration) -> io::Result<TcpStream> {
+        self.client
+            .run(|| TcpStream::connect_timeout(&address, within))
+    }
+
+    /// How many programs sit on the server's device, both directions.
+    fn programs(&self) -> usize {
+        self.server.run(|| {
+            [TcAttachType::Ingress, TcAttachType::Egress]
+                .map(|hook| SchedClassifier::query_tcx("gate0", hook).unwrap().1.len())
+                .iter()
+                .sum()
+        })
+    }
+
+    fn assert_nothing_left(&self) {
+        assert_eq!(self.programs(), 0);
+        self.server.run(|| {
+            assert_eq!(leftovers(&self.directory).unwrap(), []);
+            assert!(!self.directory.exists(), "the mount point stays behind");
+        });
+    }
+}
+
+fn attach_here(directory: &Path) -> Gate {
+    let interfaces = ["lo", "gate0"].map(|name| if_nametoindex(name).unwrap());
+    Gate::attach(&interfaces, &options(directory)).unwrap()
+}
+
+fn options(directory: &Path) -> GateOptions {
+    GateOptions {
+        id: "test-1".to_owned(),
+        role: Role::Source,
+        flow_capacity: 64,
+        directory: directory.to_owned(),
+    }
+}
+
+/// Runs iproute2, which a test may use although the product does not.
+fn ip(arguments: &str) {
+    let output = Command::new("ip")
+        .args(arguments.split(' '))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "ip {arguments}: {output:?}");
+}
+
+/// The result of reading one byte within a while.
+fn read_one(mut stream: &TcpStream, within: Duration) -> Result<u8, io::ErrorKind> {
+    stream.set_read_timeout(Some(within)).unwrap();
+    let mut byte = [0];
+    match stream.read_exact(&mut byte) {
+        Ok(()) => Ok(byte[0]),
+        Err(error) => Err(error.kind()),
+    }
+}
+
+fn talk(mut from: &TcpStream, to: &TcpStream, byte: u8) {
+    from.write_all(&[byte]).unwrap();
+    assert_eq!(read_one(to, PATIENCE), Ok(byte));
+}
+
+/// One connection through an open, closed, half open and open gate, and its
+/// abrupt end behind a closed one.
+fn through_all_states(listen: &str, connect: &str) {
+    let pair = Pair::new();
+    let listening = pair.listen(listen);
+    let gate = pair.attach();
+    assert_eq!(pair.programs(), 2, "loopback is left out");
+    let connect: SocketAddr = connect.parse().unwrap();
+    let client = pair.connect(connect, PATIENCE).unwrap();
+    let (server, remote) = listening.accept().unwrap();
+    talk(&client, &server, 1);
+    talk(&server, &client, 2);
+
+    gate.add_flows(&[Flow::new(server.local_addr().unwrap(), remote)])
+        .unwrap();
+    gate.add_listeners(&[Listener {
+        local: listening.local_addr().unwrap(),
+        v6only: false,
+    }])
+    .unwrap();
+    talk(&client, &server, 3);
+    gate.lease(Some(Duration::from_secs(60))).unwrap();
+    gate.close().unwrap();
+    (&client).write_all(&[4]).unwrap();
+    assert_eq!(read_one(&server, SILENCE), Err(io::ErrorKind::WouldBlock));
+    (&server).write_all(&[5]).unwrap();
+    assert_eq!(read_one(&client, SILENCE), Err(io::ErrorKind::WouldBlock));
+    assert_eq!(
+        pair.connect(connect, SILENCE).unwrap_err().kind(),
+        io::ErrorKind::TimedOut
+    );
+    let counters = gate.counters().unwrap();
+    assert!(counters.ingress_dropped_packets >= 2, "{counters:?}");
+    assert!(counters.egress_dropped_packets >= 1, "{counters:?}");
+
+    gate.open_egress().unwrap();
+    assert_eq!(read_one(&client, PATIENCE), Ok(5));
+    assert_eq!(read_one(&server, SILENCE), Err(io::ErrorKind::WouldBlock));
+    gate.open().unwrap();
+    assert_eq!(read_one(&server, PATIENCE), Ok(4));
+    talk(&client, &server, 6);
+
+    gate.close().unwrap();
+    reset(server);
+    assert_eq!(read_one(&client, SILENCE), Err(io::ErrorKind::WouldBlock));
+    // Nobody listens any more, and the peer does not learn it.
+    drop(listening);
+    assert_eq!(
+        pair.connect(connect, SILENCE).unwrap_err().kind(),
+        io::ErrorKind::TimedOut
+    );
+    let counters = gate.counters().unwrap();
+    assert_eq!((counters.rst_dropped, counters.rst_sent), (1, 0));
+
+    pair.server.run(|| gate.detach().unwrap());
+    pair.assert_nothing_left();
+    // What the gate has kept from happening.
+    assert_eq!(
+        pair.connect(connect, PATIENCE).unwrap_err().kind(),
+        io::ErrorKind::ConnectionRefused
+    );
+}
+
+/// Closes with an RST.
+fn reset(stream: TcpStream) {
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    // SAFETY: a live socket, and a structure of the size given.
+    let result = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_LINGER,
+            (&raw const linger).cast(),
+            u32::try_from(size_of_val(&linger)).unwrap(),
+        )
+    };
+    assert_eq!(result, 0);
+    drop(stream);
+}
+
+#[test]
+fn an_ipv4_connection_meets_every_state() {
+    needs_root!("an_ipv4_connection_meets_every_state");
+    through_all_states("10.9.0.1:7000", "10.9.0.1:7000");
+}
+
+#[test]
+fn an_ipv6_connection_meets_every_state() {
+    needs_root!("an_ipv6_connection_meets_every_state");
+    through_all_states("[fd00:9::1]:7000", "[fd00:9::1]:7000");
+}
+
+#[test]
+fn a_mapped_connection_meets_every_state() {
+    needs_root!("a_mapped_connection_meets_every_state");
+    through_all_states("[::]:7000", "10.9.0.1:7000");
+}
+
+#[test]
+fn a_gate_whose_owner_is_killed_opens_by_its_lease() {
+    needs_root!("a_gate_whose_owner_is_killed_opens_by_its_lease");
+    let pair = Pair::new();
+    let listening = pair.listen("10.9.0.1:7000");
+    let address = listening.local_addr().unwrap();
+    let mut owner = pair.server.run(|| {
+        Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "tests::network::an_owner_to_be_killed",
+                "--nocapture",
+            ])
+            .env(OWNER_DIRECTORY, &pair.directory)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    });
+    let mut lines = BufReader::new(owner.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().ends_with("closed")));
+    let found = pair.server.run(|| leftovers(&pair.directory).unwrap());
+    let [gate] = found.as_slice() else {
+        panic!("one gate: {found:?}")
+    };
+    assert_eq!((gate.id.as_str(), gate.role), ("test-1", Role::Source));
+    assert_eq!((gate.owner_pid, gate.owner_alive), (owner.id(), true));
+    assert_eq!((gate.mode, gate.flows), (LeftoverMode::Closed, 1));
+    let gate0 = pair.server.run(|| if_nametoindex("gate0").unwrap());
+    assert_eq!(gate.interfaces, [gate0]);
+    let refused = pair
+        .server
+        .run(|| adopt(&pair.directory, "test-1", Role::Source).unwrap_err());
+    assert!(matches!(refused, GateError::Owned { .. }), "{refused}");
+
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    let killed = Instant::now();
+    let found = pair.server.run(|| leftovers(&pair.directory).unwrap());
+    assert!(!found[0].owner_alive);
+    assert_eq!(found[0].mode, LeftoverMode::Closed, "killing opens nothing");
+    let left = found[0].deadline_in.unwrap();
+    // The SYN is sent again after 1 s, 2 s, 4 s.
+    drop(pair.connect(address, PATIENCE).unwrap());
+    assert!(killed.elapsed() >= left.saturating_sub(Duration::from_millis(20)));
+    let found = pair.server.run(|| leftovers(&pair.directory).unwrap());
+    assert_eq!(found[0].mode, LeftoverMode::Open);
+    assert_eq!(found[0].deadline_in, Some(Duration::ZERO));
+    assert_eq!(pair.programs(), 2);
+
+    pair.server
+        .run(|| unlock(&pair.directory, "test-1", Role::Source).unwrap());
+    pair.assert_nothing_left();
+}
+
+/// Not a test of its own: the process that the test above starts and kills.
+#[test]
+fn an_owner_to_be_killed() {
+    let Some(directory) = std::env::var_os(OWNER_DIRECTORY) else {
+        return;
+    };
+    let gate = attach_here(Path::new(&directory));
+    gate.add_flows(&[Flow::new(
+        "10.9.0.1:1".parse().unwrap(),
+        "10.9.0.2:2".parse().unwrap(),
+    )])
+    .unwrap();
+    gate.add_listeners(&[Listener {
+        local: "10.9.0.1:7000".parse().unwrap(),
+        v6only: false,
+    }])
+    .unwrap();
+    gate.lease(Some(Duration::from_millis(1500))).unwrap();
+    gate.close().unwrap();
+    println!("closed");
+    // Ends with the killing, or with the parent.
+    let _ = io::stdin().read(&mut [0]);
+}
+
+#[test]
+fn a_dropped_gate_is_adopted_and_detached() {
+    needs_root!("a_dropped_gate_is_adopted_and_detached");
+    let pair = Pair::new();
+    let listening = pair.listen("10.9.0.1:7000");
+    let address = listening.local_addr().unwrap();
+    let gate = pair.attach();
+    gate.add_listeners(&[Listener {
+        local: address,
+        v6only: false,
+    }])
+    .unwrap();
+    gate.close().unwrap();
+    drop(gate);
+    assert_eq!(
+        pair.connect(address, SILENCE).unwrap_err().kind(),
+        io::ErrorKind::TimedOut
+    );
+    pair.server.run(|| {
+        let directory = &pair.directory;
+        let again = Gate::attach(&[if_nametoindex("gate0").unwrap()], &options(directory));
+        assert!(matches!(again, Err(GateError::AlreadyAttached { .. })));
+        let other = unlock(directory, "test-1", Role::Destination).unwrap_err();
+        assert!(matches!(other, GateError::NotFound { .. }), "{other}");
+        let gate = adopt(directory, "test-1", Role::Source).unwrap();
+        assert!(gate.counters().unwrap().ingress_dropped_packets > 0);
+        gate.open().unwrap();
+        gate.detach().unwrap();
+    });
+    drop(pair.connect(address, PATIENCE).unwrap());
+    pair.assert_nothing_left();
+}
+
+#[test]
+fn two_gates_share_a_device_and_a_directory() {
+    needs_root!("two_gates_share_a_device_and_a_directory");
+    let pair = Pair::new();
+    let first = pair.attach();
+    let second = pair.server.run(|| {
+        let mut options = options(&pair.directory);
+        options.id = "test-2".to_owned();
+        options.role = Role::Destination;
+        Gate::attach(&[if_nametoindex("gate0").unwrap()], &options).unwrap()
+    });
+    assert_eq!(pair.programs(), 4);
+    pair.server.run(|| {
+        first.detach().unwrap();
+        let found = leftovers(&pair.directory).unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].mode, LeftoverMode::Open);
+        second.detach().unwrap();
+    });
+    pair.assert_nothing_left();
+}
+
+#[test]
+fn a_staged_address_is_not_found_until_it_is_unstaged() {
+    needs_root!("a_staged_address_is_not_found_until_it_is_unstaged");
+    let pair = Pair::new();
+    let staged: IpAddr = STAGED_V4.parse().unwrap();
+    let gate = pair.attach();
+    gate.stage_addresses(&[staged]).unwrap();
+    pair.server
+        .run(|| ip(&format!("addr add {STAGED_V4}/32 dev gate0")));
+    let listening = pair.listen("10.9.0.50:7000");
+    let address = listening.local_addr().unwrap();
+    assert_eq!(
+        pair.connect(address, SILENCE).unwrap_err().kind(),
+        io::ErrorKind::TimedOut
+    );
+    assert!(gate.counters().unwrap().staged_dropped_packets > 0);
+    gate.unstage_addresses(&[staged]).unwrap();
+    drop(pair.connect(address, PATIENCE).unwrap());
+    pair.server.run(|| gate.detach().unwrap());
+    pair.assert_nothing_left();
+}
+
+#[test]
+fn a_device_without_ethernet_header_is_gated() {
+    needs_root!("a_device_without_ethernet_header_is_gated");
+    if !Path::new("/dev/net/tun").exists() {
+        println!("SKIP a_device_without_ethernet_header_is_gated: needs /dev/net/tun");
+        return;
+    }
+    let pair = Pair::new();
+    pair.server.run(|| {
+        let mut tun = tun("gate2");
+        ip("link set gate2 up");
+        let gate = Gate::attach(
+            &[if_nametoindex("gate2").unwrap()],
+            &options(&pair.directory),
+        )
+        .unwrap();
+        gate.add_listeners(&[Listener {
+            local: "10.9.1.1:7000".parse().unwrap(),
+            v6only: false,
+        }])
+        .unwrap();
+        gate.close().unwrap();
+        for port in [7000, 7001] {
+            let to = format!("10.9.1.1:{port}");
+            let frame = Packet::tcp("10.9.1.2:5000", &to, SYN).bytes();
+            tun.write_all(&frame[14..]).unwrap();
+        }
+        assert_eq!(gate.counters().unwrap().ingress_dropped_packets, 1);
+        gate.detach().unwrap();
+    });
+    pair.assert_nothing_left();
+}
+
+/// A TUN device, which goes with its file.
+fn tun(name: &str) -> File {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .unwrap();
+    // SAFETY: all zeros is a value of this plain C structure.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_TUN | libc::IFF_NO_PI).unwrap();
+    // SAFETY: a live descriptor and a valid request with a terminated name.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
+    assert_eq!(result, 0);
+    file
+}
+
+#[test]
+fn what_cannot_be_attached_is_refused_and_leaves_nothing() {
+    needs_root!("what_cannot_be_attached_is_refused_and_leaves_nothing");
+    let pair = Pair::new();
+    pair.server.run(|| {
+        let good = options(&pair.directory);
+        let gate0 = if_nametoindex("gate0").unwrap();
+        let lo = if_nametoindex("lo").unwrap();
+        let refused = |interfaces: &[u32], options: &GateOptions| {
+            Gate::attach(interfaces, options).unwrap_err()
+        };
+        assert!(matches!(refused(&[], &good), GateError::NoInterface));
+        assert!(matches!(refused(&[lo], &good), GateError::NoInterface));
+        assert!(matches!(
+            refused(&[gate0, 9999], &good),
+            GateError::Interface { index: 9999, .. }
+        ));
+        for id in ["", "../x", "A", &"a".repeat(65)] {
+            let bad = GateOptions {
+                id: id.to_owned(),
+                ..good.clone()
+            };
+            assert!(matches!(refused(&[gate0], &bad), GateError::BadId { .. }));
+        }
+        let too_many = GateOptions {
+            flow_capacity: u32::MAX,
+            ..good
+        };
+        assert!(matches!(refused(&[gate0], &too_many), GateError::Load(_)));
+    });
+    pair.assert_nothing_left();
+}
