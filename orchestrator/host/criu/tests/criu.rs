@@ -469,6 +469,7 @@ async fn whatever_breaks_before_the_commit_the_tree_runs_on() {
             session.answer(true).await.unwrap();
         }
         let pid = session.pid();
+        assert!(session.alive());
         drop(session);
         eventually("criu is gone", || !runs(pid));
         advances(&file);
@@ -520,6 +521,25 @@ async fn a_killed_criu_leaves_a_fenced_tree_stopped_and_no_half_copy() {
     advances(&file);
 
     let mut images = Images::new(scratch.path(), "fenced");
+    let options = images.dump_options(tree.0);
+    let mut session = dump_to_commit(&criu, &mut images, &options).await;
+    assert!(session.alive());
+    // SAFETY: signals to children that have not been reaped: the tree is
+    // fenced, then CRIU dies by another hand.
+    unsafe {
+        libc::kill(tree.0, libc::SIGSTOP);
+        libc::kill(session.pid(), libc::SIGKILL);
+    }
+    eventually("the death of criu shows", || !session.alive());
+    // The answer cannot be given any more, and the tree has not run.
+    assert!(session.answer(true).await.is_err());
+    drop(session);
+    stands_still(&file);
+    // SAFETY: as above.
+    unsafe { libc::kill(tree.0, libc::SIGCONT) };
+    advances(&file);
+
+    let mut images = Images::new(scratch.path(), "fenced-again");
     let options = images.dump_options(tree.0);
     let session = dump_to_commit(&criu, &mut images, &options).await;
     // SAFETY: signals to a child that has not been reaped.
@@ -592,6 +612,21 @@ async fn failures_are_explained() {
     println!("{error}\n{:#?}", error.log());
     assert!(error.to_string().contains("File exists"), "{error}");
     assert!(error.help().unwrap().contains("PID"));
+    advances(&file);
+
+    // A CRIU that is killed while it is asked for nothing.
+    let images = Images::new(scratch.path(), "killed");
+    let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+    let mut session = worker.dump(&images.dump_options(tree.0)).await.unwrap();
+    assert_eq!(session.next(LIMIT).await.unwrap(), Notice::PreDump);
+    // Nothing is frozen yet. SAFETY: a child that has not been reaped.
+    unsafe { libc::kill(session.pid(), libc::SIGSTOP) };
+    session.answer(true).await.unwrap();
+    // SAFETY: as above.
+    unsafe { libc::kill(session.pid(), libc::SIGKILL) };
+    let error = session.next(LIMIT).await.unwrap_err();
+    assert!(matches!(error, CriuError::Died { .. }), "{error}");
+    println!("{error}");
     advances(&file);
 
     // A program that is no CRIU.
