@@ -41,11 +41,18 @@ static ON_START: extern "C" fn() = on_start;
 extern "C" fn on_start() {
     let mut words = std::env::args_os();
     let Some(name) = words.next() else { return };
+    if !matches!(name.to_str(), Some(INIT | ENTER | SPAWN)) {
+        return;
+    }
+    // What the starter left open would belong to the machine, and stay open as long as the host.
+    // SAFETY: before `main` nothing in this process has a descriptor of its own.
+    unsafe {
+        libc::close_range(3, libc::c_uint::MAX, 0);
+    }
     let outcome = match name.to_str() {
         Some(INIT) => init::run(words),
         Some(ENTER) => enter::run(words),
-        Some(SPAWN) => enter::spawn(words),
-        _ => return,
+        _ => enter::spawn(words),
     };
     let code = match outcome {
         Ok(code) => code,

@@ -3,12 +3,13 @@
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use nix::sched::{CloneFlags, setns};
+use nix::sys::stat::fstat;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, chdir, fork, setsid};
 
@@ -115,7 +116,35 @@ fn join(words: &mut impl Iterator<Item = OsString>) -> Result<String> {
     if chdir(&directory).is_err() {
         chdir("/").attempt(|| "change to /".to_owned())?;
     }
+    own_null()?;
     Ok(host)
+}
+
+/// Takes the host's `/dev/null` for every standard stream that is the machine's: a file that is
+/// open through a mount of another namespace cannot be dumped, and no real machine has one.
+fn own_null() -> Result<()> {
+    let attempt = || "open /dev/null".to_owned();
+    let null = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .attempt(attempt)?;
+    let own = fstat(&null).attempt(attempt)?;
+    let streams = [
+        io::stdin().as_raw_fd(),
+        io::stdout().as_raw_fd(),
+        io::stderr().as_raw_fd(),
+    ];
+    for stream in streams {
+        // SAFETY: a standard stream, or a closed one, of which fstat says so.
+        let is_null = fstat(unsafe { BorrowedFd::borrow_raw(stream) })
+            .is_ok_and(|stat| stat.st_rdev == own.st_rdev);
+        // SAFETY: both descriptors are open.
+        if is_null && unsafe { libc::dup2(null.as_raw_fd(), stream) } < 0 {
+            return Err(io::Error::last_os_error()).attempt(attempt);
+        }
+    }
+    Ok(())
 }
 
 /// The program and its arguments, with a machine's environment instead of a test's.

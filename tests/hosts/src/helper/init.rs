@@ -198,7 +198,11 @@ fn remount(target: &str, flags: MsFlags) -> Result<()> {
 }
 
 fn mount_new(kind: &str, target: &str, options: &str) -> Result<()> {
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    // A terminal is a device: with `nodev` nobody could open one.
+    let flags = match kind {
+        "devpts" => MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+        _ => MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+    };
     mount(Some(kind), target, Some(kind), flags, Some(options))
         .attempt(|| format!("mount a new {kind} on {target}"))
 }
