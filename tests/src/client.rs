@@ -10,6 +10,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migrate_test_hosts::Host;
+
 use crate::strict::{Snapshot, Verdict};
 
 /// All connections open and answered: a thousand of them on a busy machine.
@@ -139,6 +141,21 @@ impl StrictClient {
         Ok(client)
     }
 
+    /// Starts a strict client in a host: `start(&client, ["echo", "--addr", ...])`.
+    ///
+    /// # Errors
+    ///
+    /// As [`StrictClient::spawn`].
+    pub fn start<I>(host: &Host, arguments: I) -> Result<Self, ClientError>
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
+        let mut command = host.command(program("strict-client"));
+        command.args(arguments);
+        Self::spawn(command)
+    }
+
     /// Where it stands.
     ///
     /// # Errors
@@ -260,10 +277,4 @@ impl Drop for StrictClient {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// The program of the strict clients.
-#[must_use]
-pub fn strict_client() -> PathBuf {
-    program("strict-client")
 }

@@ -8,4 +8,7 @@
 
 pub mod client;
 pub mod echo_wire;
+pub mod hosts;
+pub mod migration;
 pub mod strict;
+pub mod workload;

@@ -7,6 +7,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::linux::net::TcpStreamExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -232,6 +233,9 @@ fn pump(mut from: &TcpStream, mut to: &TcpStream, fault: Fault, armed: &AtomicBo
     let mut chunk = vec![0; 64 * 1024];
     let mut is_web_server = false;
     while let Ok(count) = from.read(&mut chunk) {
+        // Python's headers and body are two writes, and Nagle's algorithm holds
+        // the second until the first is acknowledged.
+        let _ = from.set_quickack(true);
         if count == 0 {
             break;
         }

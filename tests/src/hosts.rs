@@ -1,0 +1,208 @@
+//! Questions about a test host, answered by its kernel and not by `migrate`.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use aya::programs::SchedClassifier;
+use aya::programs::tc::TcAttachType;
+use migrate_test_hosts::{Host, INTERFACE};
+
+/// Between two looks at something that announces itself to nobody.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Looks until `condition` holds; `false` when it never did within `limit`.
+pub fn eventually(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+/// Whether a process of this PID runs in the host; one that only waits to be
+/// reaped does not.
+#[must_use]
+pub fn runs(host: &Host, pid: i32) -> bool {
+    let stat = fs::read_to_string(host.path(format!("/proc/{pid}/stat"))).unwrap_or_default();
+    // The state follows the name, which may hold anything but ends with `)`.
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// The name of a process in the host, empty when there is none.
+#[must_use]
+pub fn process_name(host: &Host, pid: i32) -> String {
+    let name = fs::read_to_string(host.path(format!("/proc/{pid}/comm"))).unwrap_or_default();
+    name.trim_end().to_owned()
+}
+
+/// Whether something listens on a TCP port of the host. Opens no connection:
+/// one of its own would be among those that move.
+#[must_use]
+pub fn listens(host: &Host, port: u16) -> bool {
+    /// As the kernel prints `TCP_LISTEN`.
+    const LISTEN: &str = "0A";
+    let local = format!(":{port:04X}");
+    ["tcp", "tcp6"].iter().any(|table| {
+        let path = format!("/proc/{}/net/{table}", host.init_pid());
+        let table = fs::read_to_string(path).unwrap_or_default();
+        table.lines().any(|line| {
+            let mut columns = line.split_whitespace().skip(1);
+            let (address, state) = (columns.next(), columns.nth(1));
+            address.is_some_and(|address| address.ends_with(&local)) && state == Some(LISTEN)
+        })
+    })
+}
+
+/// Whether an address is on the host's interface, by `ip`.
+///
+/// # Errors
+///
+/// When `ip` cannot be run there.
+pub fn has_address(host: &Host, address: IpAddr) -> io::Result<bool> {
+    let output = host
+        .exec(["ip", "-o", "address", "show", "dev", INTERFACE])
+        .map_err(io::Error::other)?;
+    if !output.status.success() {
+        return Err(io::Error::other(
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        ));
+    }
+    let wanted = format!(" {address}/");
+    Ok(String::from_utf8_lossy(&output.stdout).contains(&wanted))
+}
+
+/// The eBPF programs on the host's interfaces: `eth0 ingress: NAME`.
+///
+/// # Errors
+///
+/// When the host is gone or the kernel cannot be asked.
+pub fn gates(host: &Host) -> io::Result<Vec<String>> {
+    host.in_network(|| {
+        let mut found = Vec::new();
+        for interface in ["lo", INTERFACE] {
+            for (way, name) in [
+                (TcAttachType::Ingress, "ingress"),
+                (TcAttachType::Egress, "egress"),
+            ] {
+                let (_, programs) =
+                    SchedClassifier::query_tcx(interface, way).map_err(io::Error::other)?;
+                let names = programs.iter().map(|program| {
+                    let program = program.name_as_str().unwrap_or("?");
+                    format!("{interface} {name}: {program}")
+                });
+                found.extend(names);
+            }
+        }
+        Ok(found)
+    })
+    .map_err(io::Error::other)?
+}
+
+/// Established connections that a RST (or a timeout) ended on this host.
+///
+/// # Errors
+///
+/// When the host is gone.
+pub fn reset_connections(host: &Host) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{}/net/snmp", host.init_pid()))?;
+    snmp(&text, "Tcp:", "EstabResets")
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no EstabResets"))
+}
+
+/// One counter of `/proc/net/snmp`: names in one line, values in the next.
+fn snmp(text: &str, group: &str, name: &str) -> Option<u64> {
+    let mut lines = text.lines().filter(|line| line.starts_with(group));
+    let (names, values) = (lines.next()?, lines.next()?);
+    let at = names.split_whitespace().position(|column| column == name)?;
+    values.split_whitespace().nth(at)?.parse().ok()
+}
+
+/// Why a test cannot run here, for [`require!`](crate::require).
+///
+/// `need` is `root`, `tcx` (kernel 6.6), `migrate` (built), or the name of a
+/// program.
+#[must_use]
+pub fn lacking(need: &str) -> Option<String> {
+    /// The private place of a CRIU that `scripts/setup` fetched.
+    const OWN_CRIU: &str = "/opt/migrate/criu/bin/criu";
+    match need {
+        "root" => (!nix::unistd::geteuid().is_root()).then(|| "needs root".to_owned()),
+        "tcx" => {
+            let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+            let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+            let mut number = || {
+                numbers
+                    .next()
+                    .and_then(|n| n.parse::<u32>().ok())
+                    .unwrap_or(0)
+            };
+            let version = (number(), number());
+            (version < (6, 6)).then(|| format!("needs Linux 6.6, this is {}", release.trim()))
+        }
+        "migrate" => {
+            let path = std::env::var_os("MIGRATE_BIN")
+                .map_or_else(|| crate::client::program("migrate"), Into::into);
+            (!path.is_file()).then(|| format!("{} is not built", path.display()))
+        }
+        "criu" => {
+            let there = std::env::var_os("MIGRATE_CRIU").is_some()
+                || Path::new(OWN_CRIU).is_file()
+                || on_path("criu");
+            (!there).then(|| "needs CRIU: run scripts/setup".to_owned())
+        }
+        "redis" => (!on_path("redis-server")).then(|| "needs redis-server".to_owned()),
+        "python" => (!Path::new("/usr/bin/python3").exists()).then(|| "needs python3".to_owned()),
+        program => (!on_path(program)).then(|| format!("needs {program}")),
+    }
+}
+
+fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|directory| directory.join(program).is_file())
+}
+
+/// Ends the calling test unless this machine has all that it needs, and says
+/// so: `require!("moves_redis": root, tcx, criu, migrate, redis)`.
+#[macro_export]
+macro_rules! require {
+    ($test:literal: $($need:ident),+ $(,)?) => {
+        $(
+            if let Some(reason) = $crate::hosts::lacking(stringify!($need)) {
+                println!(concat!("SKIP ", $test, ": {}"), reason);
+                return;
+            }
+        )+
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_counter_is_found_by_its_name() {
+        let text = "Ip: A B\nIp: 1 2\nTcp: X EstabResets Y\nTcp: 7 8 9\n";
+        assert_eq!(snmp(text, "Tcp:", "EstabResets"), Some(8));
+        assert_eq!(snmp(text, "Tcp:", "Z"), None);
+    }
+
+    #[test]
+    fn what_is_lacking_is_named() {
+        assert_eq!(
+            lacking("no-such-program").as_deref(),
+            Some("needs no-such-program")
+        );
+        assert_eq!(lacking("sh"), None);
+    }
+}

@@ -1,0 +1,201 @@
+//! `migrate` run in a test host, and what must hold after it.
+//!
+//! The functions here that judge panic with all that is known, as assertions
+//! do.
+
+use std::ffi::OsStr;
+use std::io::{self, Read};
+use std::process::{Child, Output, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use migrate_core::Phase;
+use migrate_core::report::Report;
+use migrate_test_hosts::{Host, HostName, Lab};
+use serde_json::Value;
+
+use crate::client::StrictClient;
+use crate::hosts::{eventually, gates, has_address, process_name, runs};
+use crate::workload::{Kind, Workload};
+
+/// A migration on the test hosts takes a second; this is for one that hangs.
+const MIGRATE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Right replies on every old connection that count as being served.
+const SERVED_REQUESTS: u64 = 50;
+/// Time for them, beyond the worst blackout: a lost reply is sent again after
+/// the 3 s of a restored socket.
+const SERVED_WITHIN: Duration = Duration::from_secs(60);
+/// The source's end may outlast the command by a little.
+const SETTLE_WITHIN: Duration = Duration::from_secs(10);
+
+/// How a `migrate` ended.
+#[derive(Debug)]
+pub struct Migration {
+    /// Exit code, `None` when it was killed by a signal.
+    pub code: Option<i32>,
+    /// The events of `--json`.
+    pub events: Vec<Value>,
+    /// The last line, when it is the report.
+    pub report: Option<Report>,
+    /// Its log.
+    pub stderr: String,
+}
+
+/// Runs `migrate --json ARGUMENTS` in a host to its end.
+///
+/// # Errors
+///
+/// When it cannot be run, or has to be killed after two minutes.
+pub fn migrate<I>(host: &Host, arguments: I) -> io::Result<Migration>
+where
+    I: IntoIterator,
+    I::Item: AsRef<OsStr>,
+{
+    let mut command = host.command("migrate");
+    command.arg("--json").args(arguments);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let output = output_within(command.spawn()?, MIGRATE_TIMEOUT)?;
+    let lines = String::from_utf8_lossy(&output.stdout);
+    let events: Vec<Value> = lines
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    let last = events.last().filter(|event| event["event"] == "report");
+    let report = last.and_then(|event| {
+        // The report's fields stand in the event or below its name.
+        [event, &event["report"]]
+            .into_iter()
+            .find_map(|value| serde_json::from_value::<Report>(value.clone()).ok())
+    });
+    Ok(Migration {
+        code: output.status.code(),
+        report,
+        events,
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}
+
+/// The output of a process that must end in time; else it is killed.
+fn output_within(mut child: Child, limit: Duration) -> io::Result<Output> {
+    let collect = |stream: Option<Box<dyn Read + Send>>| {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            stream
+                .map_or(Ok(0), |mut stream| stream.read_to_end(&mut bytes))
+                .map(|_| bytes)
+        })
+    };
+    let stdout = collect(child.stdout.take().map(|stream| Box::new(stream) as _));
+    let stderr = collect(child.stderr.take().map(|stream| Box::new(stream) as _));
+    let mut status = None;
+    let ended = eventually(limit, || {
+        status = child.try_wait().ok().flatten();
+        status.is_some()
+    });
+    if !ended {
+        child.kill()?;
+    }
+    let status = child.wait()?;
+    let joined = |thread: thread::JoinHandle<io::Result<Vec<u8>>>| {
+        thread.join().unwrap_or_else(|_| Ok(Vec::new()))
+    };
+    let output = Output {
+        status,
+        stdout: joined(stdout)?,
+        stderr: joined(stderr)?,
+    };
+    if ended {
+        Ok(output)
+    } else {
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("killed after {limit:?}: {said}"),
+        ))
+    }
+}
+
+impl Migration {
+    /// The report of a migration that committed, without a RST.
+    ///
+    /// # Panics
+    ///
+    /// When it ended otherwise.
+    #[track_caller]
+    #[must_use]
+    pub fn expect_committed(&self) -> &Report {
+        assert_eq!(self.code, Some(0), "exit code, {self:#?}");
+        match &self.report {
+            Some(report) => {
+                assert_eq!(report.outcome, Phase::Committed, "{report:#?}");
+                assert_eq!(report.rst_sent, 0, "{report:#?}");
+                report
+            }
+            None => panic!("no report, {self:#?}"),
+        }
+    }
+}
+
+/// Every connection of the client goes on, and nothing went wrong so far.
+///
+/// # Panics
+///
+/// When it does not.
+#[track_caller]
+pub fn serves_old_connections(client: &mut StrictClient) {
+    match client.await_progress(SERVED_REQUESTS, SERVED_WITHIN) {
+        Ok(snapshot) => assert_eq!(snapshot.errors, 0, "{snapshot:?}"),
+        Err(error) => panic!("the old connections are not served: {error}"),
+    }
+}
+
+/// No eBPF program is left on the host's interfaces.
+///
+/// # Panics
+///
+/// When one is.
+#[track_caller]
+pub fn no_gate_left(host: &Host) {
+    match gates(host) {
+        Ok(gates) => assert_eq!(gates, Vec::<String>::new(), "on {}", host.name()),
+        Err(error) => panic!("{}: {error}", host.name()),
+    }
+}
+
+/// Moves a workload and checks all that the hosts can tell: it runs there and
+/// no longer here, its address went with it, and no gate is left.
+///
+/// # Panics
+///
+/// When the migration fails or one of these does not hold.
+#[track_caller]
+pub fn moves(lab: &Lab, workload: &Workload, from: HostName, to: HostName) -> Report {
+    let (source, destination) = (lab.host(from), lab.host(to));
+    let (pid, name) = (workload.pid, process_name(&source, workload.pid));
+    let arguments = ["--to", to.as_str(), &pid.to_string()];
+    let migration = match migrate(&source, arguments) {
+        Ok(migration) => migration,
+        Err(error) => panic!("migrate {arguments:?} in {from}: {error}"),
+    };
+    let report = migration.expect_committed().clone();
+    assert!(runs(&destination, pid), "{pid} runs on {to}");
+    assert_eq!(process_name(&destination, pid), name);
+    let ended = eventually(SETTLE_WITHIN, || !runs(&source, pid));
+    assert!(ended, "{pid} still runs on {from}");
+    if workload.kind != Kind::ShellLoop {
+        let address = workload.kind.address().ip();
+        for (host, expected) in [(&source, false), (&destination, true)] {
+            match has_address(host, address) {
+                Ok(has) => assert_eq!(has, expected, "{address} on {}", host.name()),
+                Err(error) => panic!("{}: {error}", host.name()),
+            }
+        }
+    }
+    no_gate_left(&source);
+    no_gate_left(&destination);
+    report
+}
