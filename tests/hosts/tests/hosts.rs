@@ -11,6 +11,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -252,6 +253,12 @@ fn every_host_is_a_machine_of_its_own() {
                 .exec(["sh", "-c", "test ! -e /srv/here && echo > /srv/here"])
                 .unwrap(),
         );
+        // What is pinned there goes with the host.
+        stdout(
+            &host
+                .exec(["sh", "-c", "test ! -e /sys/fs/bpf/d && mkdir /sys/fs/bpf/d"])
+                .unwrap(),
+        );
         // It sees its own interfaces only, and no way out.
         let interfaces = stdout(&host.exec(["ls", "/sys/class/net"]).unwrap());
         assert_eq!(interfaces, "eth0\nlo");
@@ -266,7 +273,7 @@ fn every_host_is_a_machine_of_its_own() {
             "{cgroups}"
         );
     }
-    assert!(!std::path::Path::new("/srv/here").exists());
+    assert!(!Path::new("/srv/here").exists() && !Path::new("/sys/fs/bpf/d").exists());
     let namespaces = Namespaces::of(&lab);
     assert!(namespaces.names.len() >= 3 * 5, "{:?}", namespaces.names);
 }
