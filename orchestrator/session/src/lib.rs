@@ -55,3 +55,40 @@ pub fn hostname() -> String {
 fn dropped_packets(counted: &migrate_gate::Counters) -> u64 {
     counted.ingress_dropped_packets + counted.egress_dropped_packets
 }
+
+/// Finds CRIU and lets it probe the kernel, which it caches: the finding for
+/// the table, and CRIU when there is one to work with.
+async fn examine_criu(
+    host: &str,
+) -> (
+    Vec<migrate_core::preflight::Finding>,
+    Option<migrate_criu::Criu>,
+) {
+    use migrate_core::preflight::Finding;
+    let subject = format!("criu on the {host}");
+    match migrate_criu::locate().await {
+        Ok(criu) => {
+            let mut findings = vec![Finding::ok(
+                &subject,
+                format!("{} at {}", criu.version, criu.path.display()),
+            )];
+            // Its check asks for more than every tree needs.
+            if let Err(error) = criu.warm().await {
+                findings.push(Finding::note(
+                    &subject,
+                    error::chain(&error),
+                    error.help().unwrap_or_default(),
+                ));
+            }
+            (findings, Some(criu))
+        }
+        Err(error) => {
+            let refused = Finding::refused(
+                &subject,
+                error::chain(&error),
+                error.help().unwrap_or_default(),
+            );
+            (vec![refused], None)
+        }
+    }
+}

@@ -20,23 +20,8 @@ impl Destination {
     ) -> Result<(), Error> {
         crate::sweep::sweep(&self.state).await;
         let mut findings = Vec::new();
-        let criu = match migrate_criu::locate().await {
-            Ok(criu) => {
-                findings.push(Finding::ok(
-                    "criu on the destination",
-                    format!("{} at {}", criu.version, criu.path.display()),
-                ));
-                Some(criu)
-            }
-            Err(error) => {
-                findings.push(Finding::refused(
-                    "criu on the destination",
-                    crate::error::chain(&error),
-                    error.help().unwrap_or_default(),
-                ));
-                None
-            }
-        };
+        let (found, criu) = crate::examine_criu("destination").await;
+        findings.extend(found);
         let mut host = migrate_proc::host_facts(&self.state.image_root()?);
         host.criu = criu.as_ref().map(|criu| criu.version);
         findings.extend(migrate_proc::compare_hosts(source, &host, &tree));

@@ -68,7 +68,6 @@ impl Destination {
         self.images = Some(ImageDir::create(&images)?);
         let home = Home::create(&order.tree, &self.migration_id)?;
         let (streams, inherit) = reattach(&order.tree.stdio, &order.stdio)?;
-        criu.warm().await?;
         let worker = criu
             .worker(WorkerOptions {
                 cgroup: home.directory().map(ToOwned::to_owned),

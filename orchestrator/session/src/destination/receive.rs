@@ -91,19 +91,21 @@ impl Destination {
         let order = self.order.as_ref().ok_or_else(|| nothing("the tree"))?;
         let images = self
             .images
-            .as_ref()
+            .as_mut()
             .ok_or_else(|| nothing("the image directory"))?;
         let Engine::Ready(worker) = std::mem::replace(&mut self.engine, Engine::None) else {
             return Err(nothing("CRIU"));
         };
+        // Each stream that led out of the tree becomes what was opened for it.
+        let mut inherit_fd = Vec::new();
+        for (index, resource) in self.streams.iter().enumerate() {
+            if let Some(key) = images.redirect(resource)? {
+                inherit_fd.push((key, worker.inherited(index)));
+            }
+        }
         let options = RestoreOptions {
             shell_job: order.tree.shell_job,
-            inherit_fd: self
-                .streams
-                .iter()
-                .enumerate()
-                .map(|(index, key)| (key.clone(), worker.inherited(index)))
-                .collect(),
+            inherit_fd,
             external_unix: true,
             ..RestoreOptions::new(images.path())
         };

@@ -159,23 +159,8 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
     {
         findings.push(migrate_proc::supervisor_finding(found));
     }
-    let criu = match migrate_criu::locate().await {
-        Ok(criu) => {
-            findings.push(Finding::ok(
-                "criu on the source",
-                format!("{} at {}", criu.version, criu.path.display()),
-            ));
-            Some(criu)
-        }
-        Err(error) => {
-            findings.push(Finding::refused(
-                "criu on the source",
-                crate::error::chain(&error),
-                error.help().unwrap_or_default(),
-            ));
-            None
-        }
-    };
+    let (found, criu) = crate::examine_criu("source").await;
+    findings.extend(found);
     let mut host = migrate_proc::host_facts(&state.image_root()?);
     host.criu = criu.as_ref().map(|criu| criu.version);
     findings.extend(sockets.findings);

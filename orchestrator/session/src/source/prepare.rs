@@ -93,7 +93,6 @@ impl Migration {
             })?;
         }
         let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
-        plan.criu.warm().await?;
         let worker = plan.criu.worker(WorkerOptions::default()).await?;
         self.engine = Engine::Ready(worker);
 
