@@ -6,6 +6,9 @@
 //! header or without any), share one set of maps, so one store into `CONTROL`
 //! opens or closes all interfaces at once.
 //!
+//! Dropped packets are traced when user space has asked for it at load time;
+//! otherwise the verifier finds the level constant and removes the tracing.
+//!
 //! Verdicts are those of tcx: `TCX_NEXT` and `TCX_DROP` only. Others of the
 //! older `TC_ACT_*` family mean "next" there.
 
@@ -18,6 +21,7 @@ use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_skb_load_bytes};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::trace;
 use migrate_ebpf_common::{
     Control, Counters, Direction, FlowKey, Judgement, Layer2, ListenerKey, Packet, State, World,
     judge,
@@ -77,13 +81,30 @@ fn gate(ctx: &TcContext, layer2: Layer2, direction: Direction) -> i32 {
             TCX_NEXT
         }
         Judgement::DropStaged => {
+            trace!(ctx, "{} of a staged address: dropped", way(direction));
             count(|counters| counters.staged_dropped_packets += 1);
             TCX_DROP
         }
         Judgement::Drop { reset } => {
+            let kind = if reset { "RST" } else { "packet" };
+            trace!(
+                ctx,
+                "{} {} of {} bytes: dropped",
+                way(direction),
+                kind,
+                ctx.len()
+            );
             count_dropped(ctx, direction, reset);
             TCX_DROP
         }
+    }
+}
+
+#[inline(always)]
+fn way(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Ingress => "inbound",
+        Direction::Egress => "outbound",
     }
 }
 

@@ -24,6 +24,10 @@
 //! ARP or neighbour discovery speaks for them or reaches the host about them,
 //! so that an address can be put on the destination's interface while the
 //! source still answers for it.
+//!
+//! With tracing at level TRACE for `migrate_gate::packets` when the gate is
+//! attached, every dropped packet is traced (as [`Gate::counters`] is read);
+//! otherwise the kernel leaves the tracing out of the programs.
 
 mod bpffs;
 mod error;
@@ -32,6 +36,7 @@ mod sys;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod trace;
 
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
@@ -55,6 +60,7 @@ pub use crate::error::GateError;
 use crate::owner::Owner;
 use crate::sys::DeviceKind;
 use crate::tables::Tables;
+use crate::trace::Trace;
 
 /// Which end of a migration a gate guards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -119,6 +125,7 @@ pub struct Gate {
     links: Vec<PinnedLink>,
     /// Keeps the file system mounted.
     root: File,
+    trace: Trace,
 }
 
 impl Gate {
@@ -162,7 +169,7 @@ impl Gate {
             });
         }
         match attach_in(&path, &devices, options.flow_capacity) {
-            Ok((tables, links)) => {
+            Ok((tables, links, trace)) => {
                 tracing::debug!(path = %path.display(), ?devices, "gate attached");
                 Ok(Self {
                     directory: options.directory.clone(),
@@ -170,6 +177,7 @@ impl Gate {
                     tables,
                     links,
                     root,
+                    trace,
                 })
             }
             Err(error) => {
@@ -269,11 +277,13 @@ impl Gate {
     }
 
     /// What the gate has done since it was attached, open times included.
+    /// Also hands the programs' trace on, if there is one.
     ///
     /// # Errors
     ///
     /// When the map cannot be read.
     pub fn counters(&self) -> Result<Counters, GateError> {
+        self.trace.flush();
         self.tables.counters()
     }
 
@@ -290,7 +300,9 @@ impl Gate {
             tables,
             links,
             root,
+            trace,
         } = self;
+        trace.flush();
         let removed = bpffs::remove_gate(&path);
         drop((tables, links, root));
         bpffs::release(&directory);
@@ -438,6 +450,7 @@ pub fn adopt(directory: &Path, id: &str, role: Role) -> Result<Gate, GateError> 
         tables,
         links,
         root,
+        trace: Trace::default(),
     })
 }
 
@@ -465,7 +478,7 @@ fn attach_in(
     path: &Path,
     devices: &[Device],
     flow_capacity: u32,
-) -> Result<(Tables, Vec<PinnedLink>), GateError> {
+) -> Result<(Tables, Vec<PinnedLink>, Trace), GateError> {
     let (mut ebpf, tables) = tables::load(flow_capacity)?;
     tables.set_owner(Owner::this_process());
     tables.pin(path)?;
@@ -482,7 +495,8 @@ fn attach_in(
             }
         }
     }
-    Ok((tables, links))
+    let trace = Trace::read(&mut ebpf);
+    Ok((tables, links, trace))
 }
 
 fn load_program(

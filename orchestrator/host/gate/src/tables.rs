@@ -17,6 +17,7 @@ use migrate_ebpf_common::{Counters, Direction, FlowKey, LAYOUT_VERSION, Listener
 use crate::GateError;
 use crate::owner::Owner;
 use crate::sys::{self, ControlPage};
+use crate::trace;
 
 /// The programs, built by build.rs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gate.o"));
@@ -88,7 +89,9 @@ pub(crate) struct Tables {
 
 /// Loads the object: maps are made, programs still have to be verified.
 pub(crate) fn load(flow_capacity: u32) -> Result<(Ebpf, Tables), GateError> {
+    let trace_level = trace::level();
     let mut ebpf = EbpfLoader::new()
+        .override_global(aya_log::LEVEL, &trace_level, true)
         .map_max_entries(FLOWS, flow_capacity.max(1))
         .load(OBJECT)
         .map_err(|error| GateError::Load(error.into()))?;

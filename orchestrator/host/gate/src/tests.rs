@@ -14,7 +14,9 @@ macro_rules! needs_root {
 mod network;
 mod packets;
 
+use std::io;
 use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use aya::Ebpf;
@@ -26,6 +28,7 @@ use self::packets::{ACK, Packet, RST, SYN};
 use crate::GateError;
 use crate::sys::{self, DeviceKind};
 use crate::tables::{self, Tables};
+use crate::trace::Trace;
 
 const NEXT: i32 = -1;
 const DROP: i32 = 2;
@@ -416,4 +419,43 @@ fn flows_beyond_the_capacity_are_an_error() {
         "{error}"
     );
     assert!(error.help().is_some());
+}
+
+/// Gathers what a subscriber writes.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn dropped_packets_are_traced_on_demand() {
+    needs_root!("dropped_packets_are_traced_on_demand");
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter("migrate_gate::packets=trace")
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    tracing::subscriber::with_default(subscriber, || {
+        let mut programs = Programs::closed();
+        let trace = Trace::read(&mut programs.ebpf);
+        assert_eq!(programs.egress(&Packet::tcp(LOCAL, PEER, RST)), DROP);
+        trace.flush();
+    });
+    let bytes = lines.0.lock().unwrap();
+    let text = String::from_utf8_lossy(&bytes);
+    assert!(
+        text.contains("outbound RST of 54 bytes: dropped"),
+        "{text:?}"
+    );
 }
