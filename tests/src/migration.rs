@@ -166,6 +166,33 @@ pub fn no_gate_left(host: &Host) {
     }
 }
 
+/// Prints the ends of the logs that `migrate` left in a host, for the reader
+/// of a failed test.
+pub fn print_logs(host: &Host) {
+    /// The directory or file, as `migrate` tells its user.
+    const LOG: &str = "/run/migrate/log";
+    const LINES_MAX: usize = 60;
+    let top = host.path(LOG);
+    let files = match std::fs::read_dir(&top) {
+        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+        Err(_) => vec![top],
+    };
+    for file in files {
+        let bytes = std::fs::read(&file).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().collect();
+        println!(
+            "-- {}: {} ({} lines)",
+            host.name(),
+            file.display(),
+            lines.len()
+        );
+        lines[lines.len().saturating_sub(LINES_MAX)..]
+            .iter()
+            .for_each(|line| println!("{line}"));
+    }
+}
+
 /// Moves a workload and checks all that the hosts can tell: it runs there and
 /// no longer here, its address went with it, and no gate is left.
 ///
@@ -181,6 +208,10 @@ pub fn moves(lab: &Lab, workload: &Workload, from: HostName, to: HostName) -> Re
         Ok(migration) => migration,
         Err(error) => panic!("migrate {arguments:?} in {from}: {error}"),
     };
+    if migration.code != Some(0) {
+        print_logs(&source);
+        print_logs(&destination);
+    }
     let report = migration.expect_committed().clone();
     assert!(runs(&destination, pid), "{pid} runs on {to}");
     assert_eq!(process_name(&destination, pid), name);
