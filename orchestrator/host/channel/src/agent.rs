@@ -31,6 +31,9 @@ use crate::{
     tls::{self, OneTimeIdentity},
 };
 
+/// How long a source that has let go of SSH may take to finish its handshake.
+const HANDSHAKE_GRACE: Duration = Duration::from_secs(3);
+
 /// How long the agent waits for the source's line, and then for its connection.
 const SOURCE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -83,16 +86,25 @@ pub async fn serve_stdio(hello: Hello) -> Result<Connection, ChannelError> {
         }
     };
     say(&answer)?;
-    let connection = tokio::select! {
-        connection = timeout(SOURCE_LIMIT, door.next(&hello)) => {
-            connection.unwrap_or_else(|_| Err(ChannelError::Deadline {
-                awaited: format!("the source to connect to {}", door.name()),
+    let name = door.name();
+    let connection = {
+        let next = timeout(SOURCE_LIMIT, door.next(&hello));
+        tokio::pin!(next);
+        let came = tokio::select! {
+            biased;
+            came = &mut next => came,
+            // The source lets go of SSH as soon as its side of the handshake
+            // is done; this side may have a step to go.
+            _ = gone => timeout(HANDSHAKE_GRACE, next).await.map_err(|_| ChannelError::SourceGone {
+                awaited: "the source had connected",
+            })?,
+        };
+        came.unwrap_or_else(|_| {
+            Err(ChannelError::Deadline {
+                awaited: format!("the source to connect to {name}"),
                 waited: SOURCE_LIMIT,
-            }))?
-        }
-        _ = gone => return Err(ChannelError::SourceGone {
-            awaited: "the source had connected",
-        }),
+            })
+        })?
     };
     let_go_of_ssh()?;
     Ok(connection)

@@ -1,5 +1,6 @@
 //! Interfaces and addresses through rtnetlink, and the steps of moving one.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -12,6 +13,7 @@ use netlink_packet_core::{Emitable, Parseable};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType,
 };
@@ -30,6 +32,9 @@ const ANSWER_LIMIT_MS: u64 = 5000;
 /// nobody, so the route to them is the default route.
 const NOWHERE_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 const NOWHERE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+
+/// Peers whose next hop is looked up in advance; most have the same few.
+pub const NEIGHBOURS_MAX: usize = 4096;
 
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -211,6 +216,69 @@ impl Net {
             }));
         }
         Ok(sources)
+    }
+
+    /// Makes the kernel ask for the link-layer address of each next hop towards
+    /// `peers` over one of `interfaces`, with an address of this host's own,
+    /// and keep the answer. What is already known is confirmed.
+    ///
+    /// A restored socket sends at once. A packet for which no link-layer
+    /// address is known makes the kernel ask in the packet's name; while that
+    /// address is staged the question is not let out, and the next one comes a
+    /// second later (`retrans_time_ms`). Nothing depends on this but time, so
+    /// it does not fail; at most [`NEIGHBOURS_MAX`] peers are looked at.
+    pub async fn find_neighbours(&self, peers: &BTreeSet<IpAddr>, interfaces: &[u32]) {
+        let mut hops = BTreeSet::new();
+        for &peer in peers.iter().take(NEIGHBOURS_MAX) {
+            match self.next_hop(peer).await {
+                Ok(Some((ifindex, hop))) if interfaces.contains(&ifindex) => {
+                    hops.insert((ifindex, hop));
+                }
+                Ok(_) => {}
+                Err(error) => tracing::debug!(%error, %peer, "no next hop"),
+            }
+        }
+        for (ifindex, hop) in hops {
+            let request = self
+                .handle
+                .neighbours()
+                .add(ifindex, hop)
+                .state(NeighbourState::None)
+                .flags(NeighbourFlags::Use)
+                .replace()
+                .execute();
+            match within("ask for a neighbour", request).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, %hop, "no question for a neighbour"),
+                Err(error) => tracing::debug!(%error, %hop, "no question for a neighbour"),
+            }
+        }
+    }
+
+    /// The interface and the neighbour that a packet for `peer` goes to.
+    async fn next_hop(&self, peer: IpAddr) -> Result<Option<(u32, IpAddr)>, NetError> {
+        let question = match peer {
+            IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(ip, 32)
+                .build(),
+            IpAddr::V6(ip) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(ip, 128)
+                .build(),
+        };
+        let mut answers = Box::pin(self.handle.route().get(question).execute());
+        let Some(Ok(route)) = within("look up a route", answers.next()).await? else {
+            return Ok(None);
+        };
+        let mut ifindex = None;
+        let mut hop = peer;
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Oif(index) => ifindex = Some(*index),
+                RouteAttribute::Gateway(gateway) => hop = plain_ip(gateway).unwrap_or(hop),
+                _ => {}
+            }
+        }
+        Ok(ifindex.map(|ifindex| (ifindex, hop)))
     }
 
     /// Which interface of this host takes the address: one that has an address

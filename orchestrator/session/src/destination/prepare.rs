@@ -3,6 +3,7 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
@@ -38,6 +39,7 @@ impl Destination {
         let record = self.record(order, &images.display().to_string());
         self.journal = Some(Journal::begin(&self.state, record)?);
 
+        let addresses = self.addresses();
         let interfaces: Vec<u32> = order
             .placements
             .iter()
@@ -45,22 +47,32 @@ impl Destination {
             .collect::<std::collections::BTreeSet<_>>()
             .into_iter()
             .collect();
-        let capacity = order.tree.flows.len() * 2 + SPARE_FLOWS;
-        let gate = Gate::attach(
-            &interfaces,
-            &GateOptions {
-                id: self.migration_id.clone(),
-                role: Role::Destination,
-                flow_capacity: u32::try_from(capacity).unwrap_or(u32::MAX),
-                directory: self.state.gates(),
-            },
-        )?;
-        let addresses = self.addresses();
-        let gate = self.gate.insert(gate);
-        gate.add_flows(&order.tree.flows)?;
-        gate.add_listeners(&order.tree.listeners)?;
-        gate.stage_addresses(&addresses)?;
-        gate.close()?;
+        if !interfaces.is_empty() {
+            let gate = self.gate.insert(Gate::attach(
+                &interfaces,
+                &GateOptions {
+                    id: self.migration_id.clone(),
+                    role: Role::Destination,
+                    flow_capacity: u32::try_from(order.tree.flows.len() * 2 + SPARE_FLOWS)
+                        .unwrap_or(u32::MAX),
+                    directory: self.state.gates(),
+                },
+            )?);
+            gate.add_flows(&order.tree.flows)?;
+            gate.add_listeners(&order.tree.listeners)?;
+            gate.stage_addresses(&addresses)?;
+            gate.close()?;
+        }
+        // A packet that cannot be sent for want of a neighbour's hardware
+        // address waits a second for the next question. Asked now, with an
+        // address of this host's own, nobody waits after the takeover.
+        let peers: std::collections::BTreeSet<IpAddr> = order
+            .tree
+            .flows
+            .iter()
+            .map(|flow| flow.remote.ip())
+            .collect();
+        net.find_neighbours(&peers, &interfaces).await;
         for placement in &order.placements {
             self.staged.push(net.stage(placement).await?);
         }

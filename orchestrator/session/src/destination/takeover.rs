@@ -47,9 +47,11 @@ impl Destination {
             tracing::warn!(error = %error.chain(), "could not tell the source that the tree is owned");
         }
         let addresses = self.addresses();
-        let gate = self.gate.as_ref().ok_or_else(|| nothing("the gate"))?;
-        gate.open_egress()?;
-        gate.unstage_addresses(&addresses)?;
+        let gate = self.gate.as_ref();
+        if let Some(gate) = gate {
+            gate.open_egress()?;
+            gate.unstage_addresses(&addresses)?;
+        }
         let order = self.order.as_ref().ok_or_else(|| nothing("the tree"))?;
         let net = self.net.as_ref().ok_or_else(|| nothing("netlink"))?;
         if let Err(error) = net.announce(&order.placements).await {
@@ -62,7 +64,9 @@ impl Destination {
         loop {
             match session.next(Self::RESUME_LIMIT).await? {
                 Notice::PreResume => {
-                    gate.open()?;
+                    if let Some(gate) = gate {
+                        gate.open()?;
+                    }
                     session.answer(true).await?;
                 }
                 Notice::Finished(_) => break,
@@ -70,7 +74,9 @@ impl Destination {
             }
         }
         let takeover_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let counted = gate.counters().unwrap_or_default();
+        let counted = gate
+            .and_then(|gate| gate.counters().ok())
+            .unwrap_or_default();
         let report = RunningReport {
             root_pid: order.tree.root_pid,
             takeover_us,

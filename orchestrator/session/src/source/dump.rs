@@ -51,7 +51,10 @@ impl Migration {
 
         // CRIU is loaded and waits; the tree still runs. One map write, and no
         // packet of the tree passes any more.
-        self.gate()?.close()?;
+        if let Some(gate) = self.gate() {
+            gate.close()?;
+            self.counted_before = gate.counters()?;
+        }
         let now = Instant::now();
         self.moments.gate_closed = Some(now);
         self.frozen_until
@@ -90,7 +93,13 @@ impl Migration {
                     source,
                 })?;
         }
-        self.gate()?.add_flows(&sockets.flows)?;
+        if let Some(gate) = self.gate() {
+            gate.add_flows(&sockets.flows)?;
+        } else if !sockets.interfaces.is_empty() {
+            return Err(Error::Changed(
+                "the tree has begun to talk to the network since it was checked".to_owned(),
+            ));
+        }
         let detail = format!(
             "{} processes, {} connections",
             tree.processes.len(),

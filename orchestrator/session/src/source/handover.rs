@@ -91,7 +91,9 @@ impl Migration {
             lease.abort();
             let _ = lease.await;
         }
-        self.gate()?.lease(None)?;
+        if let Some(gate) = self.gate() {
+            gate.lease(None)?;
+        }
         if let Some(journal) = &mut self.journal {
             journal.stage(Stage::HandedOver)?;
         }

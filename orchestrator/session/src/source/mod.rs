@@ -219,6 +219,8 @@ struct Migration {
     plan: Option<Plan>,
     moments: Moments,
     frozen_until: watch::Sender<Option<Instant>>,
+    /// What the gate had counted when it closed, and at the end.
+    counted_before: Counters,
     counted: Counters,
     pages: u64,
     sent_bytes: u64,
@@ -257,6 +259,7 @@ impl Migration {
             plan: None,
             moments: Moments::default(),
             frozen_until: watch::Sender::new(None),
+            counted_before: Counters::default(),
             counted: Counters::default(),
             pages: 0,
             sent_bytes: 0,
@@ -316,8 +319,9 @@ impl Migration {
         self.plan.as_ref().ok_or_else(|| not_yet("the plan"))
     }
 
-    fn gate(&self) -> Result<&Arc<Gate>, Error> {
-        self.gate.as_ref().ok_or_else(|| not_yet("the gate"))
+    /// The gate; none where the tree has no address that peers reach.
+    fn gate(&self) -> Option<&Arc<Gate>> {
+        self.gate.as_ref()
     }
 
     /// Sends one message.
@@ -474,7 +478,7 @@ impl Migration {
             },
             connections: facts.map_or(0, |facts| facts.flows.len() as u64),
             dropped_packets: crate::dropped_packets(&self.counted) + self.running.dropped_packets,
-            rst_sent: self.counted.rst_sent + self.running.rst_sent,
+            rst_sent: self.counted.rst_sent - self.counted_before.rst_sent + self.running.rst_sent,
             total_us: micros(self.begun.elapsed()),
         }
     }
