@@ -126,6 +126,10 @@ pub struct FileFacts {
     pub mode: u32,
     /// GNU build-id of an ELF file.
     pub build_id: Option<Vec<u8>>,
+    /// Inode number: on storage that both hosts share it is the same.
+    pub inode: u64,
+    /// Some descriptor can write to it, so that it may grow between two looks.
+    pub written: bool,
 }
 
 /// What the tree uses a file for.

@@ -91,13 +91,13 @@ impl Tree {
             ] {
                 let link = read::of(process.pid, link);
                 if let Some(path) = read::if_there(read::link(&link))? {
-                    files.add(&path, role, &link)?;
+                    files.add(&path, role, false, &link)?;
                 }
             }
         }
         for file in self.mappings()? {
             if file.mapping.inode != 0 {
-                files.add(&file.mapping.path, FileRole::Mapped, &file.link())?;
+                files.add(&file.mapping.path, FileRole::Mapped, false, &file.link())?;
             }
         }
         for descriptor in self.descriptors()? {
@@ -113,7 +113,7 @@ impl Tree {
                 _ => continue,
             };
             let link = read::of(descriptor.pid, &format!("fd/{}", descriptor.fd));
-            files.add(&descriptor.link, role, &link)?;
+            files.add(&descriptor.link, role, descriptor.writable(), &link)?;
         }
         Ok(files.0.into_values().collect())
     }
@@ -124,12 +124,19 @@ impl Tree {
 struct Files(BTreeMap<String, FileFacts>);
 
 impl Files {
-    fn add(&mut self, path: &str, role: FileRole, link: &Path) -> Result<(), ProcError> {
+    fn add(
+        &mut self,
+        path: &str,
+        role: FileRole,
+        written: bool,
+        link: &Path,
+    ) -> Result<(), ProcError> {
         if is_no_file(path) || path.ends_with(DELETED) {
             return Ok(());
         }
         if let Some(known) = self.0.get_mut(path) {
             known.role = known.role.min(role);
+            known.written |= written;
             return Ok(());
         }
         // Through the kernel's link where we may, else by name.
@@ -152,6 +159,8 @@ impl Files {
             size_bytes: meta.size(),
             mode: meta.mode(),
             build_id: build_id_of(&meta, path, opened),
+            inode: meta.ino(),
+            written,
         };
         self.0.insert(path.to_owned(), facts);
         Ok(())
@@ -255,7 +264,10 @@ fn compare_file(file: &FileFacts) -> Option<Finding> {
             ));
         }
     }
-    if meta.is_file() && meta.size() != file.size_bytes {
+    // The tree writes on while this is looked at. CRIU compares again, and then
+    // the tree stands still.
+    let grows = file.written && meta.ino() == file.inode && meta.size() > file.size_bytes;
+    if meta.is_file() && meta.size() != file.size_bytes && !grows {
         return Some(Finding::refused(
             subject,
             format!(

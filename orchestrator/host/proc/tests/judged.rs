@@ -192,7 +192,14 @@ fn files_by_role_and_how_they_may_differ() {
 
     // Appended to: the size may differ, the mode may not.
     std::fs::write(at("log"), b"more than before").unwrap();
+    // Written to, on storage that both hosts share: it may have grown meanwhile.
+    std::fs::write(at("data"), b"0123456789 and more").unwrap();
     assert!(!refused(&compare_files(&files)));
+    let mut elsewhere = files.clone();
+    for file in &mut elsewhere {
+        file.inode += 1;
+    }
+    assert!(stops(&compare_files(&elsewhere), "19 bytes here and 10"));
     std::fs::write(at("data"), b"short").unwrap();
     let mode = std::fs::Permissions::from_mode(0o600);
     std::fs::set_permissions(at("log"), mode).unwrap();

@@ -77,6 +77,12 @@ fn judge_stdio(stdio: &[StdioFacts], choice: &StdioChoice) -> Option<Finding> {
                     format!("{} is no directory on the destination", parent.display()),
                     "create it there, or name another file",
                 ))
+            } else if path.is_dir() {
+                Some(Finding::refused(
+                    format!("--stdio {}", path.display()),
+                    "is a directory on the destination",
+                    "name a file in it",
+                ))
             } else {
                 None
             }
