@@ -61,6 +61,7 @@ impl Destination {
             return Err(nothing("CRIU's restore"));
         };
         session.answer(true).await?;
+        let mut told = false;
         loop {
             match session.next(Self::RESUME_LIMIT).await? {
                 Notice::PreResume => {
@@ -69,23 +70,30 @@ impl Destination {
                     }
                     session.answer(true).await?;
                 }
+                // The tree runs; CRIU only has to end.
+                Notice::PostResume => {
+                    let counted = gate
+                        .and_then(|gate| gate.counters().ok())
+                        .unwrap_or_default();
+                    let report = Message::Running(RunningReport {
+                        root_pid: order.tree.root_pid,
+                        takeover_us: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+                        dropped_packets: crate::dropped_packets(&counted),
+                        rst_sent: counted.rst_sent,
+                        cgroup: self.home.as_ref().map_or_else(String::new, Home::path),
+                    });
+                    if let Err(error) = self.sender.control(&report).await {
+                        tracing::warn!(error = %crate::error::chain(&error), "could not tell the source that the tree runs");
+                    }
+                    told = true;
+                    session.answer(true).await?;
+                }
                 Notice::Finished(_) => break,
                 _ => session.answer(true).await?,
             }
         }
-        let takeover_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let counted = gate
-            .and_then(|gate| gate.counters().ok())
-            .unwrap_or_default();
-        let report = RunningReport {
-            root_pid: order.tree.root_pid,
-            takeover_us,
-            dropped_packets: crate::dropped_packets(&counted),
-            rst_sent: counted.rst_sent,
-            cgroup: self.home.as_ref().map_or_else(String::new, Home::path),
-        };
-        if let Err(error) = self.send(&Message::Running(report)).await {
-            tracing::warn!(error = %error.chain(), "could not tell the source that the tree runs");
+        if !told {
+            return Err(nothing("CRIU's word that the tree runs"));
         }
         self.clean_up().await;
         Ok(())
