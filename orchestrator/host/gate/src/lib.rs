@@ -8,6 +8,9 @@
 //!        +--------------+--- detach, unlock (from any state) ---------------
 //! ```
 //!
+//! [`Gate::close_ingress`] may come before `close`: it leads from open to the
+//! state that `open_egress` leads to as well.
+//!
 //! While closed, packets of the tree's flows and listeners are dropped in both
 //! directions; nothing else is touched. Closing and opening is one store into
 //! a page that the programs on every CPU read, so it costs nothing per flow.
@@ -229,6 +232,18 @@ impl Gate {
     /// When the map cannot be written.
     pub fn unstage_addresses(&self, addresses: &[IpAddr]) -> Result<(), GateError> {
         self.tables.unstage(addresses)
+    }
+
+    /// Lets no packet of the tree in, in one step; those on their way out are
+    /// treated as before. From an open gate this is the state for the time
+    /// between a closed ingress and a tree that stands still: replies that the
+    /// tree still writes leave, where a fully closed gate would drop them.
+    ///
+    /// # Errors
+    ///
+    /// As [`close`](Self::close).
+    pub fn close_ingress(&self) -> Result<(), GateError> {
+        self.tables.close_ingress()
     }
 
     /// Drops the tree's packets in both directions. Packets already past the

@@ -259,8 +259,25 @@ impl Tables {
         self.set_state(|state| state.next(Mode::Open, Mode::Open));
     }
 
+    pub(crate) fn close_ingress(&self) -> Result<(), GateError> {
+        self.shut(|state| {
+            let egress = if state.is_closed(Direction::Egress) {
+                Mode::Drop
+            } else {
+                Mode::Open
+            };
+            state.next(Mode::Drop, egress)
+        })
+    }
+
     pub(crate) fn close(&self) -> Result<(), GateError> {
-        self.set_state(|state| state.next(Mode::Drop, Mode::Drop));
+        self.shut(|state| state.next(Mode::Drop, Mode::Drop))
+    }
+
+    /// Closes, unless the lease is over: nobody may take an open gate for a
+    /// closed one.
+    fn shut(&self, change: impl Fn(State) -> State) -> Result<(), GateError> {
+        self.set_state(change);
         let deadline_ns = self.control.deadline_ns().load(Ordering::SeqCst);
         let now_ns = sys::now_ns();
         if expired(deadline_ns, now_ns) {

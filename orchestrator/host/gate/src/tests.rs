@@ -154,6 +154,20 @@ fn egress_opens_before_ingress() {
 }
 
 #[test]
+fn ingress_closes_before_egress() {
+    needs_root!("ingress_closes_before_egress");
+    let mut programs = Programs::closed();
+    programs.tables.open_all();
+    programs.tables.close_ingress().unwrap();
+    assert_eq!(programs.both(LOCAL, PEER), (DROP, NEXT));
+    programs.tables.close().unwrap();
+    assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
+    // It opens nothing.
+    programs.tables.close_ingress().unwrap();
+    assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
+}
+
+#[test]
 fn ipv6_flows_are_matched() {
     needs_root!("ipv6_flows_are_matched");
     let mut programs = Programs::closed();
