@@ -3,8 +3,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
+use std::process::Stdio;
+use std::time::Duration;
+
 use migrate_test_hosts::{HostName, Lab, LabGuard};
-use migrate_tests::hosts::reset_connections;
+use migrate_tests::hosts::{eventually, reset_connections};
 use migrate_tests::migration::{moves, serves_old_connections};
 use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload};
@@ -109,4 +112,48 @@ fn redis_moves_ten_times_under_the_same_connections() {
         &["--keys", "1000", "--populate", "--verify"],
         HOPS,
     );
+}
+
+#[test]
+fn redis_benchmark_does_not_notice() {
+    require!("redis_benchmark_does_not_notice": root, tcx, criu, migrate, redis);
+    let lab = lab("benchmark");
+    let workload = Workload::start(Kind::Redis, &lab).unwrap();
+    let address = workload.kind.address();
+    let client = lab.host(HostName::Client);
+    let asked = || -> u64 {
+        let (ip, port) = (address.ip().to_string(), address.port().to_string());
+        let info = client
+            .exec(["redis-cli", "-h", &ip, "-p", &port, "info", "stats"])
+            .unwrap();
+        String::from_utf8(info.stdout)
+            .unwrap()
+            .lines()
+            .find_map(|line| line.strip_prefix("total_commands_processed:"))
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    };
+    let mut benchmark = client
+        .command("redis-benchmark")
+        .args(["-h", &address.ip().to_string()])
+        .args(["-p", &address.port().to_string()])
+        .args(["-c", "20", "-n", "400000", "-r", "10000", "-t", "set", "-q"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    assert!(eventually(Duration::from_secs(20), || asked() > 20_000));
+    let report = moves(&lab, &workload, HostName::Host1, HostName::Host2);
+    assert_eq!(report.connections, 20, "{report:?}");
+    // It was under way all the time, or this shows nothing.
+    assert!(benchmark.try_wait().unwrap().is_none());
+    let before = asked();
+    assert!(eventually(Duration::from_secs(20), || asked() > before + 20_000));
+    let output = benchmark.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("requests per second"), "{text}");
+    assert!(!text.contains("Error"), "{text}");
 }

@@ -21,8 +21,9 @@ const CAPABILITIES: [(&str, u32); 4] = [
     ("CAP_CHECKPOINT_RESTORE", 40),
 ];
 
-/// What this host is. CRIU's version is for the caller to fill in. What
-/// cannot be found out is left empty or zero, which the comparison refuses.
+/// What this host is. CRIU's version is for the caller to fill in, or to refuse.
+/// What else cannot be found out is left empty or zero, which the comparison
+/// refuses.
 #[must_use]
 pub fn host_facts(image_dir: &Path) -> HostFacts {
     let uname = nix::sys::utsname::uname().ok();
@@ -218,6 +219,16 @@ pub fn compare_hosts(
                 "run as root outside a container, or give the container these capabilities",
             ));
         }
+        if kernel_release(&host.kernel).is_some_and(|release| release < OLDEST_KERNEL) {
+            findings.push(Finding::refused(
+                format!("kernel of the {side}"),
+                format!(
+                    "{} cannot hold a gate in front of its interfaces",
+                    host.kernel
+                ),
+                format!("use Linux {}.{} or newer", OLDEST_KERNEL.0, OLDEST_KERNEL.1),
+            ));
+        }
     }
     if kernel_release(&destination.kernel) < kernel_release(&source.kernel) {
         findings.push(Finding::note(
@@ -232,6 +243,10 @@ pub fn compare_hosts(
     }
     findings
 }
+
+/// The first kernel with tcx, by which the gate is attached (Linux commit
+/// e420bed02507).
+const OLDEST_KERNEL: (u32, u32) = (6, 6);
 
 /// Major and minor number of a `uname -r`.
 fn kernel_release(release: &str) -> Option<(u32, u32)> {
@@ -322,7 +337,8 @@ fn compare_criu(source: Option<CriuVersion>, destination: Option<CriuVersion>) -
     for (version, side) in [(source, "source"), (destination, "destination")] {
         let subject = format!("CRIU on the {side}");
         match version {
-            None => findings.push(Finding::refused(subject, "was not found", install)),
+            // Whoever looked for it in vain has said why.
+            None => {}
             Some(version) if version < CriuVersion::OLDEST_SUPPORTED => {
                 findings.push(Finding::refused(
                     subject,
@@ -469,7 +485,8 @@ mod tests {
             stops(|_, d| d.cpu_flags = vec!["sse2".into()]),
             ["processor"]
         );
-        assert_eq!(stops(|_, d| d.criu = None), ["CRIU on the destination"]);
+        // Refused by whoever looked for it.
+        assert!(stops(|_, d| d.criu = None).is_empty());
         let old = CriuVersion {
             major: 3,
             minor: 17,
@@ -488,6 +505,13 @@ mod tests {
         assert_eq!(
             stops(|_, d| d.missing_capabilities = vec!["CAP_BPF".into()]),
             ["rights on the destination"]
+        );
+        assert_eq!(
+            stops(|s, d| {
+                s.kernel = "6.1.0-9".into();
+                d.kernel = "6.6.1".into();
+            }),
+            ["kernel of the source"]
         );
     }
 
