@@ -49,10 +49,12 @@ impl Migration {
         self.expect(&Notice::PreDump, "the start of the dump")
             .await?;
 
-        // CRIU is loaded and waits; the tree still runs. One map write, and no
-        // packet of the tree passes any more.
+        // CRIU is loaded and waits; the tree still runs. One map write, and
+        // nothing reaches the tree any more. What it still says gets out: an
+        // answer lost now would be sent again by the restored socket only
+        // after 3 s, for that has no idea of the round-trip time.
         if let Some(gate) = self.gate() {
-            gate.close()?;
+            gate.close_ingress()?;
             self.counted_before = gate.counters()?;
         }
         let now = Instant::now();
@@ -62,6 +64,11 @@ impl Migration {
         self.answer().await?;
         self.expect(&Notice::QueryExtFiles, "the frozen tree")
             .await?;
+        // Nobody is left to say anything but the kernel, and CRIU is about to
+        // take the sockets out of its hands.
+        if let Some(gate) = self.gate() {
+            gate.close()?;
+        }
         self.moments.frozen = Some(Instant::now());
         self.last_look().await
     }
