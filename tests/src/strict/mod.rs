@@ -172,7 +172,15 @@ impl fmt::Display for Verdict {
             self.connections,
             if self.connections == 1 { "" } else { "s" },
             Grouped(self.requests),
-        )
+        )?;
+        if self.keys_verified > 0 {
+            write!(
+                f,
+                "\nclient verdict: {} keys read back",
+                Grouped(self.keys_verified)
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -214,6 +222,14 @@ mod tests {
              1,183,042 requests"
         );
         assert!(verdict.is_clean());
+        let with_keys = Verdict {
+            keys_verified: 100_000,
+            ..verdict.clone()
+        };
+        assert_eq!(
+            with_keys.to_string(),
+            format!("{verdict}\nclient verdict: 100,000 keys read back")
+        );
         assert!(
             !Verdict {
                 requests: 0,
