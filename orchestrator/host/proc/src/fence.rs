@@ -94,6 +94,33 @@ pub struct Fence {
 }
 
 impl Fence {
+    /// What [`Fence::prepare`] is about to make, for a journal that is written
+    /// first; changes nothing. A fence that was begun and never finished can
+    /// be opened and released by it, and so can one that was never begun.
+    ///
+    /// # Errors
+    /// When the tree has gone.
+    pub fn plan(tree: &Tree, id: &str) -> Result<FenceRecord, ProcError> {
+        let Some((hierarchy, directory)) = place(tree, id)? else {
+            return Ok(Self::prepare_signals(tree)?.record);
+        };
+        let mut members = Vec::new();
+        for process in tree.living() {
+            members.push(FencedProcess {
+                pid: process.pid,
+                start_ticks: process.start_ticks,
+                origin: cgroup::v2_path(process.pid)?.and_then(|path| hierarchy.directory(&path)),
+                was_stopped: tree.stopped.contains(&process.pid),
+            });
+        }
+        Ok(FenceRecord {
+            kind: FenceKind::CgroupFreezer,
+            root: tree.root(),
+            directory: Some(directory),
+            members,
+        })
+    }
+
     /// Makes a fence around a running tree and leaves it open. `id` names the
     /// migration and becomes part of the cgroup's name.
     ///
@@ -132,17 +159,9 @@ impl Fence {
 
     /// `None` where the hierarchy does not let us, with nothing changed.
     fn prepare_cgroup(tree: &Tree, id: &str) -> Result<Option<Self>, ProcError> {
-        let Some(hierarchy) = Hierarchy::v2() else {
+        let Some((hierarchy, directory)) = place(tree, id)? else {
             return Ok(None);
         };
-        let Some(path) = cgroup::v2_path(tree.root())? else {
-            return Err(ProcError::NoSuchProcess { pid: tree.root() });
-        };
-        // A fence left behind by a crash is not to be nested into.
-        let Some(parent) = hierarchy.directory(cgroup::without_fence(&path)) else {
-            return Ok(None);
-        };
-        let directory = parent.join(format!("{}{}", cgroup::FENCE_PREFIX, cgroup::file_name(id)));
         match cgroup::create(&directory) {
             Ok(_) => {}
             Err(_) => return Ok(None),
@@ -396,6 +415,22 @@ impl Fence {
         }
         Ok(all)
     }
+}
+
+/// Where the cgroup of a fence goes; `None` without a v2 hierarchy.
+fn place(tree: &Tree, id: &str) -> Result<Option<(Hierarchy, PathBuf)>, ProcError> {
+    let Some(hierarchy) = Hierarchy::v2() else {
+        return Ok(None);
+    };
+    let Some(path) = cgroup::v2_path(tree.root())? else {
+        return Err(ProcError::NoSuchProcess { pid: tree.root() });
+    };
+    // A fence left behind by a crash is not to be nested into.
+    let Some(parent) = hierarchy.directory(cgroup::without_fence(&path)) else {
+        return Ok(None);
+    };
+    let name = format!("{}{}", cgroup::FENCE_PREFIX, cgroup::file_name(id));
+    Ok(Some((hierarchy, parent.join(name))))
 }
 
 /// Signals exactly the process that was meant, or nobody.

@@ -7,7 +7,7 @@ use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
 use migrate_core::wire::Message;
 use migrate_criu::WorkerOptions;
 use migrate_gate::{Gate, GateOptions, Role};
-use migrate_proc::Fence;
+use migrate_proc::{Fence, FenceRecord};
 
 use super::{Engine, Migration, STEP_LIMIT, not_yet};
 use crate::error::Error;
@@ -72,29 +72,36 @@ impl Migration {
     /// Gets both sides ready, so that the blackout holds nothing that can be
     /// done before it.
     pub(super) async fn prepare(&mut self) -> Result<String, Error> {
-        const AWAITED: &str = "the destination to get ready";
+        const AWAITED: &str = "the destination's word that it is ready";
         let prepare = Message::Prepare {
             blackout_limit_ms: u64::try_from(self.request.choices.max_blackout.as_millis())
                 .unwrap_or(u64::MAX),
         };
         self.send(&prepare).await?;
 
-        let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
-        let fence = Fence::prepare(&plan.tree, &self.id)?;
-        let record = fence.record();
-        let kind = fence.kind();
-        self.fence = Some(fence);
         let images = self.state.image_root()?.join(&self.id);
-        make_private(&images)?;
-        self.images = Some(images.clone());
+        let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
+        // On record before it is there, for whoever clears up after a crash.
+        let intent = Fence::plan(&plan.tree, &self.id)?;
         if let Some(journal) = &mut self.journal {
-            let text = serde_json::to_string(&record)
-                .map_err(|error| Error::file("encode", "the fence")(error.into()))?;
+            let fence = encode(&intent)?;
             journal.update(|record| {
-                record.fence = Some(text);
+                record.fence = Some(fence);
                 record.images = Some(images.display().to_string());
             })?;
         }
+        let fence = Fence::prepare(&plan.tree, &self.id)?;
+        let made = fence.record();
+        let kind = fence.kind();
+        self.fence = Some(fence);
+        if made != intent
+            && let Some(journal) = &mut self.journal
+        {
+            let fence = encode(&made)?;
+            journal.update(|record| record.fence = Some(fence))?;
+        }
+        self.images = Some(images.clone());
+        make_private(&images)?;
         let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
         let worker = plan.criu.worker(WorkerOptions::default()).await?;
         self.engine = Engine::Ready(worker);
@@ -133,4 +140,8 @@ impl Migration {
             fence: None,
         })
     }
+}
+
+fn encode(fence: &FenceRecord) -> Result<String, Error> {
+    serde_json::to_string(fence).map_err(|error| Error::file("encode", "the fence")(error.into()))
 }
