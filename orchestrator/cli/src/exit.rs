@@ -42,7 +42,7 @@ impl Exit {
         match error {
             Error::Refused(_) | Error::Proc(_) | Error::Busy { .. } => Self::Refused,
             Error::Connect(_) => Self::Connect,
-            Error::Cancelled => Self::Interrupted,
+            Error::Cancelled | Error::Stopped => Self::Interrupted,
             Error::DumpRefused(_) => Self::DumpRefused,
             Error::Undecided(_) | Error::LostAfterCommit(_) => Self::Undecided,
             Error::Illegal(_) | Error::OutOfOrder { .. } | Error::Unexpected { .. } => {

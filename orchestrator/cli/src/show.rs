@@ -18,6 +18,8 @@ pub struct Show {
     quiet: bool,
     terminal: bool,
     colour: bool,
+    /// The reason of a failure has been shown.
+    told: bool,
 }
 
 /// The last line of `--json` when a migration failed.
@@ -41,6 +43,7 @@ impl Show {
             quiet: output.quiet,
             terminal,
             colour: terminal && std::env::var_os("NO_COLOR").is_none(),
+            told: false,
         }
     }
 
@@ -93,6 +96,7 @@ impl Show {
                 .trim_end());
             }
             Progress::Failed { phase, error } => {
+                self.told = true;
                 let text = self.paint("31", &format!("{} failed", phase.name()));
                 self.line(&format!("  {text}: {error}"));
             }
@@ -204,7 +208,8 @@ impl Show {
             });
             return;
         }
-        if self.quiet {
+        // Nothing was told of a migration that did not begin.
+        if !self.told {
             eprintln!("migrate: {}", failure.error.chain());
         }
         if let Some(help) = failure.error.help() {

@@ -47,12 +47,22 @@ pub enum Error {
     #[error(transparent)]
     Peer(#[from] WireError),
     /// The other host closed the connection without a word.
-    #[error("{peer} closed the connection during {awaited}")]
+    #[error("{peer} closed the connection before {awaited} came")]
     PeerGone {
         /// The other host.
         peer: String,
         /// What this side was waiting for.
         awaited: &'static str,
+    },
+    /// The other host was silent for too long.
+    #[error("{awaited} did not come from {peer} within {} s", waited.as_secs())]
+    PeerSilent {
+        /// The other host.
+        peer: String,
+        /// What this side was waiting for.
+        awaited: &'static str,
+        /// For how long.
+        waited: Duration,
     },
     /// The other host sent something that has no meaning here.
     #[error("{peer} sent {got} while {awaited} was awaited")]
@@ -65,11 +75,14 @@ pub enum Error {
         awaited: &'static str,
     },
     /// Preflight found a reason; the findings have been shown.
-    #[error("preflight refused the migration: {}", .0.join("; "))]
+    #[error("{}", .0.join("; "))]
     Refused(Vec<String>),
     /// The user asked to stop.
     #[error("interrupted")]
     Cancelled,
+    /// The agent was told to stop, by a signal.
+    #[error("the agent was told to stop")]
+    Stopped,
     /// The other side asked to stop.
     #[error("cancelled by the source: {0}")]
     Aborted(String),
@@ -130,9 +143,11 @@ impl Error {
             Self::Net(error) => error.help(),
             Self::Criu(error) | Self::DumpRefused(error) => error.help(),
             Self::Gate(error) => error.help(),
-            Self::Connect(error) | Self::Channel { source: error, .. } => error.help(),
-            Self::Peer(error) => error.help.clone(),
-            Self::PeerGone { .. } => Some("see the agent's log on that host (`/run/migrate/log`); the same command may be tried again".to_owned()),
+            Self::Connect(error) => error.help(),
+            Self::Channel { peer, source } => source.help().or_else(|| Some(check(peer))),
+            Self::Peer(error) => error.help.clone().or_else(|| Some(see_log(&error.host))),
+            Self::PeerGone { peer, .. } => Some(see_log(peer)),
+            Self::PeerSilent { peer, .. } => Some(check(peer)),
             Self::BlackoutLimit { .. } => Some("allow more with `--max-blackout SECONDS`, or move the tree when it is smaller or less busy".to_owned()),
             Self::Changed(_) => Some("try again".to_owned()),
             Self::Busy { .. } => Some("`migrate status` shows what is under way".to_owned()),
@@ -141,7 +156,7 @@ impl Error {
             }
             Self::Undecided(_) => Some("the source is fenced and does not run; `migrate status` on the destination says whether the tree runs there".to_owned()),
             Self::LostAfterCommit(inner) => inner.help(),
-            Self::Refused(_) | Self::Cancelled | Self::Aborted(_) | Self::Disowned | Self::File { .. } => None,
+            Self::Refused(_) | Self::Cancelled | Self::Stopped | Self::Aborted(_) | Self::Disowned | Self::File { .. } => None,
         }
     }
 
@@ -163,6 +178,18 @@ impl Error {
             source,
         }
     }
+}
+
+/// Where a side that cannot say more has said it.
+fn see_log(peer: &str) -> String {
+    format!("see the agent's log on {peer} (`/run/migrate/log`), then try again")
+}
+
+/// What to do about a peer that was there and is not any more.
+fn check(peer: &str) -> String {
+    format!(
+        "check that {peer} is up and that the network between the hosts works (`ping {peer}`), then try again"
+    )
 }
 
 /// An error and its causes in one line, joined by colons.

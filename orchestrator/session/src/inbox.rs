@@ -72,9 +72,10 @@ impl Inbox {
     ) -> Result<Message, Error> {
         match tokio::time::timeout(limit, self.next(awaited)).await {
             Ok(message) => message,
-            Err(_) => Err(Error::PeerGone {
+            Err(_) => Err(Error::PeerSilent {
                 peer: self.peer.clone(),
                 awaited,
+                waited: limit,
             }),
         }
     }

@@ -48,7 +48,7 @@ impl Certificates {
                 .filter_map(|(name, value)| value.is_none().then_some(name))
                 .collect();
                 Err(format!(
-                    "--ca, --cert and --key belong together; {} missing",
+                    "--ca, --cert and --key belong together; {} missing\nhelp: give all three for a standing agent, or none to go by SSH",
                     missing.join(" and ")
                 ))
             }

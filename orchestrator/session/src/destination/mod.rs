@@ -146,7 +146,7 @@ impl Destination {
     async fn run(&mut self, cancel: &Cancel) -> Result<Served, Error> {
         let until_owned = tokio::select! {
             served = self.until_owned() => served,
-            () = cancel.cancelled() => Err(Error::Cancelled),
+            () = cancel.cancelled() => Err(Error::Stopped),
         };
         if until_owned? == Served::Asked {
             return Ok(Served::Asked);
