@@ -105,7 +105,8 @@ pub fn supervisor(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
         let comm = stat.name.clone();
         return Ok(if program == "runsv" {
             let service = service_directory(pid, &arguments);
-            Some(Supervisor::Runit { pid, service })
+            // Told to leave it down when it ends (`sv once`).
+            (!wants_down(Path::new(&service))).then_some(Supervisor::Runit { pid, service })
         } else if SUPERVISORS.iter().any(|known| program == *known)
             || program.starts_with("containerd-shim")
             || program.starts_with("PM2 ")
@@ -143,6 +144,16 @@ fn service_directory(pid: i32, arguments: &[String]) -> String {
         Ok(directory) => directory,
         Err(_) => given.to_owned(),
     }
+}
+
+/// Whether `runsv` leaves a service down when it ends, by the file in which it
+/// keeps its state: byte 17 is `u` or `d` for what is wanted (runit 2.1.2,
+/// `src/runsv.c`, `update_status`).
+fn wants_down(service: &Path) -> bool {
+    const BYTES: usize = 20;
+    const WANTED: usize = 17;
+    std::fs::read(service.join("supervise/status"))
+        .is_ok_and(|status| status.len() == BYTES && status.get(WANTED) == Some(&b'd'))
 }
 
 /// Whether a shell may start its child again: it runs a script with a loop in
@@ -438,6 +449,22 @@ mod tests {
         assert!(may("bash|/does/not/exist", true), "an unreadable script");
         assert!(may("busybox|sh|-c|while :; do x; done", false));
         assert!(!may("bash|--rcfile|/x", true));
+    }
+
+    #[test]
+    fn a_service_that_stays_down_is_not_supervised() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(!wants_down(directory.path()), "nothing is known");
+        let supervise = directory.path().join("supervise");
+        std::fs::create_dir(&supervise).unwrap();
+        for (wanted, down) in [(b'u', false), (b'd', true)] {
+            let mut status = [0; 20];
+            status[17] = wanted;
+            std::fs::write(supervise.join("status"), status).unwrap();
+            assert_eq!(wants_down(directory.path()), down);
+            std::fs::write(supervise.join("status"), &status[..18]).unwrap();
+            assert!(!wants_down(directory.path()), "of another form");
+        }
     }
 
     #[test]
