@@ -1,7 +1,7 @@
 //! Prepare: the gate is closed before the address exists here, so that no
 //! packet can be answered too early.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -140,6 +140,10 @@ fn reattach(
     for stream in stdio {
         let fd: OwnedFd = match choice {
             StdioChoice::Keep => continue,
+            // What is only read from must not read what the tree writes.
+            _ if !stream.writable => File::open("/dev/null")
+                .map_err(Error::file("open", "/dev/null"))?
+                .into(),
             StdioChoice::Null => OpenOptions::new()
                 .read(true)
                 .write(true)
@@ -149,7 +153,6 @@ fn reattach(
             StdioChoice::File(path) => OpenOptions::new()
                 .append(true)
                 .create(true)
-                .read(!stream.writable)
                 .open(path)
                 .map_err(Error::file("open", path))?
                 .into(),

@@ -104,15 +104,16 @@ impl Destination {
         if let Some(home) = self.home.take() {
             home.keep();
         }
-        if let Some(images) = self.images.take()
-            && let Err(error) = images.wipe()
-        {
-            tracing::warn!(error = %crate::error::chain(&error), "could not wipe the images");
-        }
         if let Some(gate) = self.gate.take()
             && let Err(error) = gate.detach()
         {
             tracing::warn!(error = %crate::error::chain(&error), "could not detach the gate");
+        }
+        // Takes a while when there are many.
+        if let Some(images) = self.images.take()
+            && let Err(error) = images.wipe()
+        {
+            tracing::warn!(error = %crate::error::chain(&error), "could not wipe the images");
         }
         if let Some(journal) = &mut self.journal
             && let Err(error) = journal.stage(Stage::Done)

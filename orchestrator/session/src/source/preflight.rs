@@ -232,6 +232,10 @@ fn judge_stdio(stdio: &[StdioFacts], choice: &StdioChoice) -> Vec<Finding> {
                     "say where it leads on the destination: --stdio null, --stdio journal or --stdio FILE",
                 ),
                 StdioChoice::Null => Finding::ok(subject, format!("{what} becomes /dev/null")),
+                _ if !stream.writable => Finding::ok(
+                    subject,
+                    format!("{what}, only read from, becomes /dev/null"),
+                ),
                 StdioChoice::Journal => {
                     Finding::ok(subject, format!("{what} becomes the destination's journal"))
                 }
