@@ -8,6 +8,7 @@
 
 pub mod client;
 pub mod echo_wire;
+pub mod field;
 pub mod hosts;
 pub mod migration;
 pub mod strict;

@@ -153,14 +153,20 @@ pub fn serves_old_connections(client: &mut StrictClient) {
     }
 }
 
-/// No eBPF program is left on the host's interfaces.
+/// No eBPF program stays on the host's interfaces.
 ///
 /// # Panics
 ///
 /// When one is.
 #[track_caller]
 pub fn no_gate_left(host: &Host) {
-    match gates(host) {
+    // The agent clears up after the command has ended.
+    let mut left = Ok(Vec::new());
+    eventually(SETTLE_WITHIN, || {
+        left = gates(host);
+        left.as_ref().is_ok_and(Vec::is_empty)
+    });
+    match left {
         Ok(gates) => assert_eq!(gates, Vec::<String>::new(), "on {}", host.name()),
         Err(error) => panic!("{}: {error}", host.name()),
     }
