@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 
 use migrate_core::Phase;
 use migrate_core::preflight::{Finding, Severity};
-use migrate_core::report::Report;
+use migrate_core::report::{Report, counted};
 use migrate_session::source::Failure;
 use migrate_session::{Error, Progress};
 use serde::Serialize;
@@ -145,9 +145,13 @@ impl Show {
         let count = |severity| findings.iter().filter(|f| f.severity == severity).count();
         let (notes, refused) = (count(Severity::Note), count(Severity::Refused));
         if refused == 0 {
-            say(&format!("can be moved ({notes} notes)"));
+            let notes = match notes {
+                0 => String::new(),
+                notes => format!(" ({})", counted(notes, "note")),
+            };
+            say(&format!("can be moved{notes}"));
         } else {
-            say(&format!("can not be moved: {refused} problems"));
+            say(&format!("cannot be moved: {}", counted(refused, "problem")));
         }
     }
 
@@ -160,30 +164,7 @@ impl Show {
             return;
         }
         if !self.quiet {
-            let Report {
-                pages,
-                bytes,
-                frozen_us,
-                blackout,
-                connections,
-                dropped_packets,
-                rst_sent,
-                total_us,
-                ..
-            } = report;
-            say("");
-            say(&format!(
-                "  moved        {} pages, {} sent, in {}",
-                thousands(*pages),
-                mib(*bytes),
-                ms(*total_us)
-            ));
-            say(&format!("  frozen       {}", ms(*frozen_us)));
-            say(&format!("  blackout     {blackout}"));
-            say(&format!(
-                "  connections  {connections} kept, {rst_sent} reset, {} packets dropped",
-                thousands(*dropped_packets)
-            ));
+            say(&block(report));
         }
         let place = self.paint("1", &report.destination);
         say(&format!(
@@ -247,24 +228,67 @@ impl Show {
     }
 }
 
+/// The closing block, 80 columns wide, with an empty line before it.
+fn block(report: &Report) -> String {
+    let Report {
+        pages,
+        bytes,
+        frozen_us,
+        blackout,
+        connections,
+        dropped_packets,
+        rst_sent,
+        total_us,
+        ..
+    } = report;
+    let parts = [
+        ("freeze", blackout.freeze_us),
+        ("dump", blackout.dump_us),
+        ("transfer", blackout.transfer_us),
+        ("restore", blackout.restore_us),
+        ("takeover", blackout.takeover_us),
+    ]
+    .map(|(part, us)| format!("{part} {}", tenths_of_ms(us)))
+    .join(" + ");
+    format!(
+        "
+  moved        {} pages, {} sent, in {}
+  frozen       {}, in which the tree did not run
+  blackout     {}, in which no peer was served:
+    {parts}
+  connections  {connections} kept, {rst_sent} resets sent, {} packets dropped",
+        thousands(*pages),
+        mib(*bytes),
+        ms(*total_us),
+        ms(*frozen_us),
+        ms(blackout.total_us()),
+        thousands(*dropped_packets)
+    )
+}
+
 /// Prints a line; a reader that has gone away is no reason to stop.
 fn say(text: &str) {
     let _ = writeln!(std::io::stdout().lock(), "{text}");
 }
 
 fn ms(us: u64) -> String {
-    format!("{}.{} ms", us / 1000, us % 1000 / 100)
+    format!("{} ms", tenths_of_ms(us))
+}
+
+/// Microseconds as milliseconds with one decimal.
+fn tenths_of_ms(us: u64) -> String {
+    format!("{}.{}", us / 1000, us % 1000 / 100)
 }
 
 fn mib(bytes: u64) -> String {
-    format!("{}.{} MiB", bytes >> 20, (bytes & 0xf_ffff) * 10 >> 20)
+    format!("{}.{} MiB", bytes >> 20, ((bytes & 0xf_ffff) * 10) >> 20)
 }
 
 fn thousands(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();
     for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index) % 3 == 0 {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
             out.push(',');
         }
         out.push(digit);
@@ -274,7 +298,48 @@ fn thousands(number: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use migrate_core::report::Blackout;
+
     use super::*;
+
+    #[test]
+    fn the_closing_block_fits_a_terminal() {
+        let report = Report {
+            migration_id: "0123456789ab".into(),
+            outcome: Phase::Committed,
+            pid: 1006,
+            name: "redis-server".into(),
+            source: "host1".into(),
+            destination: "host2".into(),
+            pages: 5_387,
+            bytes: 22_020_096,
+            frozen_us: 196_500,
+            blackout: Blackout {
+                freeze_us: 1_100,
+                dump_us: 1_079_900,
+                transfer_us: 300,
+                restore_us: 48_300,
+                takeover_us: 67_800,
+            },
+            connections: 20,
+            dropped_packets: 1_020,
+            rst_sent: 0,
+            total_us: 1_235_300,
+        };
+        let text = block(&report);
+        assert_eq!(
+            text.lines().collect::<Vec<_>>(),
+            [
+                "",
+                "  moved        5,387 pages, 21.0 MiB sent, in 1235.3 ms",
+                "  frozen       196.5 ms, in which the tree did not run",
+                "  blackout     1197.4 ms, in which no peer was served:",
+                "    freeze 1.1 + dump 1079.9 + transfer 0.3 + restore 48.3 + takeover 67.8",
+                "  connections  20 kept, 0 resets sent, 1,020 packets dropped",
+            ]
+        );
+        assert!(text.lines().all(|line| line.len() <= 80));
+    }
 
     #[test]
     fn numbers_read_well() {

@@ -86,9 +86,27 @@ pub struct Report {
     pub total_us: u64,
 }
 
+/// A number of things in words: `1 process`, `2 processes`, `0 connections`.
+#[must_use]
+pub fn counted(number: usize, thing: &str) -> String {
+    let ending = match (number, thing.ends_with('s')) {
+        (1, _) => "",
+        (_, true) => "es",
+        (_, false) => "s",
+    };
+    format!("{number} {thing}{ending}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn things_are_counted_in_words() {
+        assert_eq!(counted(1, "process"), "1 process");
+        assert_eq!(counted(2, "process"), "2 processes");
+        assert_eq!(counted(0, "connection"), "0 connections");
+    }
 
     #[test]
     fn blackout_adds_up_and_reads_in_milliseconds() {

@@ -1,6 +1,7 @@
 //! `migrate status`: records and gates of this host.
 
 use migrate_core::journal::{Record, Side, Stage};
+use migrate_core::report::counted;
 use migrate_gate::{Leftover, LeftoverMode};
 use migrate_session::{State, journal, sweep};
 use serde::Serialize;
@@ -93,7 +94,8 @@ fn gate_sentence(gate: &Leftover) -> String {
         LeftoverMode::Unknown => "unreadable",
     };
     format!(
-        "gate {}: {mode}, {} connections, {owner}",
-        gate.id, gate.flows
+        "gate {}: {mode}, {}, {owner}",
+        gate.id,
+        counted(gate.flows, "connection")
     )
 }

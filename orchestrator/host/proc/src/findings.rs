@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt as _;
 
 use migrate_core::preflight::Finding;
+use migrate_core::report::counted;
 
 use crate::descriptors::{Descriptor, Outside, is_terminal_major};
 use crate::error::ProcError;
@@ -40,9 +41,9 @@ impl Tree {
             findings.push(Finding::ok(
                 format!("tree of PID {}", self.root()),
                 format!(
-                    "{} processes, {} threads, nothing that cannot be moved",
-                    self.processes.len(),
-                    self.tids().len()
+                    "{}, {}, nothing that cannot be moved",
+                    counted(self.processes.len(), "process"),
+                    counted(self.tids().len(), "thread")
                 ),
             ));
         }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use migrate_channel::{ChannelError, Sender};
+use migrate_core::report::counted;
 use migrate_core::wire::{ImagePiece, Message, PageRun};
 use migrate_criu::{DumpOptions, Notice, PageSink, PageStats, serve_pages};
 
@@ -108,9 +109,9 @@ impl Migration {
             ));
         }
         let detail = format!(
-            "{} processes, {} connections",
-            tree.processes.len(),
-            sockets.flows.len()
+            "{}, {}",
+            counted(tree.processes.len(), "process"),
+            counted(sockets.flows.len(), "connection")
         );
         if let Some(plan) = self.plan.as_mut() {
             plan.facts.flows = sockets.flows;
@@ -216,9 +217,8 @@ impl Migration {
         self.sent_bytes = link.sender.sent_bytes();
         self.moments.sent = Some(Instant::now());
         Ok(format!(
-            "{} pages, {} images, {} MiB",
-            pages,
-            images.len(),
+            "{pages} pages, {}, {} MiB",
+            counted(images.len(), "image"),
             self.sent_bytes >> 20
         ))
     }

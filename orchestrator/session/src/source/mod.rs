@@ -443,7 +443,9 @@ impl Migration {
         if let Some(fence) = self.fence.take() {
             std::mem::forget(fence);
         }
-        self.supervisor.take().map(std::mem::forget);
+        if let Some(hold) = self.supervisor.take() {
+            std::mem::forget(hold);
+        }
     }
 
     /// The closing block.

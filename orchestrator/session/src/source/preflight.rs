@@ -3,6 +3,7 @@
 use migrate_channel::Destination;
 use migrate_core::facts::{HostFacts, StdioFacts, StdioKind, TreeFacts};
 use migrate_core::preflight::{Finding, Severity};
+use migrate_core::report::counted;
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_net::{Net, SurveyOptions, TreeSockets};
 use migrate_proc::{Supervisor, Tree};
@@ -50,10 +51,10 @@ impl Migration {
         }
         let facts = &examined.plan.facts;
         let detail = format!(
-            "{} checks, {} processes, {} connections",
-            findings.len(),
-            facts.processes.len(),
-            facts.flows.len()
+            "{}, {}, {}",
+            counted(findings.len(), "check"),
+            counted(facts.processes.len(), "process"),
+            counted(facts.flows.len(), "connection")
         );
         if let Some(supervisor) = &examined.supervisor {
             self.supervisor = Some(migrate_proc::hold_down(supervisor)?);
@@ -212,8 +213,11 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
 fn judge_stdio(stdio: &[StdioFacts], choice: &StdioChoice) -> Vec<Finding> {
     stdio
         .iter()
+        // The destination knows whether it has the file.
+        .filter(|stream| stream.kind != StdioKind::File)
         .map(|stream| {
             let what = match stream.kind {
+                StdioKind::File => "a file",
                 StdioKind::Terminal => "a terminal",
                 StdioKind::Pipe => "a pipe to a process outside the tree",
                 StdioKind::UnixStream => "a socket to a process outside the tree",
@@ -249,7 +253,7 @@ fn judge_stdio(stdio: &[StdioFacts], choice: &StdioChoice) -> Vec<Finding> {
 pub(super) fn externals(stdio: &[StdioFacts]) -> Vec<String> {
     stdio
         .iter()
-        .filter(|stream| stream.kind != StdioKind::Pipe)
+        .filter(|stream| matches!(stream.kind, StdioKind::Terminal | StdioKind::UnixStream))
         .map(|stream| stream.resource.clone())
         .collect()
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
+use migrate_core::report::counted;
 use migrate_core::wire::Message;
 use migrate_criu::WorkerOptions;
 use migrate_gate::{Gate, GateOptions, Role};
@@ -46,10 +47,10 @@ impl Migration {
             },
         )?);
         let detail = format!(
-            "gate on {} interfaces, {} connections, {} listeners",
-            plan.interfaces.len(),
-            flows.len(),
-            listeners.len()
+            "gate on {}, {}, {}",
+            counted(plan.interfaces.len(), "interface"),
+            counted(flows.len(), "connection"),
+            counted(listeners.len(), "listener")
         );
         let filled = gate
             .lease(Some(Self::LEASE))
