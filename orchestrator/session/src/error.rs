@@ -148,7 +148,7 @@ impl Error {
             Self::Peer(error) => error.help.clone().or_else(|| Some(see_log(&error.host))),
             Self::PeerGone { peer, .. } => Some(see_log(peer)),
             Self::PeerSilent { peer, .. } => Some(check(peer)),
-            Self::BlackoutLimit { .. } => Some("allow more with `--max-blackout SECONDS`, or move the tree when it is smaller or less busy".to_owned()),
+            Self::BlackoutLimit { .. } => Some("check the network between the hosts; where it is only slow, allow more with `--max-blackout SECONDS`, or move the tree when it is smaller or less busy".to_owned()),
             Self::Changed(_) => Some("try again".to_owned()),
             Self::Busy { .. } => Some("`migrate status` shows what is under way".to_owned()),
             Self::Unexpected { .. } | Self::OutOfOrder { .. } | Self::Illegal(_) => {

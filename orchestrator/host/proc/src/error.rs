@@ -166,7 +166,9 @@ impl ProcError {
             Self::Own { .. } | Self::Ancestor { .. } => {
                 "name the workload itself, or run the command from another login session".into()
             }
-            Self::KernelThread { .. } => "kernel threads belong to their host".into(),
+            Self::KernelThread { .. } => {
+                "name the process that serves the connections; `ss -tlnp` lists them".into()
+            }
             Self::Zombie { parent, .. } => {
                 format!("there is nothing left to move; PID {parent} has yet to collect it")
             }

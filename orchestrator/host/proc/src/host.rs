@@ -6,6 +6,7 @@ use std::path::Path;
 use migrate_core::facts::{CriuVersion, HostFacts, TreeFacts};
 use migrate_core::preflight::Finding;
 
+use crate::tree::own_ancestors;
 use crate::{parse, read};
 
 /// Room for the images besides memory pages, in bytes: they come to some
@@ -100,8 +101,20 @@ pub fn compare_pids(tree: &TreeFacts) -> Vec<Finding> {
         ));
     }
     let named = named_by_others(&wanted);
+    let ancestors = own_ancestors().unwrap_or_default();
     for (&id, what) in &wanted {
         let subject = format!("{what} {id}");
+        // This process, its threads and the login that started it come with
+        // each attempt and get other ids the next time.
+        let thread = read::of(read::own_pid(), "task").join(id.to_string());
+        if thread.exists() || (id > 1 && ancestors.contains(&id)) {
+            findings.push(Finding::refused(
+                subject,
+                "is taken on the destination by this migration's own agent",
+                "run the same command again: the agent then has other ids",
+            ));
+            continue;
+        }
         // A thread id answers under /proc too, though it is not listed.
         if let Ok(Some(stat)) = read::stat(id) {
             let state = if stat.has_ended() {
@@ -544,8 +557,9 @@ mod tests {
         let own = read::own_pid();
         let findings = compare_pids(&facts(vec![process(own, own, own)]));
         assert!(refused(&findings));
+        let found = findings.iter().find(|f| f.subject == format!("pid {own}"));
         assert!(
-            findings.iter().any(|f| f.subject == format!("pid {own}")),
+            found.is_some_and(|f| f.way_out.contains("again")),
             "{findings:?}"
         );
     }
