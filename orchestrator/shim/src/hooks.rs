@@ -1,0 +1,594 @@
+//! The functions that CRIU calls in the belief that they are the C library's.
+//!
+//! Some of them take a variable number of arguments in C. On the machines that
+//! are known here a caller passes those as it passes fixed ones, so that a
+//! fixed signature with the most arguments reads them, and reads a register of
+//! no meaning where there was none; such a value is not used.
+
+use core::cell::UnsafeCell;
+use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::paths::{self, LinkBuffer, PLACE_BYTES_MAX, PathBuffer};
+use crate::probe;
+use crate::scan::{self, Kind, PAGEMAP_SCAN, PAGEMAP_SOFT_DIRTY, ScanArg};
+use crate::sys::{AT_FDCWD, address, call, getenv, number, unsetenv};
+
+#[cfg(not(all(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    target_endian = "little",
+    target_pointer_width = "64"
+)))]
+compile_error!("how variable arguments are passed on this machine is not known here");
+
+/// Holds this library's path, as the loader reads it.
+const PRELOAD: &CStr = c"LD_PRELOAD";
+/// Names the file that takes the place of CRIU's cache.
+const KDAT: &CStr = c"MIGRATE_SHIM_KDAT";
+/// Holds the number of a socket: be the process that the self-check dumps.
+const PROBE: &CStr = c"MIGRATE_SHIM_PROBE";
+
+/// Entries of a pagemap have eight bytes.
+const ENTRY_BYTES: usize = 8;
+
+/// The other cache's path. Written once, before CRIU's `main`, since CRIU
+/// moves and overwrites the environment.
+struct Place {
+    bytes: UnsafeCell<[u8; PLACE_BYTES_MAX]>,
+    length: AtomicUsize,
+}
+
+// SAFETY: the bytes are written only while the loader starts the process, when
+// there is one thread, and before the length says that there are any.
+unsafe impl Sync for Place {}
+
+static PLACE: Place = Place {
+    bytes: UnsafeCell::new([0; PLACE_BYTES_MAX]),
+    length: AtomicUsize::new(0),
+};
+
+impl Place {
+    fn get(&self) -> &[u8] {
+        let length = self.length.load(Ordering::Acquire);
+        // SAFETY: written before the length was, and never again.
+        let bytes: &[u8; PLACE_BYTES_MAX] = unsafe { &*self.bytes.get() };
+        bytes.get(..length).unwrap_or_default()
+    }
+
+    /// # Safety
+    ///
+    /// No other thread exists.
+    unsafe fn set(&self, path: &[u8]) {
+        if path.len() > PLACE_BYTES_MAX {
+            return;
+        }
+        // SAFETY: the caller's promise.
+        let bytes = unsafe { &mut *self.bytes.get() };
+        for (to, from) in bytes.iter_mut().zip(path) {
+            *to = *from;
+        }
+        self.length.store(path.len(), Ordering::Release);
+    }
+}
+
+#[cfg(preload)]
+#[used]
+#[unsafe(link_section = ".init_array")]
+static START: extern "C" fn() = start;
+
+/// Called by the loader, after the C library has been set up and before
+/// `main`. What CRIU runs (`iptables`, `nft`) finds no trace of us.
+extern "C" fn start() {
+    // SAFETY: there is one thread; the strings that `getenv` gives are read
+    // before the environment is changed.
+    unsafe {
+        PLACE.set(variable(KDAT).unwrap_or_default());
+        let probe = variable(PROBE).and_then(paths::number_at_end);
+        // The library was loaded from a descriptor, which is of no more use.
+        if let Some(fd) = variable(PRELOAD).and_then(paths::number_at_end) {
+            call(number::CLOSE, [whole(fd), 0, 0, 0, 0, 0]);
+        }
+        for name in [PRELOAD, KDAT, PROBE] {
+            unsetenv(name.as_ptr());
+        }
+        if let Some(socket) = probe {
+            probe::run(socket);
+        }
+    }
+}
+
+/// # Safety
+///
+/// Nobody changes the environment while the value is in use.
+unsafe fn variable(name: &CStr) -> Option<&'static [u8]> {
+    // SAFETY: a C string; the result is one too, or null.
+    unsafe {
+        let value = getenv(name.as_ptr());
+        (!value.is_null()).then(|| CStr::from_ptr(value).to_bytes())
+    }
+}
+
+/// `ioctl(2)`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: usize, argument: *mut c_void) -> c_int {
+    let pass = |argument: *const c_void| {
+        // SAFETY: what CRIU itself has asked for.
+        let result = unsafe {
+            call(
+                number::IOCTL,
+                [whole(fd), request.cast_signed(), address(argument), 0, 0, 0],
+            )
+        };
+        narrow(result)
+    };
+    if request != PAGEMAP_SCAN || argument.is_null() {
+        return pass(argument);
+    }
+    let scan = argument.cast::<ScanArg>();
+    // SAFETY: this request has an argument of this type.
+    match unsafe { (*scan).kind() } {
+        Kind::Other => pass(argument),
+        // EFAULT: the dump fails, and the tree runs on.
+        Kind::Selects => pass(core::ptr::null()),
+        // SAFETY: as above; the regions are where CRIU wants them, and there
+        // are as many as the kernel says.
+        Kind::Asks => unsafe {
+            let wanted = (*scan).return_mask;
+            (*scan).return_mask = scan::question(wanted);
+            let count = pass(argument);
+            (*scan).return_mask = wanted;
+            let regions = (*scan).vec;
+            for index in 0..usize::try_from(count).unwrap_or(0) {
+                let region = regions.add(index);
+                (*region).categories = scan::answer(wanted, (*region).categories);
+            }
+            count
+        },
+    }
+}
+
+/// `read(2)`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn read(fd: c_int, buffer: *mut c_void, count: usize) -> isize {
+    // SAFETY: what CRIU itself has asked for.
+    let result = unsafe {
+        call(
+            number::READ,
+            [whole(fd), address(buffer), count.cast_signed(), 0, 0, 0],
+        )
+    };
+    // One entry is what the probe reads; most reads need no second look.
+    if count == ENTRY_BYTES && result == 8 {
+        // SAFETY: the kernel has just written these bytes.
+        unsafe { all_dirty(fd, buffer, ENTRY_BYTES) };
+    }
+    result
+}
+
+/// `pread(2)`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn pread64(
+    fd: c_int,
+    buffer: *mut c_void,
+    count: usize,
+    offset: isize,
+) -> isize {
+    // SAFETY: what CRIU itself has asked for.
+    let result = unsafe {
+        call(
+            number::PREAD64,
+            [
+                whole(fd),
+                address(buffer),
+                count.cast_signed(),
+                offset,
+                0,
+                0,
+            ],
+        )
+    };
+    if count.is_multiple_of(ENTRY_BYTES)
+        && let Ok(bytes) = usize::try_from(result)
+    {
+        // SAFETY: the kernel has just written these bytes.
+        unsafe { all_dirty(fd, buffer, bytes) };
+    }
+    result
+}
+
+/// Sets the soft-dirty bit in every entry that was read, if `fd` is a pagemap.
+///
+/// # Safety
+///
+/// `buffer` holds that many bytes.
+unsafe fn all_dirty(fd: c_int, buffer: *mut c_void, bytes: usize) {
+    if bytes == 0 || !u32::try_from(fd).is_ok_and(open_on_pagemap) {
+        return;
+    }
+    let entries = buffer.cast::<u64>();
+    for index in 0..bytes / ENTRY_BYTES {
+        // SAFETY: the caller's promise; the buffer need not be aligned.
+        unsafe {
+            let entry = entries.add(index);
+            entry.write_unaligned(entry.read_unaligned() | PAGEMAP_SOFT_DIRTY);
+        }
+    }
+}
+
+/// Leaves `errno` as it was.
+fn open_on_pagemap(fd: u32) -> bool {
+    let mut link: LinkBuffer = [0; 32];
+    // Longer targets are cut off, and are no pagemaps.
+    let mut target = [0u8; 64];
+    let link = paths::fd_link(fd, &mut link);
+    // SAFETY: a path with a zero at its end, and a buffer of that length;
+    // `errno` belongs to this thread.
+    let length = unsafe {
+        let errno = crate::sys::__errno_location();
+        let before = *errno;
+        let length = call(
+            number::READLINKAT,
+            [
+                AT_FDCWD,
+                address(link.as_ptr()),
+                address(target.as_mut_ptr()),
+                64,
+                0,
+                0,
+            ],
+        );
+        *errno = before;
+        length
+    };
+    usize::try_from(length)
+        .ok()
+        .and_then(|length| target.get(..length))
+        .is_some_and(paths::is_pagemap)
+}
+
+/// The path to use in place of `path`.
+///
+/// # Safety
+///
+/// `path` is a C string or null.
+unsafe fn place_of(path: *const c_char, buffer: &mut PathBuffer) -> isize {
+    if path.is_null() {
+        return 0;
+    }
+    // SAFETY: the caller's promise.
+    let bytes = unsafe { CStr::from_ptr(path) }.to_bytes();
+    match paths::redirect(bytes, PLACE.get(), buffer) {
+        Some(other) => address(other.as_ptr()),
+        None => address(path),
+    }
+}
+
+/// # Safety
+///
+/// `path` is a C string or null.
+unsafe fn open_at(directory: c_int, path: *const c_char, flags: c_int, mode: c_uint) -> c_int {
+    /// `O_CREAT`.
+    const CREATE: c_int = 0o100;
+    /// `__O_TMPFILE`, the bit that `O_TMPFILE` has for itself.
+    const TEMPORARY: c_int = 0o20_000_000;
+    let mode = if flags & (CREATE | TEMPORARY) == 0 {
+        0
+    } else {
+        mode
+    };
+    let mut buffer: PathBuffer = [0; 256];
+    // SAFETY: what CRIU itself has asked for, at most at another place.
+    let result = unsafe {
+        let path = place_of(path, &mut buffer);
+        call(
+            number::OPENAT,
+            [
+                whole(directory),
+                path,
+                whole(flags),
+                whole(mode.cast_signed()),
+                0,
+                0,
+            ],
+        )
+    };
+    narrow(result)
+}
+
+/// `open(2)`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn open(path: *const c_char, flags: c_int, mode: c_uint) -> c_int {
+    // SAFETY: the caller's promise.
+    unsafe { open_at(narrow(AT_FDCWD), path, flags, mode) }
+}
+
+/// `open64`, which is `open` on these machines.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn open64(path: *const c_char, flags: c_int, mode: c_uint) -> c_int {
+    // SAFETY: the caller's promise.
+    unsafe { open_at(narrow(AT_FDCWD), path, flags, mode) }
+}
+
+/// `openat(2)`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn openat(
+    directory: c_int,
+    path: *const c_char,
+    flags: c_int,
+    mode: c_uint,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    unsafe { open_at(directory, path, flags, mode) }
+}
+
+/// `openat64`, which is `openat` on these machines.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn openat64(
+    directory: c_int,
+    path: *const c_char,
+    flags: c_int,
+    mode: c_uint,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    unsafe { open_at(directory, path, flags, mode) }
+}
+
+/// `unlink(2)`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
+    let mut buffer: PathBuffer = [0; 256];
+    // SAFETY: what CRIU itself has asked for, at most at another place.
+    let result = unsafe {
+        let path = place_of(path, &mut buffer);
+        call(number::UNLINKAT, [AT_FDCWD, path, 0, 0, 0, 0])
+    };
+    narrow(result)
+}
+
+/// `rename(2)`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn rename(from: *const c_char, to: *const c_char) -> c_int {
+    let mut from_buffer: PathBuffer = [0; 256];
+    let mut to_buffer: PathBuffer = [0; 256];
+    // SAFETY: what CRIU itself has asked for, at most at another place.
+    let result = unsafe {
+        let from = place_of(from, &mut from_buffer);
+        let to = place_of(to, &mut to_buffer);
+        call(number::RENAMEAT2, [AT_FDCWD, from, AT_FDCWD, to, 0, 0])
+    };
+    narrow(result)
+}
+
+/// A result as the C library's functions of type `int` give it.
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "such calls return a descriptor, a count or -1"
+)]
+fn narrow(result: isize) -> c_int {
+    result as c_int
+}
+
+/// A number of C's type `int` as an argument of a system call.
+fn whole(number: c_int) -> isize {
+    number as isize
+}
+
+/// Cannot be reached: a test looks for `abort` in the object, which would be
+/// there if it could.
+#[cfg(preload)]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    unsafe extern "C" {
+        fn abort() -> !;
+    }
+    // SAFETY: ends the process.
+    unsafe { abort() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CString;
+    use std::fs::File;
+    use std::io::Error;
+    use std::os::fd::AsRawFd as _;
+    use std::vec;
+    use std::vec::Vec;
+
+    const PRESENT: u64 = 1 << 3;
+    const SOFT_DIRTY: u64 = scan::SOFT_DIRTY;
+    const PAGE: usize = 4096;
+
+    /// Anonymous pages, the first `written` of them with content.
+    fn pages(count: usize, written: usize) -> *mut u8 {
+        // SAFETY: a new mapping, which stays until the process ends.
+        unsafe {
+            let at = libc::mmap(
+                core::ptr::null_mut(),
+                count * PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            assert_ne!(at, libc::MAP_FAILED);
+            assert_eq!(libc::madvise(at, count * PAGE, libc::MADV_NOHUGEPAGE), 0);
+            for page in 0..written {
+                at.cast::<u8>().add(page * PAGE).write_volatile(1);
+            }
+            at.cast()
+        }
+    }
+
+    fn scan_of(at: *mut u8, count: usize, regions: &mut Vec<scan::Region>) -> ScanArg {
+        ScanArg {
+            size: 96,
+            flags: 0,
+            start: at.addr() as u64,
+            end: (at.addr() + count * PAGE) as u64,
+            walk_end: 0,
+            vec: regions.as_mut_ptr(),
+            vec_len: regions.len() as u64,
+            max_pages: 0,
+            category_inverted: 0,
+            category_mask: 0,
+            category_anyof_mask: PRESENT,
+            return_mask: PRESENT | SOFT_DIRTY,
+        }
+    }
+
+    fn run(scan: &mut ScanArg) -> c_int {
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        // SAFETY: an argument of the right type, on regions that are there.
+        unsafe { ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, (&raw mut *scan).cast()) }
+    }
+
+    #[test]
+    fn memory_without_a_tracker_is_dirty() {
+        let at = pages(8, 3);
+        let mut regions = vec![
+            scan::Region {
+                start: 0,
+                end: 0,
+                categories: 0
+            };
+            8
+        ];
+        let mut scan = scan_of(at, 8, &mut regions);
+        let found = run(&mut scan);
+        if found < 0 {
+            std::println!("SKIP PAGEMAP_SCAN: {}", Error::last_os_error());
+            return;
+        }
+        assert_eq!(found, 1);
+        assert_eq!(
+            regions[0],
+            scan::Region {
+                start: at.addr() as u64,
+                end: (at.addr() + 3 * PAGE) as u64,
+                categories: PRESENT | SOFT_DIRTY,
+            }
+        );
+        // CRIU finds its argument as it was.
+        assert_eq!(scan.return_mask, PRESENT | SOFT_DIRTY);
+    }
+
+    #[test]
+    fn a_scan_that_selects_by_the_bit_is_refused() {
+        let mut regions = vec![
+            scan::Region {
+                start: 0,
+                end: 0,
+                categories: 0
+            };
+            8
+        ];
+        let mut scan = scan_of(pages(8, 3), 8, &mut regions);
+        scan.category_anyof_mask = SOFT_DIRTY;
+        assert_eq!(run(&mut scan), -1);
+    }
+
+    #[test]
+    fn entries_of_a_pagemap_are_dirty_and_other_bytes_are_left_alone() {
+        let at = pages(4, 2);
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let offset = i64::try_from(at.addr() / PAGE * ENTRY_BYTES).unwrap();
+        let mut entries = [0u64; 4];
+        // SAFETY: buffers of the given sizes, descriptors that are open.
+        unsafe {
+            let from = isize::try_from(offset).unwrap();
+            let read_bytes = pread64(pagemap.as_raw_fd(), entries.as_mut_ptr().cast(), 32, from);
+            assert_eq!(read_bytes, 32);
+            for entry in entries {
+                assert_ne!(entry & PAGEMAP_SOFT_DIRTY, 0);
+            }
+            let mut entry = 0u64;
+            assert_eq!(
+                libc::lseek(pagemap.as_raw_fd(), offset, libc::SEEK_SET),
+                offset
+            );
+            assert_eq!(read(pagemap.as_raw_fd(), (&raw mut entry).cast(), 8), 8);
+            assert_ne!(entry & PAGEMAP_SOFT_DIRTY, 0);
+
+            let zero = File::open("/dev/zero").unwrap();
+            assert_eq!(read(zero.as_raw_fd(), (&raw mut entry).cast(), 8), 8);
+            assert_eq!(entry, 0);
+            assert_eq!(
+                pread64(zero.as_raw_fd(), entries.as_mut_ptr().cast(), 32, 0),
+                32
+            );
+            assert_eq!(entries, [0; 4]);
+            assert_eq!(read(-1, (&raw mut entry).cast(), 8), -1);
+            assert_eq!(Error::last_os_error().raw_os_error(), Some(libc::EBADF));
+        }
+    }
+
+    #[test]
+    fn the_cache_is_another_file() {
+        let place = std::format!("/tmp/migrate-shim-{}", std::process::id());
+        let c = |text: &str| CString::new(text).unwrap();
+        let cache = c("/run/criu.kdat");
+        let flags = libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY;
+        // SAFETY: C strings; no other test looks at the place.
+        unsafe {
+            // Before there is one, nothing is found or made.
+            assert_eq!(open(cache.as_ptr(), flags, 0o600), -1);
+            assert_eq!(Error::last_os_error().raw_os_error(), Some(libc::ENOENT));
+            assert_eq!(unlink(cache.as_ptr()), -1);
+
+            PLACE.set(place.as_bytes());
+            let fd = open64(c("/run/criu.kdat.tmp").as_ptr(), flags, 0o600);
+            assert!(fd >= 0, "{}", Error::last_os_error());
+            libc::close(fd);
+            assert!(std::path::Path::new(&std::format!("{place}.tmp")).exists());
+            assert_eq!(rename(c("/run/criu.kdat.tmp").as_ptr(), cache.as_ptr()), 0);
+            assert!(std::path::Path::new(&place).exists());
+            let fd = openat(libc::AT_FDCWD, cache.as_ptr(), libc::O_RDONLY, 0);
+            assert!(fd >= 0);
+            libc::close(fd);
+            assert_eq!(unlink(cache.as_ptr()), 0);
+            assert!(!std::path::Path::new(&place).exists());
+
+            // Other paths are what they are.
+            let fd = openat64(libc::AT_FDCWD, c("/dev/null").as_ptr(), libc::O_RDONLY, 0);
+            assert!(fd >= 0);
+            libc::close(fd);
+        }
+    }
+}

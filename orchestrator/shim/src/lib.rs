@@ -1,0 +1,47 @@
+//! What stands between CRIU and the kernel during the final dump.
+//!
+//! CRIU leaves a page out of a dump when it is in the parent image and has
+//! not been written since, which it learns from the soft-dirty bit. The
+//! tracker of a migration knows better and on kernels without that bit too: it
+//! has write-protected the tree's memory with a userfaultfd. This library is
+//! preloaded into an unmodified CRIU and gives that answer to CRIU's question:
+//!
+//! ```text
+//!  CRIU                         here                            kernel
+//!  PAGEMAP_SCAN: soft-dirty? -> PAGEMAP_SCAN: written,       -> by the protection
+//!                               and may it be protected?
+//!  soft-dirty                <- written, or not protectable  <-
+//! ```
+//!
+//! A page counts as clean only where its mapping belongs to the tracker at
+//! this moment and the page has not been written since it was last protected.
+//! All else is dirty: what is mapped anew, moved or grown, what another
+//! userfaultfd guards, and whatever is asked in a way that is not known here.
+//! So a mistake costs time and never a page.
+//!
+//! Four more calls are looked at, and all others pass:
+//!
+//! - reads of a process's `pagemap`: soft-dirty is set in every entry. CRIU
+//!   probes with one such read whether the kernel tracks at all; and a CRIU
+//!   that does without `PAGEMAP_SCAN` finds everything dirty.
+//! - `open`, `unlink` and `rename` of CRIU's cache of probes: what CRIU finds
+//!   under this library must not be believed by a CRIU without it, so that
+//!   the cache is kept where `MIGRATE_SHIM_KDAT` says, or else nowhere.
+//!
+//! Nothing here allocates, panics or keeps a lock. The object needs four
+//! functions of the C library, by names without a version, so that it can be
+//! loaded by any: the one of the machine, or one that CRIU brought along.
+#![no_std]
+#![cfg_attr(
+    not(preload),
+    allow(dead_code, reason = "what the loader and CRIU call has no caller here")
+)]
+
+#[cfg(test)]
+extern crate std;
+
+mod hooks;
+mod paths;
+mod probe;
+mod scan;
+mod sys;

@@ -1,0 +1,176 @@
+//! Paths: CRIU's cache of probes, and what a descriptor is open on.
+//!
+//! Bytes in, bytes out, in buffers of the caller.
+
+/// Where CRIU as root keeps what it knows of the kernel (`KERNDAT_CACHE_FILE`),
+/// and the beginning of the name under which it writes it.
+const CACHE: &[u8] = b"/run/criu.kdat";
+
+/// Most bytes of a path to the other cache, without the zero at its end.
+pub(crate) const PLACE_BYTES_MAX: usize = 240;
+
+/// Room for a path to the other cache with what CRIU appends.
+pub(crate) type PathBuffer = [u8; 256];
+
+/// Room for `/proc/self/fd/N`.
+pub(crate) type LinkBuffer = [u8; 32];
+
+/// Makes the path that takes the place of `path`, with a zero at its end.
+/// `None`: it is not CRIU's cache and stays as it is.
+///
+/// Without a `place`, or with one that is too long, the empty path comes out:
+/// a file that does not exist and cannot be made.
+pub(crate) fn redirect<'a>(
+    path: &[u8],
+    place: &[u8],
+    buffer: &'a mut PathBuffer,
+) -> Option<&'a [u8]> {
+    let rest = path.strip_prefix(CACHE)?;
+    let length = place.len() + rest.len();
+    *buffer = [0; size_of::<PathBuffer>()];
+    if !place.is_empty() && length < buffer.len() {
+        for (to, from) in buffer.iter_mut().zip(place.iter().chain(rest)) {
+            *to = *from;
+        }
+    }
+    Some(buffer)
+}
+
+/// Whether the target of a descriptor's link is some process's `pagemap`.
+pub(crate) fn is_pagemap(target: &[u8]) -> bool {
+    target.ends_with(b"/pagemap")
+}
+
+/// Writes `/proc/self/fd/FD` with a zero at its end.
+pub(crate) fn fd_link(fd: u32, buffer: &mut LinkBuffer) -> &[u8] {
+    *buffer = [0; size_of::<LinkBuffer>()];
+    let mut digits = [0; 10];
+    let mut left = fd;
+    let mut count = 0;
+    for digit in digits.iter_mut().rev() {
+        *digit = b'0' + u8::try_from(left % 10).unwrap_or(0);
+        left /= 10;
+        count += 1;
+        if left == 0 {
+            break;
+        }
+    }
+    let number = digits.iter().skip(10 - count);
+    for (to, from) in buffer
+        .iter_mut()
+        .zip(b"/proc/self/fd/".iter().chain(number))
+    {
+        *to = *from;
+    }
+    buffer
+}
+
+/// Reads the number at the end of a path such as `/proc/self/fd/7`.
+pub(crate) fn number_at_end(path: &[u8]) -> Option<i32> {
+    let mut number: i32 = 0;
+    let mut digits = 0;
+    for byte in path.rsplit(|byte| *byte == b'/').next()? {
+        if !byte.is_ascii_digit() {
+            return None;
+        }
+        number = number
+            .checked_mul(10)?
+            .checked_add(i32::from(byte - b'0'))?;
+        digits += 1;
+    }
+    (digits > 0).then_some(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CStr;
+    use std::format;
+    use std::string::{String, ToString as _};
+    use std::vec;
+
+    fn redirected(path: &str, place: &str) -> Option<String> {
+        let mut buffer = [1; 256];
+        let out = redirect(path.as_bytes(), place.as_bytes(), &mut buffer)?;
+        Some(
+            CStr::from_bytes_until_nul(out)
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .to_string(),
+        )
+    }
+
+    #[test]
+    fn the_cache_and_nothing_else_is_moved() {
+        for path in [
+            "",
+            "/run/criu",
+            "/run/criu.kda",
+            "run/criu.kdat",
+            "/proc/self/maps",
+        ] {
+            assert_eq!(redirected(path, "/x/kdat"), None);
+        }
+        for (path, to) in [
+            ("/run/criu.kdat", "/x/kdat"),
+            ("/run/criu.kdat.tmp", "/x/kdat.tmp"),
+        ] {
+            assert_eq!(redirected(path, "/x/kdat").as_deref(), Some(to));
+        }
+    }
+
+    #[test]
+    fn without_a_place_there_is_no_cache() {
+        for path in ["/run/criu.kdat", "/run/criu.kdat.tmp"] {
+            assert_eq!(redirected(path, "").as_deref(), Some(""));
+        }
+        let longest = format!("/{}", "x".repeat(PLACE_BYTES_MAX - 1));
+        assert!(
+            redirected("/run/criu.kdat.tmp", &longest)
+                .unwrap()
+                .ends_with("x.tmp")
+        );
+        let long = "x".repeat(400);
+        for (path, place) in [
+            ("/run/criu.kdat", long.as_str()),
+            (&format!("/run/criu.kdat{long}"), "/x"),
+        ] {
+            assert_eq!(redirected(path, place).as_deref(), Some(""));
+        }
+    }
+
+    #[test]
+    fn numbers_of_descriptors() {
+        let mut buffer = [1; 32];
+        for fd in [0, 7, 10, 1024, u32::MAX] {
+            let link = CStr::from_bytes_until_nul(fd_link(fd, &mut buffer)).unwrap();
+            assert_eq!(link.to_str().unwrap(), format!("/proc/self/fd/{fd}"));
+            assert_eq!(number_at_end(link.to_bytes()), i32::try_from(fd).ok());
+        }
+        for bad in [
+            "",
+            "/proc/self/fd/",
+            "/proc/self/fd/x",
+            "/x.so",
+            "99999999999",
+        ] {
+            assert_eq!(number_at_end(bad.as_bytes()), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn pagemaps_by_their_link() {
+        for (target, is) in [
+            ("/proc/7/pagemap", true),
+            ("/proc/7/task/8/pagemap", true),
+            ("/7/pagemap", true),
+            ("/images/pagemap-7.img", false),
+            ("pagemap", false),
+            ("", false),
+        ] {
+            assert_eq!(is_pagemap(target.as_bytes()), is, "{target}");
+        }
+        assert!(!is_pagemap(&vec![b'x'; 4096]));
+    }
+}

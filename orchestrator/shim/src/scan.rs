@@ -1,0 +1,186 @@
+//! The question for soft-dirty pages, put in terms of the tracker.
+//!
+//! Pure: numbers in, numbers out. Names and values are those of the kernel's
+//! `include/uapi/linux/fs.h`.
+
+/// `PAGEMAP_SCAN`: `_IOWR('f', 16, struct pm_scan_arg)`.
+pub(crate) const PAGEMAP_SCAN: usize = 0xc060_6610;
+
+/// `PAGE_IS_WPALLOWED`: the mapping is registered for asynchronous write
+/// protection.
+pub(crate) const WPALLOWED: u64 = 1 << 0;
+/// `PAGE_IS_WRITTEN`: written since it was protected, or never protected.
+pub(crate) const WRITTEN: u64 = 1 << 1;
+/// `PAGE_IS_SOFT_DIRTY`.
+pub(crate) const SOFT_DIRTY: u64 = 1 << 7;
+
+/// The soft-dirty bit of an entry of `/proc/PID/pagemap`.
+pub(crate) const PAGEMAP_SOFT_DIRTY: u64 = 1 << 55;
+
+/// `struct pm_scan_arg`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ScanArg {
+    pub(crate) size: u64,
+    pub(crate) flags: u64,
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) walk_end: u64,
+    pub(crate) vec: *mut Region,
+    pub(crate) vec_len: u64,
+    pub(crate) max_pages: u64,
+    pub(crate) category_inverted: u64,
+    pub(crate) category_mask: u64,
+    pub(crate) category_anyof_mask: u64,
+    pub(crate) return_mask: u64,
+}
+
+/// `struct page_region`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Region {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) categories: u64,
+}
+
+const _: () = assert!(size_of::<ScanArg>() == 96 && size_of::<Region>() == 24);
+
+/// What a scan is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Nothing that concerns us.
+    Other,
+    /// It wants to know which pages are soft-dirty; the answer is ours.
+    Asks,
+    /// It selects pages by that bit, so that clean and dirty pages could not
+    /// be told apart from what comes back. No known CRIU does.
+    Selects,
+}
+
+impl ScanArg {
+    pub(crate) fn kind(&self) -> Kind {
+        let selected = self.category_inverted | self.category_mask | self.category_anyof_mask;
+        if selected & SOFT_DIRTY != 0 {
+            Kind::Selects
+        } else if self.return_mask & SOFT_DIRTY != 0 {
+            Kind::Asks
+        } else {
+            Kind::Other
+        }
+    }
+}
+
+/// What to ask the kernel for in place of `wanted`.
+pub(crate) fn question(wanted: u64) -> u64 {
+    (wanted & !SOFT_DIRTY) | WRITTEN | WPALLOWED
+}
+
+/// What to tell CRIU, who wanted to know `wanted`, about pages that are
+/// `found` to be such by [`question`].
+pub(crate) fn answer(wanted: u64, found: u64) -> u64 {
+    let clean = found & WPALLOWED != 0 && found & WRITTEN == 0;
+    let dirty = if clean { 0 } else { SOFT_DIRTY };
+    (found & wanted & !SOFT_DIRTY) | dirty
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PRESENT: u64 = 1 << 3;
+    const SWAPPED: u64 = 1 << 4;
+    const GUARD: u64 = 1 << 8;
+    /// What CRIU 4.2 asks for.
+    const CRIU: u64 = PRESENT | SWAPPED | SOFT_DIRTY | GUARD;
+
+    fn argument() -> ScanArg {
+        ScanArg {
+            size: 96,
+            flags: 0,
+            start: 0,
+            end: 0,
+            walk_end: 0,
+            vec: core::ptr::null_mut(),
+            vec_len: 0,
+            max_pages: 0,
+            category_inverted: 0,
+            category_mask: 0,
+            category_anyof_mask: 0,
+            return_mask: 0,
+        }
+    }
+
+    #[test]
+    fn only_protected_and_unwritten_pages_are_clean() {
+        for content in [PRESENT, SWAPPED, PRESENT | GUARD] {
+            for (tracker, dirty) in [
+                (WPALLOWED, false),
+                (WPALLOWED | WRITTEN, true),
+                (WRITTEN, true),
+                // Not ours at all.
+                (0, true),
+            ] {
+                let expected = content | if dirty { SOFT_DIRTY } else { 0 };
+                assert_eq!(answer(CRIU, content | tracker), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn every_combination_says_what_was_asked_and_errs_to_dirty() {
+        for wanted in 0..512 {
+            let asked = question(wanted);
+            assert_eq!(asked & SOFT_DIRTY, 0);
+            assert_eq!(asked & (WRITTEN | WPALLOWED), WRITTEN | WPALLOWED);
+            assert_eq!(
+                asked & !(WRITTEN | WPALLOWED),
+                wanted & !(SOFT_DIRTY | WRITTEN | WPALLOWED)
+            );
+            for found in 0..512 {
+                let told = answer(wanted, found);
+                // Nothing is made up but the one bit, and what was asked for
+                // stays as it was found.
+                assert_eq!(told & !SOFT_DIRTY, found & wanted & !SOFT_DIRTY);
+                // Even a kernel that tracks soft-dirty pages is not asked.
+                assert_eq!(
+                    told & SOFT_DIRTY == 0,
+                    found & (WRITTEN | WPALLOWED) == WPALLOWED
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn scans_are_told_apart() {
+        assert_eq!(argument().kind(), Kind::Other);
+        let scan = ScanArg {
+            return_mask: PRESENT,
+            ..argument()
+        };
+        assert_eq!(scan.kind(), Kind::Other);
+        let scan = ScanArg {
+            return_mask: CRIU,
+            category_anyof_mask: PRESENT | SWAPPED,
+            ..argument()
+        };
+        assert_eq!(scan.kind(), Kind::Asks);
+        for scan in [
+            ScanArg {
+                category_mask: SOFT_DIRTY,
+                ..scan
+            },
+            ScanArg {
+                category_anyof_mask: SOFT_DIRTY | PRESENT,
+                ..scan
+            },
+            ScanArg {
+                category_inverted: SOFT_DIRTY,
+                return_mask: 0,
+                ..scan
+            },
+        ] {
+            assert_eq!(scan.kind(), Kind::Selects);
+        }
+    }
+}
