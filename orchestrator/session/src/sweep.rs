@@ -7,7 +7,7 @@
 use migrate_core::journal::{Record, Side, Stage};
 use migrate_gate::Role;
 use migrate_net::Net;
-use migrate_proc::{Fence, FenceRecord};
+use migrate_proc::{Fence, FenceRecord, Home};
 
 use crate::journal;
 use crate::state::State;
@@ -73,6 +73,7 @@ async fn clear(state: &State, record: &Record) {
         }
     }
     if record.side == Side::Destination {
+        Home::clear(&record.name, record.root_pid, &record.migration_id);
         match Net::open().await {
             Ok(net) => {
                 for address in &record.addresses {

@@ -482,7 +482,7 @@ fn not_frozen() -> ProcError {
 
 /// Waits until `cgroup.events` says `key value`; whether it did in time. A
 /// cgroup that has gone has neither processes nor anything that runs.
-fn await_event(
+pub(crate) fn await_event(
     directory: &Path,
     key: &str,
     value: &str,

@@ -1,15 +1,20 @@
 //! Where a restored tree lives: not in anybody's login.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use migrate_core::facts::TreeFacts;
 
 use crate::cgroup::{self, Hierarchy};
 use crate::error::ProcError;
-use crate::read;
+use crate::{fence, read};
+
+/// How long what was killed in the cgroup may take to leave it.
+const EMPTY_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// The cgroup of a restored tree, removed again when dropped unless
-/// [`Home::keep`] was called.
+/// [`Home::keep`] was called. [`Home::remove`] also waits for what was killed
+/// in it.
 #[derive(Debug)]
 pub struct Home {
     directory: Option<PathBuf>,
@@ -46,7 +51,7 @@ impl Home {
             }
         }
         let name = tree.processes.first().map_or("tree", |root| &root.name);
-        let name = format!("{}-{}", cgroup::file_name(name), tree.root_pid);
+        let names = names(name, tree.root_pid, id);
         let Some(parent) = hierarchy.directory(cgroup::HOME_PARENT) else {
             return Ok(home);
         };
@@ -55,7 +60,7 @@ impl Home {
             Ok(false) => {}
             Err(_) => return Ok(home),
         }
-        for name in [name.clone(), format!("{name}-{}", cgroup::file_name(id))] {
+        for name in names {
             let directory = parent.join(&name);
             if directory.exists() && !takes_processes(&directory) {
                 continue;
@@ -68,6 +73,17 @@ impl Home {
             break;
         }
         Ok(home)
+    }
+
+    /// Removes the cgroup that an agent has left which died before the tree
+    /// was its host's, unless something lives there.
+    pub fn clear(name: &str, root_pid: i32, id: &str) {
+        let parent = Hierarchy::v2().and_then(|v2| v2.directory(cgroup::HOME_PARENT));
+        for name in names(name, root_pid, id) {
+            if let Some(parent) = &parent {
+                cgroup::remove_empty_home(&parent.join(name));
+            }
+        }
     }
 
     /// The cgroup's directory; `None` without a v2 hierarchy.
@@ -120,6 +136,27 @@ impl Home {
         crate::kill_tree(&here)
     }
 
+    /// Removes what was made here, once everything in it has ended: a CRIU
+    /// that was told to go takes a moment.
+    ///
+    /// # Errors
+    /// When something lives on in it, or it cannot be removed.
+    pub fn remove(mut self) -> Result<(), ProcError> {
+        let Some(own) = self.directory.take().filter(|d| self.created.contains(d)) else {
+            return Ok(());
+        };
+        fence::await_event(&own, "populated", "0", EMPTY_WAIT_MAX)?;
+        match std::fs::remove_dir(&own) {
+            Ok(()) => Ok(()),
+            Err(error) if read::is_gone(&error) => Ok(()),
+            Err(source) => Err(ProcError::Write {
+                attempt: "remove",
+                path: own,
+                source,
+            }),
+        }
+    }
+
     /// Leaves the cgroup to the tree: the restore has been committed.
     pub fn keep(mut self) {
         self.created.clear();
@@ -133,6 +170,13 @@ impl Drop for Home {
             let _ = std::fs::remove_dir(directory);
         }
     }
+}
+
+/// The names that are tried for a tree's cgroup, in this order.
+fn names(name: &str, root_pid: i32, id: &str) -> [String; 2] {
+    let name = format!("{}-{root_pid}", cgroup::file_name(name));
+    let second = format!("{name}-{}", cgroup::file_name(id));
+    [name, second]
 }
 
 /// Whether a cgroup exists, is no inner node and not frozen.

@@ -219,6 +219,31 @@ fn a_home_of_its_own_and_gone_when_dropped() {
 }
 
 #[test]
+fn a_home_goes_with_what_was_killed_in_it() {
+    require!(root);
+    require!(cgroup2);
+    let running = Running::start(BUSY);
+    let tree = running.tree();
+    let mut facts = tree.facts().unwrap();
+    facts.cgroup = "/".into();
+    let home = Home::create(&facts, &id("killed")).unwrap();
+    let directory = home.directory().unwrap().to_owned();
+    home.place(running.pid()).unwrap();
+    // Not waited for: it may still be there.
+    let pid = nix::unistd::Pid::from_raw(running.pid());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    home.remove().unwrap();
+    assert!(!directory.exists());
+
+    // What a dead agent has left, by name.
+    let home = Home::create(&facts, &id("left")).unwrap();
+    assert!(directory.is_dir());
+    home.keep();
+    Home::clear(&facts.processes[0].name, facts.root_pid, &id("left"));
+    assert!(!directory.exists());
+}
+
+#[test]
 fn a_kept_home_serves_the_next_move_and_goes_with_its_fence() {
     require!(root);
     require!(cgroup2);
