@@ -11,5 +11,6 @@ pub mod echo_wire;
 pub mod field;
 pub mod hosts;
 pub mod migration;
+pub mod refusals;
 pub mod strict;
 pub mod workload;

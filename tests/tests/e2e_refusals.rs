@@ -1,0 +1,677 @@
+//! Bad input, and what breaks on the way: a clear error, and nothing lost.
+//!
+//! Every test has strict clients at the workload from before the failure to
+//! its end. After each failure the workload serves them in one place, nothing
+//! of the attempt is left on either host, and where the cause can be taken
+//! away the same command then succeeds.
+
+#![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use migrate_core::Phase;
+use migrate_test_hosts::{Host, HostName};
+use migrate_tests::client::program;
+use migrate_tests::hosts::{eventually, process_name, runs};
+use migrate_tests::refusals::{
+    CONNECT, Held, INTERRUPTED, REFUSED, ROLLED_BACK, Running, Scene, USAGE, agent, clean, driver,
+    leftovers, scoped, shell,
+};
+use migrate_tests::require;
+use migrate_tests::workload::Kind;
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::getpgid;
+
+/// An address of the lab's network that nobody has.
+const NOBODY: &str = "10.77.0.99";
+/// What the destination undoes by itself once it hears that the source is gone.
+const UNDONE_WITHIN: Duration = Duration::from_secs(30);
+
+/// `migrate` on the source, with the agent started in another way.
+fn with_agent(scene: &Scene, remote_command: &str, more: &[&str]) -> Command {
+    let mut command = scene.to_destination(more);
+    command.env("MIGRATE_REMOTE_COMMAND", remote_command);
+    command
+}
+
+/// An executable file of one host.
+fn executable(host: &Host, path: &str, bytes: &[u8]) {
+    let path = host.path(path);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(&path, bytes).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+// ---- the target
+
+#[test]
+fn what_is_no_workload_is_refused() {
+    require!("what_is_no_workload_is_refused": root, tcx, criu, migrate);
+    let mut scene = Scene::start("target", Kind::Echo, 5);
+    let to = |scene: &Scene, pid: &str| scene.migrate(&["--to", "host2", "--", pid]);
+
+    let command = to(&scene, "999999");
+    scene.fails(command, REFUSED, &["no process has PID 999999", "help: "]);
+    let command = to(&scene, "1");
+    scene.fails(command, REFUSED, &["PID 1 ", "init", "help: "]);
+    let command = to(&scene, "-5");
+    scene.fails(command, REFUSED, &["-5 is not a PID", "help: "]);
+    let command = to(&scene, "0");
+    scene.fails(command, REFUSED, &["0 is not a PID", "help: "]);
+
+    // The command itself, and the shell that waits for it.
+    let mut command = scene.source().command("sh");
+    command.args(["-c", "exec migrate --to host2 $$"]);
+    scene.fails(command, REFUSED, &["is this command itself", "help: "]);
+    let mut command = scene.source().command("sh");
+    command.args(["-c", "migrate --to host2 $$; exit $?"]);
+    scene.fails(
+        command,
+        REFUSED,
+        &["(sh) is an ancestor of this command", "help: "],
+    );
+
+    // A thread of the workload, and a process that has ended.
+    let pid = scene.workload.pid;
+    let threads = shell(&scene.source(), &format!("ls /proc/{pid}/task"));
+    let thread = threads.lines().next_back().unwrap();
+    assert_ne!(thread, pid.to_string());
+    let command = to(&scene, thread);
+    let words = format!("{thread} is a thread of process {pid}");
+    scene.fails(command, REFUSED, &[&words, "help: "]);
+    let zombie = "sleep 0 & exec sleep 1000";
+    let parent = scene
+        .source()
+        .spawn_detached(["sh", "-c", zombie], "/dev/null")
+        .unwrap();
+    let mut child = String::new();
+    let children = format!("cat /proc/{parent}/task/{parent}/children");
+    let has_ended = eventually(Duration::from_secs(10), || {
+        child = shell(&scene.source(), &children);
+        !child.is_empty()
+            && process_name(&scene.source(), parent) == "sleep"
+            && !runs(&scene.source(), child.trim().parse().unwrap())
+    });
+    assert!(has_ended);
+    let command = to(&scene, child.trim());
+    scene.fails(command, REFUSED, &["has already ended", "help: "]);
+
+    scene.moves_now();
+}
+
+/// No test host has kernel threads: the machine has.
+#[test]
+fn a_kernel_thread_is_refused() {
+    require!("a_kernel_thread_is_refused": root, migrate);
+    let name = fs::read_to_string("/proc/2/comm").unwrap_or_default();
+    if name.trim() != "kthreadd" {
+        println!("SKIP a_kernel_thread_is_refused: no kernel thread can be seen here");
+        return;
+    }
+    let mut command = Command::new(program("migrate"));
+    command.args(["check", "2"]);
+    let ended = Running::start(command).finish();
+    ended.expect(REFUSED, &["PID 2 (kthreadd) is a kernel thread", "help: "]);
+}
+
+#[test]
+fn whoever_is_not_root_is_refused() {
+    require!("whoever_is_not_root_is_refused": root, tcx, criu, migrate, setpriv);
+    let mut scene = Scene::start("noroot", Kind::Echo, 5);
+    let pid = scene.workload.pid.to_string();
+    // The directory of the build may be closed to others.
+    let bytes = fs::read(program("migrate")).unwrap();
+    executable(&scene.source(), "/srv/migrate", &bytes);
+    let mut command = scene.source().command("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+    command.args(["/srv/migrate", "--to", "host2", &pid]);
+    scene.fails(command, USAGE, &["needs root", "help: ", "sudo"]);
+    scene.moves_now();
+}
+
+#[test]
+fn a_wrong_command_line_is_refused() {
+    require!("a_wrong_command_line_is_refused": root, tcx, criu, migrate);
+    let mut scene = Scene::start("usage", Kind::Echo, 5);
+    let pid = scene.workload.pid.to_string();
+    let pid = pid.as_str();
+    for (arguments, words) in [
+        (&["--to", "host2"][..], &["<PID>"][..]),
+        (&[pid], &["--to"]),
+        (&["--to", "host2", "redis"], &["redis", "<PID>"]),
+        (&["--to", "host2", "--frob", pid], &["--frob"]),
+        (
+            &["--to", "host2", "--max-blackout", "0", pid],
+            &["--max-blackout", "0.01"],
+        ),
+        (
+            &["--to", "host2", "--stdio", "nowhere", pid],
+            &["nowhere", "journal"],
+        ),
+        (
+            &["--to", "host2", "--address", "10.77.0", pid],
+            &["10.77.0", "--address"],
+        ),
+        (&["--to=-oProxyCommand=id", pid], &["`-oProxyCommand=id`"]),
+        (
+            &["--to", "host2:7000", pid],
+            &[
+                "host2:7000",
+                "certificates",
+                "help: add --ca, --cert and --key",
+            ],
+        ),
+        (
+            &["--to", "host2:7000", "--ca", "/srv/ca", pid],
+            &["--cert and --key missing", "help: "],
+        ),
+    ] {
+        let command = scene.migrate(arguments);
+        let ended = Running::start(command).finish();
+        ended.expect(USAGE, words);
+    }
+    scene.unharmed();
+    scene.moves_now();
+}
+
+// ---- the way to the destination
+
+#[test]
+fn a_destination_out_of_reach_is_named() {
+    require!("a_destination_out_of_reach_is_named": root, tcx, criu, migrate);
+    let mut scene = Scene::start("reach", Kind::Echo, 5);
+    let pid = scene.workload.pid.to_string();
+    let to = |scene: &Scene, host: &str| scene.migrate(&["--to", host, &pid]);
+
+    let command = to(&scene, "nosuchhost");
+    let words = [
+        "could not resolve the host name nosuchhost",
+        "help: check the spelling",
+    ];
+    scene.fails(command, CONNECT, &words);
+    let command = to(&scene, NOBODY);
+    let words = ["10.77.0.99 cannot be reached", "help: ", "is up"];
+    let ended = scene.fails(command, CONNECT, &words);
+    assert!(ended.took < Duration::from_secs(20), "{:?}", ended.took);
+    // The client host has no sshd.
+    let command = to(&scene, "client");
+    scene.fails(
+        command,
+        CONNECT,
+        &["client refused the SSH connection", "help: start sshd"],
+    );
+    let command = to(&scene, "stranger");
+    let words = ["SSH host key of stranger is not known", "help: log in once"];
+    scene.fails(command, CONNECT, &words);
+    let command = to(&scene, "nobody@host2");
+    scene.fails(command, CONNECT, &["nobody@host2", "help: "]);
+    scene.moves_now();
+}
+
+#[test]
+fn a_silent_destination_is_given_up() {
+    require!("a_silent_destination_is_given_up": root, tcx, criu, migrate, nft);
+    let mut scene = Scene::start("silent", Kind::Echo, 5);
+    let wall = "nft add table inet wall && \
+                nft add chain inet wall input '{ type filter hook input priority 0; }' && \
+                nft add rule inet wall input tcp dport";
+    // Nothing answers on SSH's port.
+    shell(&scene.destination(), &format!("{wall} 22 drop"));
+    let command = scene.to_destination(&[]);
+    let ended = scene.fails(command, CONNECT, &["host2", "help: "]);
+    assert!(ended.took < Duration::from_secs(20), "{:?}", ended.took);
+    shell(&scene.destination(), "nft delete table inet wall");
+
+    // SSH gets through, the port beside it does not.
+    shell(&scene.destination(), &format!("{wall} 1024-65535 drop"));
+    let command = scene.to_destination(&[]);
+    let words = [
+        "could not connect to 10.77.0.12:",
+        "help: a firewall",
+        "migrate agent",
+    ];
+    let ended = scene.fails(command, CONNECT, &words);
+    assert!(ended.took < Duration::from_secs(20), "{:?}", ended.took);
+    shell(&scene.destination(), "nft delete table inet wall");
+    scene.moves_now();
+}
+
+#[test]
+fn another_agent_than_ours_is_refused() {
+    require!("another_agent_than_ours_is_refused": root, tcx, criu, migrate);
+    let mut scene = Scene::start("agent", Kind::Echo, 5);
+    let destination = scene.destination();
+    // What every release says first.
+    let other = "#!/bin/sh\nread -r offer\n\
+                 echo '{\"migrate_agent\":1,\"protocol\":9,\"release\":\"9.9.9\",\"later\":[]}'\n";
+    executable(&destination, "/srv/other", other.as_bytes());
+    let command = with_agent(&scene, "/srv/other", &[]);
+    let words = [
+        "host2",
+        "release 9.9.9 (protocol 9)",
+        "help: install the same release",
+    ];
+    scene.fails(command, CONNECT, &words);
+
+    let command = with_agent(&scene, "/srv/none", &[]);
+    let words = [
+        "`/srv/none` was not found on host2",
+        "help: install the same release",
+    ];
+    scene.fails(command, CONNECT, &words);
+
+    // No agent at all: it does not know what it is asked for, or says nothing.
+    let command = with_agent(&scene, "false", &[]);
+    scene.fails(command, CONNECT, &["host2", "help: "]);
+    let command = with_agent(&scene, "cat", &[]);
+    scene.fails(command, CONNECT, &["host2", "help: "]);
+    scene.moves_now();
+}
+
+// ---- what the destination has not
+
+#[test]
+fn a_taken_pid_is_named_with_its_holder() {
+    require!("a_taken_pid_is_named_with_its_holder": root, tcx, criu, migrate);
+    let mut scene = Scene::start("pid", Kind::Echo, 5);
+    let (source, destination) = (scene.source(), scene.destination());
+    let pid = scene.workload.pid;
+    let threads = shell(&source, &format!("ls /proc/{pid}/task"));
+    let thread: i32 = threads.lines().next_back().unwrap().parse().unwrap();
+    for (taken, what) in [(pid, "pid"), (thread, "thread")] {
+        // What starts there afterwards must not take the others.
+        let sleeper = shell(
+            &destination,
+            &format!(
+                "cd /proc/sys/kernel; read -r last <ns_last_pid; echo {} >ns_last_pid; \
+                 sleep 1000 </dev/null >/dev/null 2>&1 & echo $last >ns_last_pid; echo $!",
+                taken - 1
+            ),
+        );
+        assert_eq!(sleeper, taken.to_string());
+        let command = scene.to_destination(&[]);
+        let words = format!("{what} {taken}: is taken on the destination by sleep");
+        let way_out = format!("-> end or restart PID {taken} there");
+        scene.fails(command, REFUSED, &[&words, &way_out]);
+        shell(&destination, &format!("kill -KILL {taken}"));
+        assert!(eventually(Duration::from_secs(10), || !destination
+            .path(format!("/proc/{taken}"))
+            .exists()));
+    }
+    scene.moves_now();
+}
+
+#[test]
+fn a_file_that_differs_is_named() {
+    require!("a_file_that_differs_is_named": root, tcx, criu, migrate);
+    const SERVER: &str = "/srv/app/echo-server";
+    let lab = scoped("files");
+    let (host1, host2) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
+    let bytes = fs::read(program("echo-server")).unwrap();
+    executable(&host1, SERVER, &bytes);
+    let address = Kind::Echo.address().to_string();
+    let mut scene = Scene::start_program(lab, Kind::Echo, [SERVER, &address], 5);
+    let subject = format!("file {SERVER}");
+
+    let command = scene.to_destination(&[]);
+    let words = [
+        &*subject,
+        "does not exist on the destination",
+        "-> put it there",
+    ];
+    scene.fails(command, REFUSED, &words);
+
+    executable(&host2, SERVER, &bytes[..bytes.len() - 4096]);
+    let command = scene.to_destination(&[]);
+    let size = format!(
+        "has {} bytes here and {} on",
+        bytes.len() - 4096,
+        bytes.len()
+    );
+    scene.fails(command, REFUSED, &[&subject, &size, "-> make them alike"]);
+
+    let mut other = bytes.clone();
+    let build_id = build_id_at(&bytes).expect("the echo server has a build-id");
+    other[build_id] ^= 0xff;
+    executable(&host2, SERVER, &other);
+    let command = scene.to_destination(&[]);
+    let words = [
+        &*subject,
+        "is another build here",
+        "-> install the same version",
+    ];
+    scene.fails(command, REFUSED, &words);
+
+    executable(&host2, SERVER, &bytes);
+    shell(&host2, &format!("chmod 0700 {SERVER}"));
+    let command = scene.to_destination(&[]);
+    let words = [&*subject, "has mode 0700 here and 0755 on", "chmod 0755"];
+    scene.fails(command, REFUSED, &words);
+
+    shell(&host2, &format!("chmod 0755 {SERVER}"));
+    scene.moves_now();
+}
+
+/// Where the bytes of an ELF file's build-id begin.
+fn build_id_at(elf: &[u8]) -> Option<usize> {
+    // Name of 4 bytes, description of 20, type NT_GNU_BUILD_ID.
+    const NOTE: &[u8] = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0";
+    let note = elf.windows(NOTE.len()).position(|bytes| bytes == NOTE)?;
+    Some(note + NOTE.len())
+}
+
+#[test]
+fn the_hosts_own_address_stays() {
+    require!("the_hosts_own_address_stays": root, tcx, criu, migrate);
+    let mut scene = Scene::start("address", Kind::Echo, 5);
+    let source = scene.source();
+    // A second server beside the workload: its address is the host's own.
+    let own = format!("{}:7100", source.ipv4());
+    let server = program("echo-server");
+    let argv = [server.as_os_str(), own.as_ref()];
+    let pid = source.spawn_detached(argv, "/dev/null").unwrap();
+    let listening = eventually(Duration::from_secs(20), || {
+        migrate_tests::hosts::listens(&source, 7100)
+    });
+    assert!(listening);
+    let client = ["echo", "--addr", &own, "--connections", "3"];
+    let host = scene.lab.host(HostName::Client);
+    let mut client = migrate_tests::client::StrictClient::start(&host, client).unwrap();
+
+    let pid = pid.to_string();
+    let command = scene.migrate(&["--to", "host2", &pid]);
+    let words = ["address 10.77.0.11", "-> ", "ip address add", "--address"];
+    scene.fails(command, REFUSED, &words);
+    migrate_tests::migration::serves_old_connections(&mut client);
+    assert!(client.stop().unwrap().is_clean());
+    scene.moves_now();
+}
+
+#[test]
+fn a_criu_that_is_missing_or_too_old_is_named() {
+    require!("a_criu_that_is_missing_or_too_old_is_named": root, tcx, criu, migrate);
+    let mut scene = Scene::start("criu", Kind::Echo, 5);
+    let old = b"#!/bin/sh\necho Version: 3.17.1\n";
+    for host in [scene.source(), scene.destination()] {
+        executable(&host, "/srv/old/criu", old);
+    }
+    for (path, why) in [
+        ("/srv/old/criu", "is 3.17.1, 4.2 or newer is needed"),
+        ("/srv/none/criu", "does not exist"),
+    ] {
+        let reason = format!("{path}, which {why}");
+        let mut command = scene.to_destination(&[]);
+        command.env("MIGRATE_CRIU", path);
+        let words = ["criu on the source: ", &reason, "-> "];
+        let ended = scene.fails(command, REFUSED, &words);
+        assert!(!ended.text().contains("was not found"), "{ended:#?}");
+
+        let command = with_agent(&scene, &format!("env MIGRATE_CRIU={path} migrate"), &[]);
+        let words = ["criu on the destination: ", &reason, "-> "];
+        let ended = scene.fails(command, REFUSED, &words);
+        assert!(!ended.text().contains("was not found"), "{ended:#?}");
+    }
+    scene.moves_now();
+}
+
+#[test]
+fn a_small_tmpfs_is_refused_in_time() {
+    require!("a_small_tmpfs_is_refused_in_time": root, tcx, criu, migrate);
+    let mut scene = Scene::start("small", Kind::Echo, 5);
+    let mount = "mkdir -p /srv/img && mount -t tmpfs -o size=4m tmpfs /srv/img";
+    shell(&scene.destination(), mount);
+    let command = with_agent(&scene, "env MIGRATE_IMAGE_DIR=/srv/img migrate", &[]);
+    let words = [
+        "image space: the images need",
+        "4 MiB are free",
+        "-> ",
+        "remount",
+    ];
+    scene.fails(command, REFUSED, &words);
+    shell(&scene.destination(), "mount -o remount,size=64m /srv/img");
+    let command = with_agent(&scene, "env MIGRATE_IMAGE_DIR=/srv/img migrate", &[]);
+    let ended = Running::start(command).finish();
+    assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
+    scene.has_moved();
+    scene.unharmed();
+    assert_eq!(shell(&scene.source(), "ls -A /srv/img"), "");
+}
+
+// ---- on the way
+
+/// A redis that takes long enough to dump for something to happen meanwhile.
+fn big_redis(test: &str) -> Scene {
+    let mut scene = Scene::start(test, Kind::Redis, 5);
+    let fill = "redis-benchmark -h 10.77.0.100 -t set -r 100000 -n 100000 -d 700 -P 100 -c 10 -q";
+    shell(&scene.lab.host(HostName::Client), fill);
+    scene.serves_here();
+    scene
+}
+
+#[test]
+fn a_tmpfs_that_fills_up_rolls_back() {
+    require!("a_tmpfs_that_fills_up_rolls_back": root, tcx, criu, migrate, redis);
+    let mut scene = big_redis("full");
+    let destination = scene.destination();
+    let mount = "mkdir -p /srv/img && mount -t tmpfs -o size=256m tmpfs /srv/img";
+    shell(&destination, mount);
+    let remote = "env MIGRATE_IMAGE_DIR=/srv/img migrate";
+    let mut running = Running::start(with_agent(&scene, remote, &["--json"]));
+    assert!(running.await_started(Phase::Freeze));
+    let held = Held::stop(agent(&destination));
+    // Checked, and not yet used.
+    let full = "dd if=/dev/zero of=/srv/img/filler bs=1M 2>/dev/null; test -s /srv/img/filler";
+    shell(&destination, full);
+    drop(held);
+    let ended = running.finish();
+    ended.expect(
+        ROLLED_BACK,
+        &["on host2: ", "/srv/img", "No space left on device"],
+    );
+    scene.serves_here();
+    shell(&destination, "rm /srv/img/filler");
+    scene.unharmed();
+    assert_eq!(shell(&destination, "ls -A /srv/img"), "");
+
+    let ended = Running::start(with_agent(&scene, remote, &[])).finish();
+    assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
+    scene.has_moved();
+    scene.unharmed();
+    assert!(scene.client.stop().unwrap().is_clean());
+}
+
+#[test]
+fn a_lost_agent_rolls_back() {
+    require!("a_lost_agent_rolls_back": root, tcx, criu, migrate, redis);
+    let mut scene = big_redis("agentdies");
+    for (phase, signal) in [
+        (Phase::Prepare, Signal::SIGKILL),
+        (Phase::Dump, Signal::SIGKILL),
+        (Phase::Dump, Signal::SIGTERM),
+        (Phase::Restore, Signal::SIGKILL),
+    ] {
+        let destination = scene.destination();
+        let mut running = Running::start(scene.to_destination(&["--json"]));
+        assert!(running.await_started(Phase::Track));
+        let agent = agent(&destination);
+        if phase == Phase::Dump {
+            assert!(running.await_started(Phase::Freeze));
+            let held = Held::stop(agent);
+            assert!(running.await_started(phase));
+            kill(agent, signal).unwrap();
+            drop(held);
+        } else {
+            assert!(running.await_started(phase));
+            kill(agent, signal).unwrap();
+        }
+        let ended = running.finish();
+        ended.expect(ROLLED_BACK, &["host"]);
+        scene.serves_here();
+        clean(&scene.source());
+        let left = leftovers(&destination);
+        println!("{phase}, {signal}: the agent left {} things", left.len());
+        if signal == Signal::SIGTERM {
+            assert_eq!(left, Vec::<String>::new());
+        }
+        // Whatever a dead agent has left, the next one clears.
+        scene.moves();
+    }
+    scene.moves_now();
+}
+
+#[test]
+fn a_killed_migrate_lets_the_source_run() {
+    require!("a_killed_migrate_lets_the_source_run": root, tcx, criu, migrate, redis);
+    let mut scene = big_redis("sourcedies");
+    for phase in [
+        Phase::Preflight,
+        Phase::Track,
+        Phase::Prepare,
+        Phase::Freeze,
+        Phase::Dump,
+        Phase::Restore,
+    ] {
+        let (source, destination) = (scene.source(), scene.destination());
+        let mut running = Running::start(scene.to_destination(&["--json"]));
+        assert!(running.await_event(|event| event["event"] == "connected"));
+        let driver = driver(&source);
+        if phase == Phase::Dump {
+            assert!(running.await_started(Phase::Freeze));
+            let held = Held::stop(agent(&destination));
+            assert!(running.await_started(phase));
+            kill(driver, Signal::SIGKILL).unwrap();
+            drop(held);
+        } else {
+            assert!(phase == Phase::Preflight || running.await_started(phase));
+            kill(driver, Signal::SIGKILL).unwrap();
+        }
+        let ended = running.finish();
+        assert!(!ended.status.success(), "{phase} was over: {ended:#?}");
+        scene.serves_here();
+        // The agent hears of it; the source's host learns by the next command.
+        clean(&destination);
+        let left = leftovers(&source);
+        println!("{phase}: a killed migrate left {} things", left.len());
+        scene.moves();
+    }
+    scene.moves_now();
+}
+
+#[test]
+fn an_interrupt_rolls_back_in_every_phase() {
+    require!("an_interrupt_rolls_back_in_every_phase": root, tcx, criu, migrate, redis);
+    let mut scene = big_redis("interrupt");
+    for phase in [
+        Phase::Preflight,
+        Phase::Track,
+        Phase::Prepare,
+        Phase::Freeze,
+        Phase::Dump,
+        Phase::Restore,
+    ] {
+        let mut hits = 0;
+        let signals = [Signal::SIGINT, Signal::SIGTERM];
+        for signal in signals {
+            let mut running = Running::start(scene.to_destination(&["--json"]));
+            assert!(running.await_started(Phase::Preflight));
+            let driver = driver(&scene.source());
+            let interrupt = || match signal {
+                // A terminal sends it to all that the command has started.
+                Signal::SIGINT => killpg(getpgid(Some(driver)).unwrap(), signal).unwrap(),
+                _ => kill(driver, signal).unwrap(),
+            };
+            if phase == Phase::Dump {
+                assert!(running.await_started(Phase::Freeze));
+                let held = Held::stop(agent(&scene.destination()));
+                assert!(running.await_started(phase));
+                interrupt();
+                drop(held);
+            } else {
+                assert!(phase == Phase::Preflight || running.await_started(phase));
+                interrupt();
+            }
+            let ended = running.finish();
+            if ended.status.success() {
+                // The commit was faster.
+                scene.has_moved();
+            } else {
+                ended.expect(INTERRUPTED, &["interrupted"]);
+                assert!(ended.took < Duration::from_secs(15), "{ended:#?}");
+                let events = ended.events();
+                let failed = events.iter().find(|event| event["event"] == "failure");
+                let failed = failed.expect("a failure in the events");
+                assert_eq!(failed["outcome"], "rolled_back", "{ended:#?}");
+                assert_eq!(failed["leftovers"], serde_json::json!([]), "{ended:#?}");
+                hits += i32::from(failed["phase"] == serde_json::to_value(phase).unwrap());
+            }
+            scene.unharmed();
+        }
+        println!("interrupted in {phase}: {hits} of {}", signals.len());
+        if matches!(phase, Phase::Preflight | Phase::Dump) {
+            assert!(hits > 0, "{phase} was never hit");
+        }
+    }
+    scene.moves_now();
+}
+
+#[test]
+fn a_cut_network_rolls_back_in_bounded_time() {
+    require!("a_cut_network_rolls_back_in_bounded_time": root, tcx, criu, migrate, redis, nft);
+    let mut scene = big_redis("cut");
+    let destination = scene.destination();
+    let mut running = Running::start(scene.to_destination(&["--json", "--max-blackout", "2"]));
+    assert!(running.await_started(Phase::Freeze));
+    let held = Held::stop(agent(&destination));
+    assert!(running.await_started(Phase::Dump));
+    let cut = Instant::now();
+    shell(
+        &destination,
+        "nft add table inet wall && \
+         nft add chain inet wall input '{ type filter hook input priority 0; policy drop; }' && \
+         nft add chain inet wall output '{ type filter hook output priority 0; policy drop; }'",
+    );
+    drop(held);
+    let ended = running.finish();
+    let took = cut.elapsed();
+    ended.expect(
+        ROLLED_BACK,
+        &["more than 2000 ms", "\"phase\":\"dump\"", "--max-blackout"],
+    );
+    scene.serves_here();
+    clean(&scene.source());
+    println!("{took:?} from the cut to the end of the command");
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    let worst = scene.client.snapshot().unwrap();
+    println!("{worst:?}");
+
+    shell(&destination, "nft delete table inet wall");
+    let mut left = Vec::new();
+    let undone = eventually(UNDONE_WITHIN, || {
+        left = leftovers(&destination);
+        left.is_empty()
+    });
+    assert!(undone, "{left:?}");
+    scene.moves_now();
+}
+
+#[test]
+fn one_tree_is_moved_once_at_a_time() {
+    require!("one_tree_is_moved_once_at_a_time": root, tcx, criu, migrate);
+    let mut scene = Scene::start("twice", Kind::Echo, 5);
+    let mut first = Running::start(scene.to_destination(&["--json"]));
+    assert!(first.await_event(|event| event["event"] == "connected"));
+    // It holds the tree for as long as it lives, here by standing still.
+    let held = Held::stop(driver(&scene.source()));
+    let second = Running::start(scene.to_destination(&[])).finish();
+    drop(held);
+    let words = format!("process {} is being migrated already", scene.workload.pid);
+    second.expect(REFUSED, &[&words, "help: `migrate status`"]);
+    let first = first.finish();
+    assert_eq!(first.status.code(), Some(0), "{first:#?}");
+    scene.has_moved();
+    scene.unharmed();
+    scene.moves_now();
+}
