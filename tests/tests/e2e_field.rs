@@ -120,6 +120,31 @@ fn a_log_that_is_not_appended_to_keeps_its_place() {
     assert_eq!(numbers[0], 1);
 }
 
+#[test]
+fn a_log_that_only_the_source_has_is_led_elsewhere() {
+    require!("a_log_that_only_the_source_has_is_led_elsewhere": root, tcx, criu, migrate);
+    let (_lab, host1, host2, _shared) = set_up("elsewhere");
+    let (here, there) = ("/srv/log", "/srv/other");
+    let pid = shell(&host1, &format!("exec >{here} 2>&1; {COUNT}"));
+    assert!(grows(&host1.path(here), 10));
+    refused(
+        &host1,
+        &host2,
+        pid,
+        &[],
+        &[here, "does not exist", "--stdio"],
+    );
+    // A file of that name is not yet the same file.
+    std::fs::write(host2.path(here), "").unwrap();
+    refused(&host1, &host2, pid, &[], &[here, "0 bytes here", "--stdio"]);
+
+    moved(&host1, &host2, pid, &["--stdio", there]);
+    assert!(grows(&host2.path(there), 10));
+    let both = read(&host1.path(here)) + &read(&host2.path(there));
+    assert_eq!(contiguous(&both)[0], 1);
+    assert_eq!(read(&host2.path(here)), "");
+}
+
 /// Starts a loop on a terminal whose session leader is not part of its tree.
 fn on_a_terminal(host: &Host, shared: &Shared) -> i32 {
     let count = shared.file("count.sh", COUNT).unwrap();

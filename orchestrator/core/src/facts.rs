@@ -163,7 +163,8 @@ pub struct AddressFacts {
 pub struct StdioFacts {
     /// What it is.
     pub kind: StdioKind,
-    /// CRIU's name of the resource: `pipe:[123]`, `tty[8801:3]`, `unix[456]`.
+    /// CRIU's name of the resource: `pipe:[123]`, `tty[8801:3]`, `unix[456]`,
+    /// or the path of a file.
     pub resource: String,
     /// Every `(pid, fd)` in the tree that holds it.
     pub holders: Vec<(i32, i32)>,
@@ -180,4 +181,7 @@ pub enum StdioKind {
     Pipe,
     /// A connected Unix stream socket, as journald gives to a service.
     UnixStream,
+    /// A regular file that the tree writes to. It moves as it is where the
+    /// destination has it, and needs help only where it has not.
+    File,
 }

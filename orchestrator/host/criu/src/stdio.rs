@@ -7,7 +7,8 @@
 //! | terminal | `tty[RDEV:DEV]`, hexadecimal | `external: tty[RDEV:DEV]` | key `tty[RDEV:DEV]`, another terminal, `new_session` if it shall be the controlling one | [`ImageDir::redirect`] |
 //! | unix stream to outside | `unix[INO]` | `external: unix[INO]` | key `socket:[INO]`, any descriptor | [`ImageDir::redirect`] |
 //! | unix datagram to a named socket (`/dev/log`) | - | `external_unix` on both sides | connects again by name | - |
-//! | regular file, `/dev/null` | - | nothing | opened again by its path | - |
+//! | regular file | its path | nothing | opened again by its path | [`ImageDir::redirect`] |
+//! | `/dev/null` | - | nothing | opened again by its path | - |
 //!
 //! A terminal whose session leader is outside the tree (a shell's job) can only
 //! be redirected, be it to another terminal: CRIU looks for the leader ("No task
@@ -164,7 +165,7 @@ impl ImageDir {
     /// it a descriptor of any kind. `None` when the tree has no such file.
     ///
     /// `resource` is CRIU's name: `pipe:[INO]`, `unix[INO]` or
-    /// `tty[RDEV:DEV]`. To be called when all images have come.
+    /// `tty[RDEV:DEV]`, or the path of a regular file. To be called when all images have come.
     ///
     /// # Errors
     ///
@@ -180,7 +181,10 @@ impl ImageDir {
                 (Some(pipe), ..) if resource == format!("pipe:[{}]", pipe.inode) => pipe.flags,
                 (_, Some(unix), _) if resource == format!("unix[{}]", unix.inode) => unix.flags,
                 (.., Some(terminal)) if infos.contains(&terminal.info) => terminal.flags,
-                _ => return Ok(Edit::Keep),
+                _ => match &file.regular {
+                    Some(regular) if regular.name == resource => regular.flags,
+                    _ => return Ok(Edit::Keep),
+                },
             };
             replaced.insert(file.id);
             let placeholder = FileEntry {

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use migrate_core::facts::{StdioFacts, StdioKind};
 
 use crate::error::ProcError;
+use crate::files::DELETED;
 use crate::tree::{Tree, descriptors_of};
 use crate::{parse, read};
 
@@ -129,8 +130,9 @@ impl Tree {
     }
 
     /// Standard streams that lead out of the tree, and every descriptor that
-    /// holds them. What leads nowhere outside needs no help and is not listed:
-    /// regular files, `/dev/null`, a pipe with both ends inside.
+    /// holds them: also a regular file that is written to, which the
+    /// destination may have or not. What leads nowhere outside needs no help
+    /// and is not listed: `/dev/null`, a pipe with both ends inside.
     ///
     /// # Errors
     /// When /proc cannot be read.
@@ -190,6 +192,10 @@ impl Tree {
             return outside
                 .contains_key(&pipe)
                 .then_some((StdioKind::Pipe, resource));
+        }
+        if descriptor.kind() == libc::S_IFREG {
+            let moves = descriptor.writable() && !descriptor.link.ends_with(DELETED);
+            return moves.then(|| (StdioKind::File, descriptor.link.clone()));
         }
         let socket = parse::link_number(&descriptor.link, "socket")?;
         if !streams.contains(&socket) || self.peer_is_inside(descriptor) {

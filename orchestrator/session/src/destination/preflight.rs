@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use migrate_core::facts::{HostFacts, StdioFacts, TreeFacts};
+use migrate_core::facts::{FileFacts, FileRole, HostFacts, StdioFacts, StdioKind, TreeFacts};
 use migrate_core::preflight::{Finding, refused};
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_net::Net;
@@ -14,7 +14,7 @@ impl Destination {
     /// Compares the tree with this host and answers with every finding.
     pub(super) async fn preflight(
         &mut self,
-        tree: TreeFacts,
+        mut tree: TreeFacts,
         source: &HostFacts,
         stdio: StdioChoice,
     ) -> Result<(), Error> {
@@ -26,6 +26,7 @@ impl Destination {
         host.criu = criu.as_ref().map(|criu| criu.version);
         findings.extend(migrate_proc::compare_hosts(source, &host, &tree));
         findings.extend(migrate_proc::compare_pids(&tree));
+        findings.extend(redirect_files(&mut tree, &stdio));
         findings.extend(migrate_proc::compare_files(&tree.files));
         findings.extend(judge_stdio(&tree.stdio, &stdio));
         let net = Net::open().await?;
@@ -47,6 +48,51 @@ impl Destination {
         };
         self.send(&answer).await
     }
+}
+
+/// Decides which files on standard streams move as they are: those that this
+/// host has. The others are taken from the list of files, and lead from now on
+/// to where the user said.
+fn redirect_files(tree: &mut TreeFacts, choice: &StdioChoice) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let files = &mut tree.files;
+    tree.stdio.retain(|stream| {
+        if stream.kind != StdioKind::File {
+            return true;
+        }
+        let of_stream = |file: &FileFacts| {
+            file.path == stream.resource && matches!(file.role, FileRole::Open | FileRole::Appended)
+        };
+        let Some(at) = files.iter().position(of_stream) else {
+            return false;
+        };
+        let mut unlike = migrate_proc::compare_files(&files[at..=at]);
+        if !refused(&unlike) {
+            return false;
+        }
+        let subject = format!("standard stream {}", stream.resource);
+        let leads_to = match choice {
+            StdioChoice::Keep => {
+                for finding in &mut unlike {
+                    finding.way_out +=
+                        "; or say where the stream leads on the destination: --stdio FILE";
+                }
+                findings.append(&mut unlike);
+                files.remove(at);
+                return false;
+            }
+            StdioChoice::Null => "/dev/null",
+            StdioChoice::Journal => "the destination's journal",
+            StdioChoice::File(path) => path,
+        };
+        findings.push(Finding::ok(
+            subject,
+            format!("a file that is not here alike becomes {leads_to}"),
+        ));
+        files.remove(at);
+        true
+    });
+    findings
 }
 
 /// Where the tree's streams are to lead must be there.

@@ -213,8 +213,11 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
 fn judge_stdio(stdio: &[StdioFacts], choice: &StdioChoice) -> Vec<Finding> {
     stdio
         .iter()
+        // The destination knows whether it has the file.
+        .filter(|stream| stream.kind != StdioKind::File)
         .map(|stream| {
             let what = match stream.kind {
+                StdioKind::File => "a file",
                 StdioKind::Terminal => "a terminal",
                 StdioKind::Pipe => "a pipe to a process outside the tree",
                 StdioKind::UnixStream => "a socket to a process outside the tree",
@@ -250,7 +253,7 @@ fn judge_stdio(stdio: &[StdioFacts], choice: &StdioChoice) -> Vec<Finding> {
 pub(super) fn externals(stdio: &[StdioFacts]) -> Vec<String> {
     stdio
         .iter()
-        .filter(|stream| stream.kind != StdioKind::Pipe)
+        .filter(|stream| matches!(stream.kind, StdioKind::Terminal | StdioKind::UnixStream))
         .map(|stream| stream.resource.clone())
         .collect()
 }
