@@ -3,12 +3,14 @@
 use crate::EXEMPT_MARK;
 use crate::key::{FlowKey, ListenerKey};
 use crate::parse::{Direction, Layer2, Packet, Parsed, TCP_RST, parse};
-use crate::state::State;
+use crate::state::{Mode, State, expired};
 
 /// What the decision needs to know beside the packet: the gate's maps and the
 /// clock. Asked in the order in which the answers are needed, so that most
 /// packets cost few look-ups.
 pub trait World {
+    /// The mark of packets that the gate's own user space gives back, never 0.
+    fn own_mark(&self) -> u32;
     /// The state word, read once.
     fn state(&self) -> State;
     /// The end of the lease, 0 for none.
@@ -28,8 +30,12 @@ pub trait World {
 pub enum Judgement {
     /// Let it pass.
     Pass,
+    /// It comes back from user space: take the mark off and let it pass.
+    PassOwn,
     /// Let it pass, and count an RST of the workload that left.
     PassReset,
+    /// Move it to user space, or drop it where that cannot be.
+    Hold,
     /// The gate is closed.
     Drop {
         /// It was an RST on its way out.
@@ -41,11 +47,15 @@ pub enum Judgement {
 
 /// Decides about one packet.
 ///
-/// Marked packets pass. Neighbour traffic of staged addresses is dropped
-/// whatever the gate's state and lease. The workload's segments (its flows,
-/// then its listeners by address, then by wildcard) follow the state. What is
+/// What user space gives back passes, then everything while the gate is idle,
+/// then CRIU's own packets. Neighbour traffic of staged addresses is dropped
+/// whatever the gate's modes and lease. The workload's segments (its flows,
+/// then its listeners by address, then by wildcard) follow the modes. What is
 /// not the workload's passes; what cannot be told apart from it (see
 /// [`Parsed::Unreadable`]) is dropped while the gate is closed.
+///
+/// An RST on its way out is never held: it may be the kernel's answer for
+/// sockets that have moved, and sent later it would end their connections.
 #[inline(always)]
 pub fn judge<P: Packet + ?Sized, W: World>(
     packet: &P,
@@ -55,18 +65,19 @@ pub fn judge<P: Packet + ?Sized, W: World>(
     direction: Direction,
     world: &W,
 ) -> Judgement {
-    if mark == EXEMPT_MARK {
+    if mark != 0 && mark == world.own_mark() {
+        return Judgement::PassOwn;
+    }
+    let state = world.state();
+    if state.is_idle() || mark == EXEMPT_MARK {
         return Judgement::Pass;
     }
     match parse(packet, layer2, ethertype, direction) {
         Parsed::Other => Judgement::Pass,
-        Parsed::Unreadable => {
-            if holds(direction, world) {
-                Judgement::Drop { reset: false }
-            } else {
-                Judgement::Pass
-            }
-        }
+        Parsed::Unreadable => match mode(state, direction, world) {
+            Mode::Open => Judgement::Pass,
+            Mode::Drop | Mode::Hold => Judgement::Drop { reset: false },
+        },
         Parsed::Neighbour {
             sender,
             target,
@@ -83,25 +94,32 @@ pub fn judge<P: Packet + ?Sized, W: World>(
         }
         Parsed::Tcp { key, flags } => {
             let reset = matches!(direction, Direction::Egress) && flags & TCP_RST != 0;
-            let closed = holds(direction, world);
-            if !(closed || reset) || !is_workload(&key, world) {
-                Judgement::Pass
-            } else if closed {
-                Judgement::Drop { reset }
-            } else {
-                Judgement::PassReset
+            let mode = mode(state, direction, world);
+            if (matches!(mode, Mode::Open) && !reset) || !is_workload(&key, world) {
+                return Judgement::Pass;
+            }
+            match mode {
+                Mode::Open => Judgement::PassReset,
+                Mode::Hold if !reset => Judgement::Hold,
+                Mode::Drop | Mode::Hold => Judgement::Drop { reset },
             }
         }
     }
 }
 
+/// The mode that holds now, the lease considered.
 #[inline(always)]
-fn holds<W: World>(direction: Direction, world: &W) -> bool {
-    let state = world.state();
-    state.is_closed(direction) && {
-        let deadline_ns = world.deadline_ns();
-        // The clock is read only where there is a lease to compare it with.
-        deadline_ns == 0 || state.holds(direction, deadline_ns, world.now_ns())
+fn mode<W: World>(state: State, direction: Direction, world: &W) -> Mode {
+    let mode = state.mode(direction);
+    if matches!(mode, Mode::Open) {
+        return Mode::Open;
+    }
+    let deadline_ns = world.deadline_ns();
+    // The clock is read only where there is a lease to compare it with.
+    if deadline_ns == 0 || !expired(deadline_ns, world.now_ns()) {
+        mode
+    } else {
+        Mode::Open
     }
 }
 
@@ -118,10 +136,10 @@ mod tests {
 
     use super::*;
     use crate::key::mapped;
-    use crate::state::Mode;
 
     const IPV4: u16 = 0x0800;
     const IPV6: u16 = 0x86DD;
+    const OWN_MARK: u32 = 0xabcd_0123;
 
     /// The maps' answers, the same for every key.
     #[derive(Clone, Copy, Debug)]
@@ -134,6 +152,9 @@ mod tests {
     }
 
     impl World for Fixed {
+        fn own_mark(&self) -> u32 {
+            OWN_MARK
+        }
         fn state(&self) -> State {
             self.state
         }
@@ -194,13 +215,33 @@ mod tests {
                 ..closed()
             },
         );
+        let holding = Fixed {
+            state: State(0).next(Mode::Hold, Mode::Hold),
+            ..closed()
+        };
+        let held_expired = Fixed {
+            deadline_ns: 1000,
+            ..holding
+        };
+        let out_only = Fixed {
+            state: State(0).next(Mode::Hold, Mode::Open),
+            ..closed()
+        };
         let drop = |reset| Judgement::Drop { reset };
         for (flags, direction, world, expected) in [
             (0, Ingress, closed(), drop(false)),
             (0, Egress, closed(), drop(false)),
             (TCP_RST, Ingress, closed(), drop(false)),
             (TCP_RST, Egress, closed(), drop(true)),
-            (TCP_RST, Egress, open, Judgement::PassReset),
+            (0, Ingress, holding, Judgement::Hold),
+            (0, Egress, holding, Judgement::Hold),
+            (TCP_RST, Ingress, holding, Judgement::Hold),
+            (TCP_RST, Egress, holding, drop(true)),
+            (0, Ingress, held_expired, Judgement::Pass),
+            (0, Ingress, out_only, Judgement::Hold),
+            (0, Egress, out_only, Judgement::Pass),
+            (TCP_RST, Egress, out_only, Judgement::PassReset),
+            (TCP_RST, Egress, open, Judgement::Pass),
             (TCP_RST, Egress, expired, Judgement::PassReset),
             (TCP_RST, Ingress, open, Judgement::Pass),
             (0, Egress, open, Judgement::Pass),
@@ -227,6 +268,14 @@ mod tests {
             Judgement::Drop { reset: false }
         );
         assert_eq!(verdict(&endless, IPV6, ingress, open), Judgement::Pass);
+        let holding = Fixed {
+            state: State(0).next(Mode::Hold, Mode::Hold),
+            ..closed()
+        };
+        assert_eq!(
+            verdict(&endless, IPV6, ingress, holding),
+            Judgement::Drop { reset: false }
+        );
     }
 
     proptest! {
@@ -235,10 +284,14 @@ mod tests {
             bytes in proptest::collection::vec(any::<u8>(), 0..100), ethertype: u16,
         ) {
             let world = Fixed { is_staged: true, ..closed() };
-            let got = judge(
-                &bytes[..], Layer2::Ethernet, ethertype, EXEMPT_MARK, Direction::Egress, &world,
-            );
-            prop_assert_eq!(got, Judgement::Pass);
+            for (mark, expected) in
+                [(EXEMPT_MARK, Judgement::Pass), (OWN_MARK, Judgement::PassOwn)]
+            {
+                let got = judge(
+                    &bytes[..], Layer2::Ethernet, ethertype, mark, Direction::Egress, &world,
+                );
+                prop_assert_eq!(got, expected);
+            }
         }
 
         #[test]

@@ -21,7 +21,7 @@ pub mod state;
 pub use judge::{Judgement, World, judge};
 pub use key::{FlowKey, ListenerKey};
 pub use parse::{Direction, Layer2, Packet, Parsed, parse};
-pub use state::{Control, Counters, LAYOUT_VERSION, Mode, State};
+pub use state::{Control, Counters, LAYOUT_VERSION, Mode, Route, State};
 
 /// The mark that CRIU puts on the packets it forges while it restores
 /// half-closed sockets (`SOCCR_MARK` of CRIU's libsoccr). Such packets pass.

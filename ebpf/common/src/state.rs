@@ -4,7 +4,7 @@ use crate::parse::Direction;
 
 /// Version of every map's layout. A gate that another version has pinned is
 /// not adopted, only removed.
-pub const LAYOUT_VERSION: u64 = 1;
+pub const LAYOUT_VERSION: u64 = 2;
 
 /// What the gate does with the workload's packets in one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,30 +14,52 @@ pub enum Mode {
     Open = 0,
     /// Packets are dropped.
     Drop = 1,
+    /// Packets are moved to user space, which gives them back later. Where
+    /// that is not possible they are dropped.
+    Hold = 2,
 }
 
-/// Both modes and the epoch in one word, so that one aligned store changes
-/// both directions at once and one load sees a whole state.
+/// Both modes, a flag and the epoch in one word, so that one aligned store
+/// changes both directions at once and one load sees a whole state.
 ///
 /// ```text
-///   63                       16 15       8 7         0
-///   | epoch: changes so far    | egress   | ingress  |
+///   63                 24 23      16 15       8 7         0
+///   | epoch              | flags    | egress   | ingress  |
 /// ```
+///
+/// The epoch counts changes of the modes. The only flag, bit 16, says that
+/// there are staged addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct State(pub u64);
 
+/// Bit of [`State`]: there are staged addresses.
+const STAGED: u64 = 1 << 16;
+const FLAGS: u64 = 0xff << 16;
+const EPOCH_SHIFT: u32 = 24;
+
 impl State {
-    /// Whether packets of this direction are kept back. Modes unknown to this
-    /// version count as closed: a lock that does not understand its state
-    /// must not let a packet out.
+    /// What happens to packets of this direction. Modes unknown to this
+    /// version count as [`Mode::Drop`]: a lock that does not understand its
+    /// state must not let a packet out.
     #[inline(always)]
     #[must_use]
-    pub const fn is_closed(self, direction: Direction) -> bool {
+    pub const fn mode(self, direction: Direction) -> Mode {
         let shift = match direction {
             Direction::Ingress => 0,
             Direction::Egress => 8,
         };
-        (self.0 >> shift) & 0xff != Mode::Open as u64
+        match (self.0 >> shift) & 0xff {
+            0 => Mode::Open,
+            2 => Mode::Hold,
+            _ => Mode::Drop,
+        }
+    }
+
+    /// Whether packets of this direction are kept back.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_closed(self, direction: Direction) -> bool {
+        !matches!(self.mode(direction), Mode::Open)
     }
 
     /// Whether both directions are open.
@@ -47,19 +69,29 @@ impl State {
         self.0 & 0xffff == 0
     }
 
+    /// Whether no packet whatever concerns the gate: both directions are open
+    /// and no address is staged.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_idle(self) -> bool {
+        self.0 & (0xffff | FLAGS) == 0
+    }
+
     /// The next state: these modes, the epoch one higher (wrapping).
     #[must_use]
     pub const fn next(self, ingress: Mode, egress: Mode) -> Self {
-        let epoch = (self.0 >> 16).wrapping_add(1);
-        Self((epoch << 16) | ((egress as u64) << 8) | ingress as u64)
+        let epoch = (self.0 >> EPOCH_SHIFT).wrapping_add(1);
+        Self((epoch << EPOCH_SHIFT) | (self.0 & FLAGS) | ((egress as u64) << 8) | ingress as u64)
     }
 
-    /// Whether the programs treat this state as closed for the direction at
-    /// the time `now_ns`, given the lease's end (0: no lease).
-    #[inline(always)]
+    /// This state, with or without staged addresses.
     #[must_use]
-    pub const fn holds(self, direction: Direction, deadline_ns: u64, now_ns: u64) -> bool {
-        self.is_closed(direction) && !expired(deadline_ns, now_ns)
+    pub const fn with_staged(self, is_staged: bool) -> Self {
+        if is_staged {
+            Self(self.0 | STAGED)
+        } else {
+            Self(self.0 & !STAGED)
+        }
     }
 }
 
@@ -88,6 +120,19 @@ pub struct Control {
     pub layout_version: u64,
 }
 
+/// Where held packets go and come back from, one record per interface, by
+/// interface index. 0 stands for nothing.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Route {
+    /// Of a gated interface: the TAP device that takes what it receives. Of
+    /// such a TAP device: the interface that receives what is written to it.
+    pub ingress: u32,
+    /// Of a gated interface: the TAP device that takes what it would send. Of
+    /// such a TAP device: the interface that sends what is written to it.
+    pub egress: u32,
+}
+
 /// What the gate has done since it was attached. One record per CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -103,10 +148,28 @@ pub struct Counters {
     pub egress_dropped_bytes: u64,
     /// ARP and neighbour discovery packets kept quiet for staged addresses.
     pub staged_dropped_packets: u64,
-    /// RST segments of the workload's flows and listeners that went out.
+    /// RST segments of the workload's flows and listeners that went out while
+    /// the gate was not open in both directions. An open gate does not look.
     pub rst_sent: u64,
     /// RST segments of the workload's flows and listeners kept in.
     pub rst_dropped: u64,
+    /// Packets of the workload held on their way in, segments of merged
+    /// packets counted one by one.
+    pub held_ingress_packets: u64,
+    /// Their bytes, link-layer headers of merged packets counted once.
+    pub held_ingress_bytes: u64,
+    /// Packets of the workload held on their way out.
+    pub held_egress_packets: u64,
+    /// Their bytes.
+    pub held_egress_bytes: u64,
+    /// Frames given back to the stack that have passed the gate. Merged
+    /// packets count once here and below.
+    pub injected: u64,
+    /// Frames sent in the workload's stead that have passed the gate.
+    pub emitted: u64,
+    /// Frames that were to be held and found no room. Counted outside the
+    /// programs; they are among the held ones above.
+    pub hold_dropped: u64,
 }
 
 impl Counters {
@@ -121,6 +184,13 @@ impl Counters {
             staged_dropped_packets: self.staged_dropped_packets + other.staged_dropped_packets,
             rst_sent: self.rst_sent + other.rst_sent,
             rst_dropped: self.rst_dropped + other.rst_dropped,
+            held_ingress_packets: self.held_ingress_packets + other.held_ingress_packets,
+            held_ingress_bytes: self.held_ingress_bytes + other.held_ingress_bytes,
+            held_egress_packets: self.held_egress_packets + other.held_egress_packets,
+            held_egress_bytes: self.held_egress_bytes + other.held_egress_bytes,
+            injected: self.injected + other.injected,
+            emitted: self.emitted + other.emitted,
+            hold_dropped: self.hold_dropped + other.hold_dropped,
         }
     }
 }
@@ -131,6 +201,9 @@ unsafe impl aya::Pod for Control {}
 // SAFETY: as for `Control`.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Counters {}
+// SAFETY: `repr(C)` of two `u32`: no padding, every bit pattern is a value.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Route {}
 
 #[cfg(test)]
 mod tests {
@@ -146,26 +219,41 @@ mod tests {
         assert!(releasing.is_closed(Direction::Ingress) && !releasing.is_closed(Direction::Egress));
         let open = releasing.next(Mode::Open, Mode::Open);
         assert!(open.is_open());
-        assert_eq!(open.0 >> 16, 3);
+        assert_eq!(open.0 >> EPOCH_SHIFT, 3);
     }
 
     #[test]
     fn an_unknown_mode_is_closed() {
-        assert!(State(0x02).is_closed(Direction::Ingress));
+        assert_eq!(State(0x03).mode(Direction::Ingress), Mode::Drop);
+        assert_eq!(State(0xff00).mode(Direction::Egress), Mode::Drop);
         assert!(State(0xff00).is_closed(Direction::Egress));
     }
 
     #[test]
+    fn every_mode_is_read_as_written() {
+        let modes = [Mode::Open, Mode::Drop, Mode::Hold];
+        for ingress in modes {
+            for egress in modes {
+                let state = State(0).with_staged(true).next(ingress, egress);
+                assert_eq!(state.mode(Direction::Ingress), ingress);
+                assert_eq!(state.mode(Direction::Egress), egress);
+                assert!(!state.is_idle(), "an address is staged");
+                let open = ingress == Mode::Open && egress == Mode::Open;
+                assert_eq!(state.with_staged(false).is_idle(), open);
+            }
+        }
+    }
+
+    #[test]
     fn a_lease_ends_and_its_absence_never_does() {
-        let closed = State(0).next(Mode::Drop, Mode::Drop);
-        assert!(closed.holds(Direction::Ingress, 100, 99));
-        assert!(!closed.holds(Direction::Ingress, 100, 100));
-        assert!(closed.holds(Direction::Ingress, 0, u64::MAX));
+        assert!(!expired(100, 99));
+        assert!(expired(100, 100));
+        assert!(!expired(0, u64::MAX));
     }
 
     #[test]
     fn the_epoch_wraps_without_touching_the_modes() {
-        let last = State(u64::MAX << 16);
+        let last = State(u64::MAX << EPOCH_SHIFT);
         assert_eq!(last.next(Mode::Open, Mode::Open).0, 0);
     }
 }

@@ -2,29 +2,36 @@
 //! `migrate-ebpf-common`, where it is tested on the host; here are the maps,
 //! the reading of packet bytes, the counting and the verdicts.
 //!
-//! Four programs, two directions times two kinds of device (with an Ethernet
+//! Four programs of the gate, two directions times two kinds of device (with an Ethernet
 //! header or without any), share one set of maps, so one store into `CONTROL`
 //! opens or closes all interfaces at once.
+//!
+//! Held packets are moved to a TAP device per interface and direction, found in
+//! `ROUTES`; user space reads them there. `gate_return` sits on those devices
+//! and moves what user space writes to them to where it was taken: into the
+//! receive path of the interface, or out of it. On that way back the packet
+//! meets the gate again, which knows it by its mark.
 //!
 //! Dropped packets are traced when user space has asked for it at load time;
 //! otherwise the verifier finds the level constant and removes the tracing.
 //!
-//! Verdicts are those of tcx: `TCX_NEXT` and `TCX_DROP` only. Others of the
-//! older `TC_ACT_*` family mean "next" there.
+//! Verdicts are those of tcx: `TCX_NEXT`, `TCX_DROP` and what `bpf_redirect`
+//! returns. Others of the older `TC_ACT_*` family mean "next" there.
 
 #![no_std]
 #![no_main]
 
 use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::BPF_F_INGRESS;
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_skb_load_bytes};
+use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_redirect, bpf_skb_load_bytes};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
 use migrate_ebpf_common::{
-    Control, Counters, Direction, FlowKey, Judgement, Layer2, ListenerKey, Packet, State, World,
-    judge,
+    Control, Counters, Direction, FlowKey, Judgement, Layer2, ListenerKey, Packet, Route, State,
+    World, judge,
 };
 
 /// Leave the packet to the next program, and then to the stack.
@@ -46,6 +53,15 @@ static LISTENERS: HashMap<ListenerKey, u32, 4096> = HashMap::new();
 static STAGED: HashMap<[u8; 16], u32, 256> = HashMap::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Counters, 1> = PerCpuArray::new();
+/// By interface index. Two entries per interface at least: its own and those
+/// of its TAP devices.
+#[btf_map]
+static ROUTES: HashMap<u32, Route, 256> = HashMap::new();
+
+/// The mark of packets that come back from user space: a random number of this
+/// gate's own, set when the programs are loaded.
+#[unsafe(no_mangle)]
+static OWN_MARK: u32 = 0;
 
 #[classifier]
 pub fn gate_ingress(ctx: TcContext) -> i32 {
@@ -76,6 +92,17 @@ fn gate(ctx: &TcContext, layer2: Layer2, direction: Direction) -> i32 {
     let ethertype = u16::from_be(protocol_be as u16);
     match judge(&Skb(ctx), layer2, ethertype, mark, direction, &Maps) {
         Judgement::Pass => TCX_NEXT,
+        Judgement::PassOwn => {
+            // Nothing behind the gate, routing rules say, is to see it.
+            // SAFETY: as above; a classifier may write the mark.
+            unsafe { (*ctx.skb.skb).mark = 0 };
+            count(|counters| match direction {
+                Direction::Ingress => counters.injected += 1,
+                Direction::Egress => counters.emitted += 1,
+            });
+            TCX_NEXT
+        }
+        Judgement::Hold => hold(ctx, direction),
         Judgement::PassReset => {
             count(|counters| counters.rst_sent += 1);
             TCX_NEXT
@@ -100,6 +127,84 @@ fn gate(ctx: &TcContext, layer2: Layer2, direction: Direction) -> i32 {
     }
 }
 
+/// Moves a packet to the TAP device of its interface and direction. There is
+/// no copy, so it can be neither lost nor doubled in between.
+#[inline(always)]
+fn hold(ctx: &TcContext, direction: Direction) -> i32 {
+    // SAFETY: as in `gate`.
+    let index = unsafe { (*ctx.skb.skb).ifindex };
+    let tap = match (route(index), direction) {
+        (Some(route), Direction::Ingress) => route.ingress,
+        (Some(route), Direction::Egress) => route.egress,
+        (None, _) => 0,
+    };
+    if tap == 0 {
+        trace!(
+            ctx,
+            "{} packet of {} bytes: nowhere to hold it",
+            way(direction),
+            ctx.len()
+        );
+        count_dropped(ctx, direction, false);
+        return TCX_DROP;
+    }
+    let packets = segments(ctx);
+    let bytes = u64::from(ctx.len());
+    count(|counters| match direction {
+        Direction::Ingress => {
+            counters.held_ingress_packets += packets;
+            counters.held_ingress_bytes += bytes;
+        }
+        Direction::Egress => {
+            counters.held_egress_packets += packets;
+            counters.held_egress_bytes += bytes;
+        }
+    });
+    redirect(tap, 0)
+}
+
+/// What user space writes to a TAP device goes where the device's packets come
+/// from; nothing of it ever enters the stack from the TAP device itself.
+#[classifier]
+pub fn gate_return(ctx: TcContext) -> i32 {
+    // SAFETY: as in `gate`.
+    let index = unsafe { (*ctx.skb.skb).ifindex };
+    let Some(route) = route(index) else {
+        return TCX_DROP;
+    };
+    // SAFETY: as in `gate`; a classifier may write the mark.
+    unsafe { (*ctx.skb.skb).mark = own_mark() };
+    if route.ingress != 0 {
+        redirect(route.ingress, u64::from(BPF_F_INGRESS))
+    } else if route.egress != 0 {
+        redirect(route.egress, 0)
+    } else {
+        TCX_DROP
+    }
+}
+
+#[inline(always)]
+fn route(index: u32) -> Option<Route> {
+    // SAFETY: entries are written before a packet can ask for them and stay.
+    ROUTES.get_ptr(&index).map(|route| unsafe { *route })
+}
+
+/// The verdict that moves the packet. To an interface that is gone the kernel
+/// drops it.
+#[inline(always)]
+fn redirect(index: u32, flags: u64) -> i32 {
+    // SAFETY: the helper has no preconditions.
+    let verdict = unsafe { bpf_redirect(index, flags) };
+    verdict as i32
+}
+
+#[inline(always)]
+fn own_mark() -> u32 {
+    // SAFETY: a constant of the loaded program; volatile, because the compiler
+    // sees only the zero that stands in the object.
+    unsafe { core::ptr::read_volatile(&raw const OWN_MARK) }
+}
+
 #[inline(always)]
 fn way(direction: Direction) -> &'static str {
     match direction {
@@ -110,9 +215,7 @@ fn way(direction: Direction) -> &'static str {
 
 #[inline(always)]
 fn count_dropped(ctx: &TcContext, direction: Direction, reset: bool) {
-    // SAFETY: as in `gate`.
-    let segments = unsafe { (*ctx.skb.skb).gso_segs };
-    let packets = u64::from(if segments == 0 { 1 } else { segments });
+    let packets = segments(ctx);
     let bytes = u64::from(ctx.len());
     count(|counters| {
         match direction {
@@ -129,6 +232,14 @@ fn count_dropped(ctx: &TcContext, direction: Direction, reset: bool) {
             counters.rst_dropped += 1;
         }
     });
+}
+
+/// How many packets on the wire this one stands for.
+#[inline(always)]
+fn segments(ctx: &TcContext) -> u64 {
+    // SAFETY: as in `gate`.
+    let segments = unsafe { (*ctx.skb.skb).gso_segs };
+    u64::from(if segments == 0 { 1 } else { segments })
 }
 
 /// Counts on this CPU's own record. An interrupt between load and store may
@@ -166,6 +277,11 @@ impl Packet for Skb<'_> {
 struct Maps;
 
 impl World for Maps {
+    #[inline(always)]
+    fn own_mark(&self) -> u32 {
+        own_mark()
+    }
+
     #[inline(always)]
     fn state(&self) -> State {
         match CONTROL.get_ptr(0) {

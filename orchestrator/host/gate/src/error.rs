@@ -3,6 +3,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::FrameError;
+
 /// Why the gate could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -130,6 +132,36 @@ pub enum GateError {
         #[source]
         source: io::Error,
     },
+    /// The gate drops, so there is nothing to take and no way back.
+    #[error("the gate holds no packets: {reason}")]
+    NoHold {
+        /// Why not.
+        reason: String,
+    },
+    /// Somebody has the held packets already.
+    #[error("the gate's held packets have been taken already")]
+    HeldTaken,
+    /// Packets of this interface are not held, so none can go back to it.
+    #[error("the gate does not hold packets of interface {index}")]
+    NotHeld {
+        /// The interface index.
+        index: u32,
+    },
+    /// A frame that the kernel is not given.
+    #[error("refused a held frame")]
+    BadFrame(#[source] FrameError),
+    /// A frame of a flow that this gate does not know.
+    #[error("refused a held frame of a connection that is not the workload's")]
+    ForeignFrame,
+    /// The kernel did not take a frame back.
+    #[error("could not give a held frame back to interface {index}")]
+    GiveBack {
+        /// The interface index.
+        index: u32,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// The lease ran out while the gate was closed or being closed: it has
     /// opened by itself, and packets may have passed.
     #[error("the gate's lease ran out {} ms ago and it has opened by itself", ago.as_millis())]
@@ -169,7 +201,17 @@ impl GateError {
                 "connections over loopback cannot leave their host; check the workload's address"
                     .to_owned(),
             ),
-            Self::BadId { .. }
+            Self::NotHeld { .. } => {
+                Some("attach the gate to the interface that the frames are for".to_owned())
+            }
+            Self::ForeignFrame => {
+                Some("add the flow to the gate before giving its frames back".to_owned())
+            }
+            Self::NoHold { .. }
+            | Self::HeldTaken
+            | Self::BadFrame(_)
+            | Self::GiveBack { .. }
+            | Self::BadId { .. }
             | Self::Interface { .. }
             | Self::Load(_)
             | Self::Attach { .. }

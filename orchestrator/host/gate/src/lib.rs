@@ -11,8 +11,8 @@
 //! [`Gate::close_ingress`] may come before `close`: it leads from open to the
 //! state that `open_egress` leads to as well.
 //!
-//! While closed, packets of the tree's flows and listeners are dropped in both
-//! directions; nothing else is touched. Closing and opening is one store into
+//! While closed, packets of the tree's flows and listeners are held, or dropped
+//! where they cannot be, in both directions; nothing else is touched. Closing and opening is one store into
 //! a page that the programs on every CPU read, so it costs nothing per flow.
 //!
 //! **The gate outlives its owner.** Programs and maps are pinned under
@@ -28,12 +28,37 @@
 //! so that an address can be put on the destination's interface while the
 //! source still answers for it.
 //!
+//! **Holding** is asked for with [`GateOptions::hold`]. Held packets wait in a
+//! bounded store, are taken with [`Gate::held`] and go back with
+//! [`Gate::inject_ingress`] and [`Gate::emit_egress`], on this host or on the
+//! one to which they were carried. The order of a release matters:
+//!
+//! 1. the sockets are live;
+//! 2. [`Gate::open_egress`];
+//! 3. what was held elsewhere goes in, then what was held here
+//!    ([`HeldPackets::try_drain`]), the ingress still closed so that nothing
+//!    newer overtakes it;
+//! 4. [`Gate::open`];
+//! 5. what came between 3 and 4 goes in (`try_drain`, then
+//!    [`HeldPackets::next`] until the gate is detached).
+//!
+//! With 2 behind 3 the acknowledgements that 3 provokes would be held in turn,
+//! and senders would wait for their timers after all.
+//!
+//! Not seen by the gate, so not held: a packet whose next hop's hardware
+//! address is being asked for waits in front of the gate, and one that waits
+//! behind it, in the interface's queue, leaves. Packets of interfaces without
+//! Ethernet header are dropped, not held. Of interfaces stacked on each other
+//! (a bond and its members, a VLAN and its parent) a gate takes one layer;
+//! on both, a packet given back to the lower one is held again by the upper.
+//!
 //! With tracing at level TRACE for `migrate_gate::packets` when the gate is
 //! attached, every dropped packet is traced (as [`Gate::counters`] is read);
 //! otherwise the kernel leaves the tracing out of the programs.
 
 mod bpffs;
 mod error;
+mod hold;
 mod owner;
 mod sys;
 mod tables;
@@ -56,10 +81,13 @@ use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
 use migrate_core::{Flow, Listener};
-pub use migrate_ebpf_common::Counters;
-use migrate_ebpf_common::Direction;
+pub use migrate_ebpf_common::{Counters, Direction};
+use migrate_ebpf_common::{EXEMPT_MARK, FlowKey, Mode};
 
 pub use crate::error::GateError;
+use crate::hold::Hold;
+pub use crate::hold::frame::{FRAME_BYTES_MAX, FrameError};
+pub use crate::hold::{HeldPacket, HeldPackets, HeldStats, HoldOptions};
 use crate::owner::Owner;
 use crate::sys::DeviceKind;
 use crate::tables::Tables;
@@ -115,6 +143,10 @@ pub struct GateOptions {
     /// and mounted as a bpf file system if it is none; taken away again with
     /// the last gate in it, unless somebody else mounted it.
     pub directory: PathBuf,
+    /// Whether and within which bounds packets are held rather than dropped.
+    /// Where that is asked for and not possible, the gate drops and
+    /// [`Gate::drop_reason`] says why.
+    pub hold: Option<HoldOptions>,
 }
 
 /// An attached gate. All methods take `&self`; see the [crate] for what
@@ -129,6 +161,16 @@ pub struct Gate {
     /// Keeps the file system mounted.
     root: File,
     trace: Trace,
+    /// The means of holding, or why there are none.
+    hold: Result<Hold, String>,
+}
+
+/// What attaching makes.
+struct Parts {
+    tables: Tables,
+    links: Vec<PinnedLink>,
+    trace: Trace,
+    hold: Result<Hold, String>,
 }
 
 impl Gate {
@@ -171,9 +213,14 @@ impl Gate {
                 }
             });
         }
-        match attach_in(&path, &devices, options.flow_capacity) {
-            Ok((tables, links, trace)) => {
-                tracing::debug!(path = %path.display(), ?devices, "gate attached");
+        match attach_in(&path, &devices, options) {
+            Ok(Parts {
+                tables,
+                links,
+                trace,
+                hold,
+            }) => {
+                tracing::debug!(path = %path.display(), ?devices, holds = hold.is_ok(), "gate attached");
                 Ok(Self {
                     directory: options.directory.clone(),
                     path,
@@ -181,6 +228,7 @@ impl Gate {
                     links,
                     root,
                     trace,
+                    hold,
                 })
             }
             Err(error) => {
@@ -243,10 +291,11 @@ impl Gate {
     ///
     /// As [`close`](Self::close).
     pub fn close_ingress(&self) -> Result<(), GateError> {
-        self.tables.close_ingress()
+        self.tables.close_ingress(self.closed_mode())
     }
 
-    /// Drops the tree's packets in both directions. Packets already past the
+    /// Holds the tree's packets in both directions, or drops them where they
+    /// cannot be held. Packets already past the
     /// programs on another CPU may still arrive: freeze the tree afterwards,
     /// which takes longer than they do.
     ///
@@ -255,7 +304,82 @@ impl Gate {
     /// [`GateError::LeaseExpired`] when the lease is over already: the gate is
     /// open then.
     pub fn close(&self) -> Result<(), GateError> {
-        self.tables.close()
+        self.tables.close(self.closed_mode())
+    }
+
+    fn closed_mode(&self) -> Mode {
+        if self.hold.is_ok() {
+            Mode::Hold
+        } else {
+            Mode::Drop
+        }
+    }
+
+    /// Whether a closed gate holds packets. Otherwise it drops them; see
+    /// [`drop_reason`](Self::drop_reason).
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.hold.is_ok()
+    }
+
+    /// Why a closed gate drops packets rather than holding them; `None` when
+    /// it holds them.
+    #[must_use]
+    pub fn drop_reason(&self) -> Option<&str> {
+        self.hold.as_ref().err().map(String::as_str)
+    }
+
+    /// The packets that the gate holds, from the first on, whenever this is
+    /// called. Once for a gate.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::NoHold`] when the gate drops, [`GateError::HeldTaken`] the
+    /// second time.
+    pub fn held(&self) -> Result<HeldPackets, GateError> {
+        self.means()?.take()
+    }
+
+    /// Gives the stack a frame that was held on its way in, here or on another
+    /// host, as if `interface_index` had just received it: addressed to that
+    /// interface, whatever it was addressed to. It passes a closed gate.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::BadFrame`] and [`GateError::ForeignFrame`] for a frame that
+    /// is not sound or not the workload's: the kernel has not seen it.
+    /// [`GateError::NotHeld`] for an interface that this gate is not on.
+    pub fn inject_ingress(&self, interface_index: u32, frame: &[u8]) -> Result<(), GateError> {
+        self.give_back(Direction::Ingress, interface_index, frame)
+    }
+
+    /// Sends a frame that was held on its way out of `interface_index` on this
+    /// host, addressed as it was. It passes a closed gate. Two hosts have
+    /// different neighbours, so a frame held elsewhere is for the other one to
+    /// send.
+    ///
+    /// # Errors
+    ///
+    /// As [`inject_ingress`](Self::inject_ingress).
+    pub fn emit_egress(&self, interface_index: u32, frame: &[u8]) -> Result<(), GateError> {
+        self.give_back(Direction::Egress, interface_index, frame)
+    }
+
+    fn give_back(
+        &self,
+        direction: Direction,
+        interface_index: u32,
+        frame: &[u8],
+    ) -> Result<(), GateError> {
+        let knows = |key: &FlowKey| self.tables.knows(key);
+        self.means()?
+            .give_back(direction, interface_index, frame, knows)
+    }
+
+    fn means(&self) -> Result<&Hold, GateError> {
+        self.hold.as_ref().map_err(|reason| GateError::NoHold {
+            reason: reason.clone(),
+        })
     }
 
     /// Lets the tree's packets out, still none in.
@@ -299,7 +423,11 @@ impl Gate {
     /// When the map cannot be read.
     pub fn counters(&self) -> Result<Counters, GateError> {
         self.trace.flush();
-        self.tables.counters()
+        let mut counters = self.tables.counters()?;
+        if let Ok(hold) = &self.hold {
+            counters.hold_dropped += hold.dropped_frames()?;
+        }
+        Ok(counters)
     }
 
     /// Takes the programs off every interface and removes all pins.
@@ -316,10 +444,12 @@ impl Gate {
             links,
             root,
             trace,
+            hold,
         } = self;
         trace.flush();
         let removed = bpffs::remove_gate(&path);
-        drop((tables, links, root));
+        // The TAP devices last, when no packet is moved to them any more.
+        drop((tables, links, hold, root));
         bpffs::release(&directory);
         removed
     }
@@ -458,6 +588,9 @@ pub fn adopt(directory: &Path, id: &str, role: Role) -> Result<Gate, GateError> 
             );
         }
     }
+    if owner != me {
+        tables.drop_instead_of_hold();
+    }
     tables.set_owner(me);
     Ok(Gate {
         directory: directory.to_owned(),
@@ -466,6 +599,7 @@ pub fn adopt(directory: &Path, id: &str, role: Role) -> Result<Gate, GateError> 
         links,
         root,
         trace: Trace::default(),
+        hold: Err("what held its packets has gone with its former owner".to_owned()),
     })
 }
 
@@ -475,6 +609,8 @@ struct Device {
     index: u32,
     name: String,
     kind: DeviceKind,
+    /// Of an Ethernet device.
+    hardware_address: [u8; 6],
 }
 
 impl Device {
@@ -484,17 +620,18 @@ impl Device {
             .map_err(|errno| failed(errno.into()))?
             .into_string()
             .map_err(|error| failed(io::Error::other(error)))?;
-        let kind = sys::device_kind(&name).map_err(failed)?;
-        Ok(Self { index, name, kind })
+        let (kind, hardware_address) = sys::device_kind(&name).map_err(failed)?;
+        Ok(Self {
+            index,
+            name,
+            kind,
+            hardware_address,
+        })
     }
 }
 
-fn attach_in(
-    path: &Path,
-    devices: &[Device],
-    flow_capacity: u32,
-) -> Result<(Tables, Vec<PinnedLink>, Trace), GateError> {
-    let (mut ebpf, tables) = tables::load(flow_capacity)?;
+fn attach_in(path: &Path, devices: &[Device], options: &GateOptions) -> Result<Parts, GateError> {
+    let (mut ebpf, tables) = tables::load(options.flow_capacity, own_mark()?)?;
     tables.set_owner(Owner::this_process());
     tables.pin(path)?;
     let mut links = Vec::with_capacity(devices.len() * 2);
@@ -511,7 +648,29 @@ fn attach_in(
         }
     }
     let trace = Trace::read(&mut ebpf);
-    Ok((tables, links, trace))
+    let hold = match options.hold {
+        None => Err("not asked to".to_owned()),
+        Some(bounds) => {
+            let prefix = hold::device_prefix(&format!("{}-{}", options.id, options.role));
+            Hold::set_up(&mut ebpf, devices, bounds, &prefix).map_err(|error| error.0)
+        }
+    };
+    Ok(Parts {
+        tables,
+        links,
+        trace,
+        hold,
+    })
+}
+
+/// A mark that nobody else guesses: whoever can set it passes the gate.
+fn own_mark() -> Result<u32, GateError> {
+    loop {
+        let mark = sys::random().map_err(|error| GateError::Load(error.into()))?;
+        if mark != 0 && mark != EXEMPT_MARK {
+            return Ok(mark);
+        }
+    }
 }
 
 fn load_program(

@@ -153,14 +153,20 @@ pub(crate) enum DeviceKind {
     Bare,
 }
 
-pub(crate) fn device_kind(name: &str) -> io::Result<DeviceKind> {
+/// A socket for questions about interfaces of the calling thread's network
+/// namespace.
+pub(crate) fn interface_socket() -> io::Result<OwnedFd> {
     // SAFETY: plain call; the result is checked.
     let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     if socket < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel has just made this descriptor for us alone.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
+}
+
+/// A request about an interface, all zeros but for its name.
+pub(crate) fn interface_request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: all zeros is a value of this plain C structure.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // One byte stays zero behind the name.
@@ -171,17 +177,39 @@ pub(crate) fn device_kind(name: &str) -> io::Result<DeviceKind> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
+    Ok(request)
+}
+
+/// What an interface is, and its hardware address if it is an Ethernet one.
+pub(crate) fn device_kind(name: &str) -> io::Result<(DeviceKind, [u8; 6])> {
+    let socket = interface_socket()?;
+    let mut request = interface_request(name)?;
     // SAFETY: the request is a valid, writable ifreq with a terminated name.
     if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: SIOCGIFHWADDR has filled this member of the union.
-    let kind = unsafe { request.ifr_ifru.ifru_hwaddr.sa_family };
-    Ok(match kind {
+    let hardware = unsafe { request.ifr_ifru.ifru_hwaddr };
+    let kind = match hardware.sa_family {
         ARPHRD_ETHER => DeviceKind::Ethernet,
         ARPHRD_LOOPBACK => DeviceKind::Loopback,
         _ => DeviceKind::Bare,
-    })
+    };
+    let address = std::array::from_fn(|position| hardware.sa_data[position].cast_unsigned());
+    Ok((kind, address))
+}
+
+/// A random number of the kernel's.
+pub(crate) fn random() -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    // SAFETY: the buffer is ours and has the length given. So few bytes are
+    // never cut short.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if got < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(u32::from_ne_bytes(bytes))
+    }
 }
 
 /// The control record, mapped into memory: writing it is one store, which the

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
@@ -27,6 +28,7 @@ const FLOWS: &str = "FLOWS";
 const LISTENERS: &str = "LISTENERS";
 const STAGED: &str = "STAGED";
 const COUNTERS: &str = "COUNTERS";
+const OWN_MARK: &str = "OWN_MARK";
 
 /// A hash map and its size.
 #[derive(Debug)]
@@ -67,6 +69,16 @@ impl KeySet {
         sys::remove_key(descriptor(&self.map), key).map_err(|source| self.failed("change", source))
     }
 
+    fn contains<K: aya::Pod>(&self, key: &K) -> Result<bool, GateError> {
+        let failed = |error: MapError| self.failed("read", io::Error::other(error));
+        let map = HashMap::<_, K, u32>::try_from(&self.map).map_err(failed)?;
+        match map.get(key, 0) {
+            Ok(_) => Ok(true),
+            Err(MapError::KeyNotFound) => Ok(false),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
     fn failed(&self, attempt: &'static str, source: io::Error) -> GateError {
         GateError::Map {
             attempt,
@@ -84,14 +96,18 @@ pub(crate) struct Tables {
     flows: KeySet,
     listeners: KeySet,
     staged: KeySet,
+    /// Held while staged addresses and the flag that tells of them change.
+    staging: Mutex<()>,
     counters: Map,
 }
 
 /// Loads the object: maps are made, programs still have to be verified.
-pub(crate) fn load(flow_capacity: u32) -> Result<(Ebpf, Tables), GateError> {
+/// `own_mark` is the mark of what user space gives back, not 0.
+pub(crate) fn load(flow_capacity: u32, own_mark: u32) -> Result<(Ebpf, Tables), GateError> {
     let trace_level = trace::level();
     let mut ebpf = EbpfLoader::new()
         .override_global(aya_log::LEVEL, &trace_level, true)
+        .override_global(OWN_MARK, &own_mark, true)
         .map_max_entries(FLOWS, flow_capacity.max(1))
         .load(OBJECT)
         .map_err(|error| GateError::Load(error.into()))?;
@@ -117,6 +133,7 @@ impl Tables {
             flows: KeySet::new(map(FLOWS)?, "flows")?,
             listeners: KeySet::new(map(LISTENERS)?, "listeners")?,
             staged: KeySet::new(map(STAGED)?, "staged addresses")?,
+            staging: Mutex::new(()),
             counters: map(COUNTERS)?,
         })
     }
@@ -187,15 +204,33 @@ impl Tables {
     }
 
     pub(crate) fn stage(&self, addresses: &[IpAddr]) -> Result<(), GateError> {
+        let _staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         let keys: Vec<[u8; 16]> = addresses.iter().copied().map(address_key).collect();
-        self.staged.insert(&keys)
+        let staged = self.staged.insert(&keys);
+        // Also after a part of them.
+        self.set_state(|state| state.with_staged(true));
+        staged
     }
 
     pub(crate) fn unstage(&self, addresses: &[IpAddr]) -> Result<(), GateError> {
+        let _staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         addresses
             .iter()
             .copied()
-            .try_for_each(|address| self.staged.remove(&address_key(address)))
+            .try_for_each(|address| self.staged.remove(&address_key(address)))?;
+        let left = HashMap::<_, [u8; 16], u32>::try_from(&self.staged.map)
+            .map_err(|error| self.staged.failed("read", io::Error::other(error)))?;
+        if left.keys().next().is_none() {
+            self.set_state(|state| state.with_staged(false));
+        }
+        Ok(())
+    }
+
+    /// Whether the gate keeps packets of this flow back while it is closed.
+    pub(crate) fn knows(&self, key: &FlowKey) -> Result<bool, GateError> {
+        Ok(self.flows.contains(key)?
+            || self.listeners.contains(&key.listener())?
+            || self.listeners.contains(&key.wildcard_listener())?)
     }
 
     pub(crate) fn count_flows(&self) -> Result<usize, GateError> {
@@ -245,33 +280,32 @@ impl Tables {
     }
 
     pub(crate) fn open_egress(&self) {
-        self.set_state(|state| {
-            let ingress = if state.is_closed(Direction::Ingress) {
-                Mode::Drop
-            } else {
-                Mode::Open
-            };
-            state.next(ingress, Mode::Open)
-        });
+        self.set_state(|state| state.next(state.mode(Direction::Ingress), Mode::Open));
     }
 
     pub(crate) fn open_all(&self) {
         self.set_state(|state| state.next(Mode::Open, Mode::Open));
     }
 
-    pub(crate) fn close_ingress(&self) -> Result<(), GateError> {
-        self.shut(|state| {
-            let egress = if state.is_closed(Direction::Egress) {
-                Mode::Drop
-            } else {
-                Mode::Open
-            };
-            state.next(Mode::Drop, egress)
-        })
+    pub(crate) fn close_ingress(&self, how: Mode) -> Result<(), GateError> {
+        self.shut(|state| state.next(how, state.mode(Direction::Egress)))
     }
 
-    pub(crate) fn close(&self) -> Result<(), GateError> {
-        self.shut(|state| state.next(Mode::Drop, Mode::Drop))
+    pub(crate) fn close(&self, how: Mode) -> Result<(), GateError> {
+        self.shut(|state| state.next(how, how))
+    }
+
+    /// Drops what was held until now: nobody reads it any more.
+    pub(crate) fn drop_instead_of_hold(&self) {
+        let without = |mode| match mode {
+            Mode::Hold => Mode::Drop,
+            other => other,
+        };
+        self.set_state(|state| {
+            let ingress = without(state.mode(Direction::Ingress));
+            let egress = without(state.mode(Direction::Egress));
+            state.next(ingress, egress)
+        });
     }
 
     /// Closes, unless the lease is over: nobody may take an open gate for a

@@ -11,8 +11,19 @@ macro_rules! needs_root {
     };
 }
 
+/// The same without TUN and TAP devices.
+macro_rules! needs_tun {
+    ($test:expr) => {
+        if !std::path::Path::new("/dev/net/tun").exists() {
+            println!("SKIP {}: needs /dev/net/tun", $test);
+            return;
+        }
+    };
+}
+
+mod hold;
 mod network;
-mod packets;
+pub(crate) mod packets;
 
 use std::io;
 use std::net::IpAddr;
@@ -22,7 +33,7 @@ use std::time::Duration;
 use aya::Ebpf;
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use migrate_core::{Flow, Listener};
-use migrate_ebpf_common::{Direction, EXEMPT_MARK};
+use migrate_ebpf_common::{Direction, EXEMPT_MARK, Mode};
 
 use self::packets::{ACK, Packet, RST, SYN};
 use crate::GateError;
@@ -34,6 +45,7 @@ const NEXT: i32 = -1;
 const DROP: i32 = 2;
 const LOCAL: &str = "10.77.0.100:6379";
 const PEER: &str = "10.77.0.1:40000";
+const OWN_MARK: u32 = 0x1234_abcd;
 
 /// The programs, loaded but attached nowhere, with the maps they read.
 struct Programs {
@@ -43,7 +55,7 @@ struct Programs {
 
 impl Programs {
     fn load() -> Self {
-        let (mut ebpf, tables) = tables::load(1024).unwrap();
+        let (mut ebpf, tables) = tables::load(1024, OWN_MARK).unwrap();
         for (direction, kind) in [
             (Direction::Ingress, DeviceKind::Ethernet),
             (Direction::Egress, DeviceKind::Ethernet),
@@ -59,25 +71,41 @@ impl Programs {
     fn closed() -> Self {
         let programs = Self::load();
         programs.tables.add_flows(&[flow(LOCAL, PEER)]).unwrap();
-        programs.tables.close().unwrap();
+        programs.tables.close(Mode::Drop).unwrap();
         programs
     }
 
     fn run_marked(&mut self, name: &str, packet: &[u8], mark: u32) -> i32 {
+        self.run(name, packet, mark).0
+    }
+
+    /// The verdict, and the packet's mark behind the program.
+    fn run(&mut self, name: &str, packet: &[u8], mark: u32) -> (i32, u32) {
         // The start of `struct __sk_buff`: len, pkt_type, mark. Only the mark
         // may be set among them.
         let mut context = [0_u8; 12];
         context[8..].copy_from_slice(&mark.to_ne_bytes());
-        let program: &mut SchedClassifier =
-            self.ebpf.program_mut(name).unwrap().try_into().unwrap();
+        let mut context_after = [0_u8; 192];
         let mut options = TestRunOptions::new();
         options.data_in = Some(packet);
         options.ctx_in = Some(&context);
-        program
-            .test_run(options)
-            .unwrap()
-            .return_value
-            .cast_signed()
+        options.ctx_out = Some(&mut context_after);
+        let verdict = self.program(name).test_run(options).unwrap().return_value;
+        let mark = u32::from_ne_bytes(context_after[8..12].try_into().unwrap());
+        (verdict.cast_signed(), mark)
+    }
+
+    /// The mean of many runs.
+    fn cost_ns(&mut self, name: &str, packet: &[u8]) -> u128 {
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(packet);
+        options.repeat = 1_000_000;
+        let result = self.program(name).test_run(options).unwrap();
+        result.duration.as_nanos()
+    }
+
+    fn program(&mut self, name: &str) -> &mut SchedClassifier {
+        self.ebpf.program_mut(name).unwrap().try_into().unwrap()
     }
 
     fn ingress(&mut self, packet: &Packet) -> i32 {
@@ -154,16 +182,73 @@ fn egress_opens_before_ingress() {
 }
 
 #[test]
+fn what_cannot_be_held_is_dropped() {
+    needs_root!("what_cannot_be_held_is_dropped");
+    let mut programs = Programs::load();
+    programs.tables.add_flows(&[flow(LOCAL, PEER)]).unwrap();
+    programs.tables.close(Mode::Hold).unwrap();
+    // The interface of these packets has no devices to hold them.
+    assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
+    let counters = programs.tables.counters().unwrap();
+    assert_eq!(counters.ingress_dropped_packets, 1);
+    assert_eq!(counters.egress_dropped_packets, 1);
+    assert_eq!(counters.held_ingress_packets, 0);
+    programs.tables.open_egress();
+    assert_eq!(programs.both(LOCAL, PEER), (DROP, NEXT));
+}
+
+#[test]
+fn what_comes_back_passes_in_every_state_without_its_mark() {
+    needs_root!("what_comes_back_passes_in_every_state_without_its_mark");
+    let mut programs = Programs::closed();
+    let packet = Packet::tcp(PEER, LOCAL, ACK).bytes();
+    for _ in 0..2 {
+        for name in ["gate_ingress", "gate_egress"] {
+            let (verdict, mark) = programs.run(name, &packet, OWN_MARK);
+            assert_eq!((verdict, mark), (NEXT, 0));
+        }
+        programs.tables.open_all();
+    }
+    let counters = programs.tables.counters().unwrap();
+    assert_eq!((counters.injected, counters.emitted), (2, 2));
+}
+
+/// Not a judgement: what a packet costs, for people to compare.
+#[test]
+fn costs_per_packet() {
+    needs_root!("costs_per_packet");
+    let mut programs = Programs::load();
+    programs.tables.add_flows(&[flow(LOCAL, PEER)]).unwrap();
+    let ours = Packet::tcp(PEER, LOCAL, ACK).bytes();
+    let foreign = Packet::tcp(PEER, "10.77.0.11:22", ACK).bytes();
+    let cost = |programs: &mut Programs, what: &str| {
+        for (whose, packet) in [("workload's", &ours), ("foreign", &foreign)] {
+            let ns = programs.cost_ns("gate_ingress", packet);
+            println!("{what}, {whose} packet: {ns} ns");
+        }
+    };
+    cost(&mut programs, "open");
+    programs.tables.stage(&[ip("10.77.0.100")]).unwrap();
+    cost(&mut programs, "open, an address staged");
+    programs.tables.unstage(&[ip("10.77.0.100")]).unwrap();
+    programs.tables.close(Mode::Drop).unwrap();
+    cost(&mut programs, "closed");
+    let lease = Duration::from_secs(60);
+    programs.tables.lease(Some(lease)).unwrap();
+    cost(&mut programs, "closed, with a lease");
+}
+
+#[test]
 fn ingress_closes_before_egress() {
     needs_root!("ingress_closes_before_egress");
     let mut programs = Programs::closed();
     programs.tables.open_all();
-    programs.tables.close_ingress().unwrap();
+    programs.tables.close_ingress(Mode::Drop).unwrap();
     assert_eq!(programs.both(LOCAL, PEER), (DROP, NEXT));
-    programs.tables.close().unwrap();
+    programs.tables.close(Mode::Drop).unwrap();
     assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
     // It opens nothing.
-    programs.tables.close_ingress().unwrap();
+    programs.tables.close_ingress(Mode::Drop).unwrap();
     assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
 }
 
@@ -192,7 +277,7 @@ fn a_mapped_socket_is_its_ipv4_flow() {
         .tables
         .add_listeners(&[listener("[::ffff:10.77.0.100]:7000", false)])
         .unwrap();
-    programs.tables.close().unwrap();
+    programs.tables.close(Mode::Drop).unwrap();
     assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
     let syn = Packet::tcp(PEER, "10.77.0.100:7000", SYN);
     assert_eq!(programs.ingress(&syn), DROP);
@@ -206,7 +291,7 @@ fn a_listener_keeps_new_connections_out() {
         .tables
         .add_listeners(&[listener("10.77.0.100:7001", false)])
         .unwrap();
-    programs.tables.close().unwrap();
+    programs.tables.close(Mode::Drop).unwrap();
     let syn = |to: &str| Packet::tcp("10.77.0.9:50000", to, SYN);
     assert_eq!(programs.ingress(&syn("10.77.0.100:7001")), DROP);
     assert_eq!(programs.ingress(&syn("10.77.0.100:7002")), NEXT);
@@ -228,7 +313,7 @@ fn wildcards_keep_to_their_families() {
             .tables
             .add_listeners(&[listener(local, v6only)])
             .unwrap();
-        programs.tables.close().unwrap();
+        programs.tables.close(Mode::Drop).unwrap();
         let case = format!("{local} v6only={v6only}");
         assert_eq!(
             programs.both(v4.0, v4.1),
@@ -295,7 +380,7 @@ fn a_lease_that_runs_out_opens_the_gate() {
     programs.tables.add_flows(&[flow(LOCAL, PEER)]).unwrap();
     let lease = Duration::from_millis(50);
     programs.tables.lease(Some(lease)).unwrap();
-    programs.tables.close().unwrap();
+    programs.tables.close(Mode::Drop).unwrap();
     assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
     // The programs' clock lags by up to a tick: wait for what they see.
     let end = sys::now_ns() + 2_000_000_000;
@@ -313,7 +398,7 @@ fn a_lease_that_runs_out_opens_the_gate() {
         );
         assert_eq!(programs.both(LOCAL, PEER), (NEXT, NEXT));
     }
-    let refused = programs.tables.close().unwrap_err();
+    let refused = programs.tables.close(Mode::Drop).unwrap_err();
     assert!(
         matches!(refused, GateError::LeaseExpired { .. }),
         "{refused}"
@@ -323,7 +408,7 @@ fn a_lease_that_runs_out_opens_the_gate() {
         .tables
         .lease(Some(Duration::from_secs(60)))
         .unwrap();
-    programs.tables.close().unwrap();
+    programs.tables.close(Mode::Drop).unwrap();
     assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
 }
 
@@ -334,7 +419,7 @@ fn without_a_lease_the_gate_stays_closed() {
     programs.tables.add_flows(&[flow(LOCAL, PEER)]).unwrap();
     let ttl = Duration::from_millis(100);
     programs.tables.lease(Some(ttl)).unwrap();
-    programs.tables.close().unwrap();
+    programs.tables.close(Mode::Drop).unwrap();
     programs.tables.lease(None).unwrap();
     let end = sys::now_ns() + u64::try_from(ttl.as_nanos()).unwrap() * 2;
     while sys::now_ns() < end {
@@ -351,7 +436,7 @@ fn a_staged_ipv4_address_is_kept_quiet_in_every_state() {
     let (staged, peer, own) = ("10.77.0.100", "10.77.0.1", "10.77.0.12");
     for close in [false, true] {
         if close {
-            programs.tables.close().unwrap();
+            programs.tables.close(Mode::Drop).unwrap();
         }
         // Reply, gratuitous request, request about others in its name, probe.
         assert_eq!(programs.egress(&Packet::arp(2, staged, peer)), DROP);

@@ -56,6 +56,7 @@ impl Destination {
                     flow_capacity: u32::try_from(order.tree.flows.len() * 2 + SPARE_FLOWS)
                         .unwrap_or(u32::MAX),
                     directory: self.state.gates(),
+                    hold: None,
                 },
             )?);
             gate.add_flows(&order.tree.flows)?;

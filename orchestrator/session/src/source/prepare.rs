@@ -44,6 +44,7 @@ impl Migration {
                 role: Role::Source,
                 flow_capacity: u32::try_from(capacity).unwrap_or(u32::MAX),
                 directory: self.state.gates(),
+                hold: None,
             },
         )?);
         let detail = format!(

@@ -17,26 +17,30 @@ use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, setns, unshare};
 
 use super::packets::{Packet, SYN};
-use crate::{Gate, GateError, GateOptions, LeftoverMode, Role, adopt, leftovers, unlock};
+use crate::{
+    Gate, GateError, GateOptions, HoldOptions, LeftoverMode, Role, adopt, leftovers, unlock,
+};
 
 const SERVER_V4: &str = "10.9.0.1";
 const STAGED_V4: &str = "10.9.0.50";
 const SERVER_V6: &str = "fd00:9::1";
 /// Long enough for what must arrive, short enough to wait for what must not.
-const PATIENCE: Duration = Duration::from_secs(10);
-const SILENCE: Duration = Duration::from_millis(250);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const SILENCE: Duration = Duration::from_millis(250);
 
 /// Names a directory to the process that plays the dying owner.
 const OWNER_DIRECTORY: &str = "MIGRATE_GATE_TEST_DIRECTORY";
+/// Has that process ask for holding.
+const OWNER_HOLDS: &str = "MIGRATE_GATE_TEST_HOLD";
 
 /// A network namespace with its own mounts.
-struct Host {
-    net: File,
+pub(super) struct Host {
+    pub(super) net: File,
     mnt: File,
 }
 
 impl Host {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
             mount(
@@ -57,7 +61,7 @@ impl Host {
     }
 
     /// Runs a closure, and what it spawns, inside.
-    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+    pub(super) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             scope
                 .spawn(|| {
@@ -75,15 +79,15 @@ impl Host {
 }
 
 /// Both ends, and a directory for the pins.
-struct Pair {
-    server: Host,
-    client: Host,
+pub(super) struct Pair {
+    pub(super) server: Host,
+    pub(super) client: Host,
     _scratch: tempfile::TempDir,
-    directory: PathBuf,
+    pub(super) directory: PathBuf,
 }
 
 impl Pair {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (server, client) = (Host::new(), Host::new());
         let client_net = format!("/proc/{}/fd/{}", std::process::id(), client.net.as_raw_fd());
         server.run(|| {
@@ -113,11 +117,11 @@ impl Pair {
         self.server.run(|| attach_here(&self.directory))
     }
 
-    fn listen(&self, address: &str) -> TcpListener {
+    pub(super) fn listen(&self, address: &str) -> TcpListener {
         self.server.run(|| TcpListener::bind(address).unwrap())
     }
 
-    fn connect(&self, address: SocketAddr, within: Duration) -> io::Result<TcpStream> {
+    pub(super) fn connect(&self, address: SocketAddr, within: Duration) -> io::Result<TcpStream> {
         self.client
             .run(|| TcpStream::connect_timeout(&address, within))
     }
@@ -132,7 +136,20 @@ impl Pair {
         })
     }
 
-    fn assert_nothing_left(&self) {
+    /// The names of the devices that hold packets.
+    pub(super) fn taps(&self) -> Vec<String> {
+        self.server.run(|| {
+            let devices = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+            devices
+                .lines()
+                .filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned()))
+                .filter(|name| name.starts_with("mg"))
+                .collect()
+        })
+    }
+
+    pub(super) fn assert_nothing_left(&self) {
+        assert_eq!(self.taps(), [""; 0]);
         assert_eq!(self.programs(), 0);
         self.server.run(|| {
             assert_eq!(leftovers(&self.directory).unwrap(), []);
@@ -146,17 +163,18 @@ fn attach_here(directory: &Path) -> Gate {
     Gate::attach(&interfaces, &options(directory)).unwrap()
 }
 
-fn options(directory: &Path) -> GateOptions {
+pub(super) fn options(directory: &Path) -> GateOptions {
     GateOptions {
         id: "test-1".to_owned(),
         role: Role::Source,
         flow_capacity: 64,
         directory: directory.to_owned(),
+        hold: None,
     }
 }
 
 /// Runs iproute2, which a test may use although the product does not.
-fn ip(arguments: &str) {
+pub(super) fn ip(arguments: &str) {
     let output = Command::new("ip")
         .args(arguments.split(' '))
         .output()
@@ -165,7 +183,7 @@ fn ip(arguments: &str) {
 }
 
 /// The result of reading one byte within a while.
-fn read_one(mut stream: &TcpStream, within: Duration) -> Result<u8, io::ErrorKind> {
+pub(super) fn read_one(mut stream: &TcpStream, within: Duration) -> Result<u8, io::ErrorKind> {
     stream.set_read_timeout(Some(within)).unwrap();
     let mut byte = [0];
     match stream.read_exact(&mut byte) {
@@ -283,6 +301,17 @@ fn a_mapped_connection_meets_every_state() {
 #[test]
 fn a_gate_whose_owner_is_killed_opens_by_its_lease() {
     needs_root!("a_gate_whose_owner_is_killed_opens_by_its_lease");
+    killed_owner(false);
+}
+
+#[test]
+fn a_holding_gate_whose_owner_is_killed_drops_then_opens() {
+    needs_root!("a_holding_gate_whose_owner_is_killed_drops_then_opens");
+    needs_tun!("a_holding_gate_whose_owner_is_killed_drops_then_opens");
+    killed_owner(true);
+}
+
+fn killed_owner(holds: bool) {
     let pair = Pair::new();
     let listening = pair.listen("10.9.0.1:7000");
     let address = listening.local_addr().unwrap();
@@ -294,6 +323,7 @@ fn a_gate_whose_owner_is_killed_opens_by_its_lease() {
                 "--nocapture",
             ])
             .env(OWNER_DIRECTORY, &pair.directory)
+            .env(OWNER_HOLDS, if holds { "1" } else { "" })
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -310,6 +340,7 @@ fn a_gate_whose_owner_is_killed_opens_by_its_lease() {
     assert_eq!((gate.mode, gate.flows), (LeftoverMode::Closed, 1));
     let gate0 = pair.server.run(|| if_nametoindex("gate0").unwrap());
     assert_eq!(gate.interfaces, [gate0]);
+    assert_eq!(pair.taps().len(), if holds { 2 } else { 0 });
     let refused = pair
         .server
         .run(|| adopt(&pair.directory, "test-1", Role::Source).unwrap_err());
@@ -321,6 +352,7 @@ fn a_gate_whose_owner_is_killed_opens_by_its_lease() {
     let found = pair.server.run(|| leftovers(&pair.directory).unwrap());
     assert!(!found[0].owner_alive);
     assert_eq!(found[0].mode, LeftoverMode::Closed, "killing opens nothing");
+    assert_eq!(pair.taps(), [""; 0], "the devices go with their owner");
     let left = found[0].deadline_in.unwrap();
     // The SYN is sent again after 1 s, 2 s, 4 s.
     drop(pair.connect(address, PATIENCE).unwrap());
@@ -341,7 +373,14 @@ fn an_owner_to_be_killed() {
     let Some(directory) = std::env::var_os(OWNER_DIRECTORY) else {
         return;
     };
-    let gate = attach_here(Path::new(&directory));
+    let directory = Path::new(&directory);
+    let holds = std::env::var(OWNER_HOLDS).is_ok_and(|value| !value.is_empty());
+    let options = GateOptions {
+        hold: holds.then(HoldOptions::default),
+        ..options(directory)
+    };
+    let gate = Gate::attach(&[if_nametoindex("gate0").unwrap()], &options).unwrap();
+    assert_eq!(gate.holds(), holds, "{:?}", gate.drop_reason());
     gate.add_flows(&[Flow::new(
         "10.9.0.1:1".parse().unwrap(),
         "10.9.0.2:2".parse().unwrap(),
@@ -439,10 +478,7 @@ fn a_staged_address_is_not_found_until_it_is_unstaged() {
 #[test]
 fn a_device_without_ethernet_header_is_gated() {
     needs_root!("a_device_without_ethernet_header_is_gated");
-    if !Path::new("/dev/net/tun").exists() {
-        println!("SKIP a_device_without_ethernet_header_is_gated: needs /dev/net/tun");
-        return;
-    }
+    needs_tun!("a_device_without_ethernet_header_is_gated");
     let pair = Pair::new();
     pair.server.run(|| {
         let mut tun = tun("gate2");
@@ -470,7 +506,7 @@ fn a_device_without_ethernet_header_is_gated() {
 }
 
 /// A TUN device, which goes with its file.
-fn tun(name: &str) -> File {
+pub(super) fn tun(name: &str) -> File {
     let file = File::options()
         .read(true)
         .write(true)

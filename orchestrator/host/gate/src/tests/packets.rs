@@ -85,6 +85,20 @@ impl Packet {
         self
     }
 
+    /// With the length that an IP header states, which the kernel's own tests
+    /// of packets do not look at.
+    pub(crate) fn with_lengths(mut self) -> Self {
+        let payload = u16::try_from(self.payload.len()).unwrap();
+        if self.network[0] >> 4 == 4 {
+            let header = u16::try_from(self.network.len()).unwrap();
+            self.network[2..4].copy_from_slice(&(header + payload).to_be_bytes());
+        } else {
+            let extensions = u16::try_from(self.network.len()).unwrap() - 40;
+            self.network[4..6].copy_from_slice(&(extensions + payload).to_be_bytes());
+        }
+        self
+    }
+
     /// In units of 8 bytes.
     pub(crate) fn with_fragment_offset(mut self, offset: u16) -> Self {
         let more = 0x2000;

@@ -1,0 +1,154 @@
+//! What is held and not yet taken, within its bounds.
+
+use std::collections::{HashMap, VecDeque};
+
+use bytes::Bytes;
+use migrate_ebpf_common::{Direction, FlowKey};
+
+use super::{HeldPacket, HeldStats, HoldOptions};
+
+/// Added to every frame's length, so that the bounds bound memory when frames
+/// are tiny: the queue's entry, the buffer's own record, the flow's share.
+const OVERHEAD_BYTES: usize = 128;
+
+#[derive(Debug)]
+pub(crate) struct Store {
+    bounds: HoldOptions,
+    queue: VecDeque<(FlowKey, HeldPacket)>,
+    /// The sum of all costs in the queue.
+    total_bytes: usize,
+    /// By flow; no entry is 0.
+    flow_bytes: HashMap<FlowKey, usize>,
+    dropped_frames: u64,
+    dropped_bytes: u64,
+    /// Nothing comes any more.
+    has_ended: bool,
+}
+
+impl Store {
+    pub(crate) fn new(bounds: HoldOptions) -> Self {
+        Self {
+            bounds,
+            queue: VecDeque::new(),
+            total_bytes: 0,
+            flow_bytes: HashMap::new(),
+            dropped_frames: 0,
+            dropped_bytes: 0,
+            has_ended: false,
+        }
+    }
+
+    /// Keeps a frame, or counts it as dropped where there is no room: the
+    /// older ones stay, since TCP sends the newer ones again sooner.
+    pub(crate) fn push(
+        &mut self,
+        key: FlowKey,
+        direction: Direction,
+        interface_index: u32,
+        frame: &[u8],
+    ) {
+        let cost = frame.len() + OVERHEAD_BYTES;
+        let of_flow = self.flow_bytes.get(&key).copied().unwrap_or(0);
+        if of_flow + cost > self.bounds.flow_bytes_max
+            || self.total_bytes + cost > self.bounds.total_bytes_max
+        {
+            self.dropped_frames += 1;
+            self.dropped_bytes += u64::try_from(frame.len()).unwrap_or(u64::MAX);
+            return;
+        }
+        self.total_bytes += cost;
+        self.flow_bytes.insert(key, of_flow + cost);
+        self.queue.push_back((
+            key,
+            HeldPacket {
+                direction,
+                interface_index,
+                frame: Bytes::copy_from_slice(frame),
+            },
+        ));
+    }
+
+    pub(crate) fn pop(&mut self) -> Option<HeldPacket> {
+        let (key, packet) = self.queue.pop_front()?;
+        let cost = packet.frame.len() + OVERHEAD_BYTES;
+        self.total_bytes -= cost;
+        if let Some(of_flow) = self.flow_bytes.get_mut(&key) {
+            *of_flow -= cost;
+            if *of_flow == 0 {
+                self.flow_bytes.remove(&key);
+            }
+        }
+        Some(packet)
+    }
+
+    pub(crate) fn end(&mut self) {
+        self.has_ended = true;
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.has_ended
+    }
+
+    pub(crate) fn stats(&self) -> HeldStats {
+        HeldStats {
+            waiting_frames: self.queue.len(),
+            waiting_bytes: self
+                .total_bytes
+                .saturating_sub(self.queue.len() * OVERHEAD_BYTES),
+            dropped_frames: self.dropped_frames,
+            dropped_bytes: self.dropped_bytes,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migrate_ebpf_common::key::mapped;
+
+    use super::*;
+
+    fn key(port: u8) -> FlowKey {
+        FlowKey {
+            local: mapped([10, 0, 0, 1]),
+            remote: mapped([10, 0, 0, 2]),
+            local_port_be: [0, 80],
+            remote_port_be: [1, port],
+        }
+    }
+
+    fn push(store: &mut Store, port: u8, frame: &[u8]) {
+        store.push(key(port), Direction::Ingress, 7, frame);
+    }
+
+    #[test]
+    fn the_newest_is_dropped_and_counted_at_either_bound() {
+        let cost = 100 + OVERHEAD_BYTES;
+        let mut store = Store::new(HoldOptions {
+            total_bytes_max: 3 * cost,
+            flow_bytes_max: 2 * cost,
+        });
+        for (port, byte) in [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5)] {
+            push(&mut store, port, &[byte; 100]);
+        }
+        assert_eq!(
+            store.stats(),
+            HeldStats {
+                waiting_frames: 3,
+                waiting_bytes: 300,
+                dropped_frames: 2,
+                dropped_bytes: 200,
+            }
+        );
+        assert_eq!(store.pop().unwrap().frame[0], 1);
+        // What has been taken makes room.
+        push(&mut store, 1, &[6; 100]);
+        push(&mut store, 1, &[7; 100]);
+        let left: Vec<u8> = std::iter::from_fn(|| store.pop())
+            .map(|packet| packet.frame[0])
+            .collect();
+        assert_eq!(left, [2, 4, 6]);
+        assert_eq!(store.stats().dropped_frames, 3);
+        assert!(store.flow_bytes.is_empty());
+        assert_eq!(store.total_bytes, 0);
+    }
+}
