@@ -269,7 +269,7 @@ pub struct PageRun {
     pub vaddr: u64,
     /// Number of pages.
     pub pages: u64,
-    /// CRIU's pagemap flags: 1 parent, 2 lazy, 4 present.
+    /// CRIU's pagemap flags: 1 parent, 2 lazy, 4 present; or [`PageRun::ZERO`].
     pub flags: u32,
 }
 
@@ -288,6 +288,10 @@ pub const PAGE_RUN_BYTES: usize = 40;
 impl PageRun {
     /// Pages have data behind them (`PE_PRESENT`, CRIU `include/pagemap.h`).
     pub const PRESENT: u32 = 1 << 2;
+
+    /// Pages hold nothing but zeros; no data follows. Not a flag of CRIU, whose
+    /// flags have 16 bits on the wire.
+    pub const ZERO: u32 = 1 << 16;
 
     /// Bytes of data that follow.
     #[must_use]

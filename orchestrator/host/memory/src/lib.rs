@@ -1,0 +1,58 @@
+//! The memory of a running process tree, copied while it runs.
+//!
+//! Source: [`Precopy`] finds the pages that changed since its last round and
+//! hands them to a [`PageSink`]. Nothing is frozen; one thread of each process
+//! stands still once, for well under a millisecond. [`probe`] says whether this
+//! host can do that.
+//!
+//! Destination: [`PageStore`] keeps the pages, the latest of each, until CRIU's
+//! final list says which of them count.
+//!
+//! ```text
+//! tree --PAGEMAP_SCAN, process_vm_readv--> Precopy --PageSink--> ... --> PageStore
+//! ```
+//!
+//! # What is kept true
+//!
+//! The kernel's marks in the page tables are the only account of what has
+//! changed. A page is marked clean only between a scan and the moment the sink
+//! has taken its content; whatever ends a round early (an error, a future that
+//! is dropped, a page that cannot be read) marks it dirty again. Memory the
+//! tracker does not watch is never clean. So a final dump that asks these
+//! marks, as CRIU does through our shim, can trust every page it finds clean
+//! to have been handed on with the content it still has.
+//!
+//! Known exception: a device that writes to pages pinned earlier leaves no
+//! mark. Processes that show signs of that are not tracked at all
+//! ([`UntrackedReason::Pinned`]).
+
+mod error;
+#[cfg(target_arch = "x86_64")]
+mod inject;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "inject_unsupported.rs"]
+mod inject;
+mod maps;
+mod probe;
+mod process;
+mod rounds;
+mod store;
+mod sys;
+#[cfg(target_arch = "x86_64")]
+mod trace;
+mod tree;
+
+pub use error::{MemoryError, RoundError, StoreError, Unsupported, UntrackedReason};
+pub use inject::Injection;
+pub use probe::{Support, probe};
+pub use rounds::{
+    Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState,
+};
+pub use store::{Content, Held, Holding, MemoryDigest, PageStore, Piece};
+
+/// The size of a page.
+pub(crate) const PAGE: u64 = migrate_core::wire::PAGE_BYTES as u64;
+
+/// A page of zeros, to compare with.
+pub(crate) static ZERO_PAGE: [u8; migrate_core::wire::PAGE_BYTES] =
+    [0; migrate_core::wire::PAGE_BYTES];

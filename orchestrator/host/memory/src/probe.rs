@@ -1,0 +1,72 @@
+//! Whether this host can track memory: tried, not read off a version.
+
+use std::fs::File;
+
+use crate::error::Unsupported;
+use crate::sys::{self, Region, ScanMode, TrialPage, Uffd};
+
+/// What this host's kernel can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Support {
+    /// Guard pages (`MADV_GUARD_INSTALL`) can be told from swapped ones, which
+    /// came with Linux 6.15.
+    pub guard_pages: bool,
+}
+
+/// Tracks a page of this process for a moment: watch, write, scan.
+///
+/// # Errors
+///
+/// What is missing here.
+pub fn probe() -> Result<Support, Unsupported> {
+    if !cfg!(target_arch = "x86_64") {
+        return Err(Unsupported::Architecture);
+    }
+    let uffd = Uffd::own().map_err(|source| Unsupported::Userfaultfd { source })?;
+    let uffd = Uffd::set_up(uffd).map_err(|source| Unsupported::WpAsync { source })?;
+    let pagemap =
+        File::open("/proc/self/pagemap").map_err(|source| Unsupported::PagemapScan { source })?;
+    let mut page = TrialPage::new().map_err(|source| Unsupported::Userfaultfd { source })?;
+    page.write(1);
+    uffd.register(&page.range())
+        .map_err(|source| Unsupported::WpAsync { source })?;
+    let look = |guards| {
+        let mut regions = [Region::default()];
+        sys::scan(
+            &pagemap,
+            &page.range(),
+            ScanMode::Look,
+            guards,
+            &mut regions,
+        )
+    };
+    let guard_pages = look(true).is_ok();
+    let scan = |page: &TrialPage| {
+        let mut regions = [Region::default()];
+        sys::scan(
+            &pagemap,
+            &page.range(),
+            ScanMode::Protect,
+            guard_pages,
+            &mut regions,
+        )
+        .map(|(found, _)| found == 1 && regions[0].written())
+        .map_err(|source| Unsupported::PagemapScan { source })
+    };
+    let first = scan(&page)?;
+    let untouched = scan(&page)?;
+    page.write(2);
+    let touched = scan(&page)?;
+    match (first, untouched, touched) {
+        (true, false, true) => Ok(Support { guard_pages }),
+        (false, _, _) => Err(Unsupported::Trial {
+            what: "a page written to before counts as clean",
+        }),
+        (_, true, _) => Err(Unsupported::Trial {
+            what: "a page left alone counts as written",
+        }),
+        (_, _, false) => Err(Unsupported::Trial {
+            what: "a page written to counts as clean",
+        }),
+    }
+}

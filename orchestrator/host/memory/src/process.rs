@@ -1,0 +1,305 @@
+//! One watched process: registering its memory, scanning it, reading it.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::ops::Range;
+use std::os::unix::fs::FileTypeExt as _;
+
+use bytes::BytesMut;
+use migrate_core::wire::PAGE_BYTES;
+
+use crate::PAGE;
+use crate::error::{MemoryError, UntrackedReason};
+use crate::inject::{self, InjectError, Injection};
+use crate::maps::{self, Vma};
+use crate::sys::{self, PIECES_MAX, Region, ScanMode, Uffd};
+
+/// Regions taken by one scan: 192 KiB of them.
+const REGIONS_PER_SCAN: usize = 8192;
+
+/// The userfaultfd of one process.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    pid: i32,
+    uffd: Uffd,
+}
+
+/// Why a part of a process could not be watched this time.
+#[derive(Debug)]
+pub(crate) enum Unwatched {
+    /// Another userfaultfd has it, or it changed while it was registered. It
+    /// counts as dirty.
+    Part,
+    /// The process has another memory than the one watched: it called exec.
+    OtherMemory,
+}
+
+impl Watch {
+    /// Starts to watch a process; none of its memory is registered yet.
+    pub(crate) fn begin(pid: i32) -> Result<(Self, Injection), InjectError> {
+        let (fd, injection) = inject::userfaultfd(pid)?;
+        let uffd = Uffd::set_up(fd).map_err(|source| UntrackedReason::Api { source })?;
+        Ok((Self { pid, uffd }, injection))
+    }
+
+    /// Finds populated pages of a mapping from `range.start` on and marks the
+    /// written ones clean. What the guard still holds when it is dropped is
+    /// marked written again.
+    pub(crate) fn scan(
+        &self,
+        pagemap: &File,
+        range: &Range<u64>,
+        guards: bool,
+    ) -> Result<Scan<'_>, Unwatched> {
+        match self.scan_once(pagemap, range, guards) {
+            Ok(scan) => Ok(scan),
+            Err(_) => {
+                // A new mapping, or one that has changed its shape.
+                self.uffd
+                    .register(range)
+                    .map_err(|error| match error.raw_os_error() {
+                        // The memory that belongs to this descriptor is gone.
+                        Some(libc::ESRCH | libc::ENOMEM) => Unwatched::OtherMemory,
+                        _ => Unwatched::Part,
+                    })?;
+                self.scan_once(pagemap, range, guards).map_err(|error| {
+                    if error.raw_os_error() == Some(libc::EPERM) {
+                        Unwatched::OtherMemory
+                    } else {
+                        Unwatched::Part
+                    }
+                })
+            }
+        }
+    }
+
+    fn scan_once(&self, pagemap: &File, range: &Range<u64>, guards: bool) -> io::Result<Scan<'_>> {
+        let mut regions = vec![Region::default(); REGIONS_PER_SCAN];
+        let (found, next) = sys::scan(pagemap, range, ScanMode::Protect, guards, &mut regions)
+            .inspect_err(|_| {
+                // Pages before the one that failed may be marked clean, and
+                // which ones is not known.
+                self.mark_written(range);
+            })?;
+        regions.truncate(found);
+        let pages = |written| {
+            regions
+                .iter()
+                .filter(|region| region.written() == written)
+                .map(Region::pages)
+                .sum()
+        };
+        Ok(Scan {
+            clean_pages: pages(false),
+            written_pages: pages(true),
+            next,
+            owed: Owed {
+                watch: self,
+                ranges: regions
+                    .iter()
+                    .filter(|region| region.written())
+                    .map(|region| region.start..region.end)
+                    .collect(),
+            },
+        })
+    }
+
+    /// Makes every watched page of the range count as written.
+    fn mark_written(&self, range: &Range<u64>) {
+        /// How often the mappings may change in between.
+        const LOOKS_MAX: usize = 16;
+        if self.uffd.unprotect(range).is_ok() {
+            return;
+        }
+        // There are holes, or mappings that are not watched. Each mapping by
+        // itself works, unless it changes in that moment.
+        let mut seen = Vec::new();
+        for _ in 0..LOOKS_MAX {
+            let Ok(vmas) = maps::read(self.pid) else {
+                return;
+            };
+            let pieces: Vec<Range<u64>> = vmas
+                .iter()
+                .map(|vma| vma.range.start.max(range.start)..vma.range.end.min(range.end))
+                .filter(|piece| piece.start < piece.end)
+                .collect();
+            let failed: Vec<bool> = pieces
+                .iter()
+                .map(|piece| self.uffd.unprotect(piece).is_err())
+                .collect();
+            // What fails twice in the same shape is not watched.
+            if !failed.contains(&true) || seen == pieces {
+                return;
+            }
+            seen = pieces;
+        }
+        self.uffd.unprotect_each(range);
+    }
+}
+
+/// What one scan found.
+#[derive(Debug)]
+pub(crate) struct Scan<'a> {
+    pub(crate) clean_pages: u64,
+    pub(crate) written_pages: u64,
+    /// Where the next scan starts.
+    pub(crate) next: u64,
+    pub(crate) owed: Owed<'a>,
+}
+
+/// Pages that are marked clean and not handed on yet.
+#[derive(Debug)]
+pub(crate) struct Owed<'a> {
+    watch: &'a Watch,
+    ranges: VecDeque<Range<u64>>,
+}
+
+impl Owed<'_> {
+    /// The next pieces, at most `pages` pages together.
+    pub(crate) fn next_pieces(&self, pages: u64) -> Vec<Range<u64>> {
+        let mut room = pages * PAGE;
+        let mut pieces = Vec::new();
+        for range in self.ranges.iter().take(PIECES_MAX) {
+            if room == 0 {
+                break;
+            }
+            let end = range.end.min(range.start + room);
+            room -= end - range.start;
+            pieces.push(range.start..end);
+        }
+        pieces
+    }
+
+    /// The first `bytes` bytes have been handed on.
+    pub(crate) fn settle(&mut self, mut bytes: u64) {
+        while bytes > 0
+            && let Some(range) = self.ranges.front_mut()
+        {
+            let part = bytes.min(range.end - range.start);
+            range.start += part;
+            bytes -= part;
+            if range.start == range.end {
+                self.ranges.pop_front();
+            }
+        }
+    }
+
+    /// The first page cannot be read: the rest of its region counts as written,
+    /// for the next round to look at. Returns how many pages that are.
+    pub(crate) fn give_up_first(&mut self) -> u64 {
+        self.ranges.pop_front().map_or(0, |range| {
+            self.watch.mark_written(&range);
+            (range.end - range.start) / PAGE
+        })
+    }
+}
+
+impl Drop for Owed<'_> {
+    fn drop(&mut self) {
+        for range in self.ranges.drain(..) {
+            self.watch.mark_written(&range);
+        }
+    }
+}
+
+/// Reads pieces of memory. Fewer bytes than asked for, always whole pages, when
+/// a page could not be read; `None` when the process has ended.
+pub(crate) fn read_pieces(
+    pid: i32,
+    pieces: &[Range<u64>],
+    buffer: &mut BytesMut,
+) -> Result<Option<BytesMut>, MemoryError> {
+    match sys::read_pages(pid, pieces, buffer) {
+        Ok(read) => {
+            buffer.truncate(read / PAGE_BYTES * PAGE_BYTES);
+            Ok(Some(buffer.split()))
+        }
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EFAULT) => Ok(Some(BytesMut::new())),
+            Some(libc::ESRCH) => Ok(None),
+            _ => Err(MemoryError::Read {
+                pid,
+                vaddr: pieces.first().map_or(0, |piece| piece.start),
+                source: error,
+            }),
+        },
+    }
+}
+
+/// Populated pages of a mapping, without touching any mark.
+pub(crate) fn populated_pages(
+    pid: i32,
+    pagemap: &File,
+    vma: &Vma,
+    guards: bool,
+) -> Result<u64, MemoryError> {
+    let mut regions = vec![Region::default(); REGIONS_PER_SCAN];
+    let mut range = vma.range.clone();
+    let mut pages = 0;
+    while range.start < range.end {
+        let (found, next) = sys::scan(pagemap, &range, ScanMode::Look, guards, &mut regions)
+            .map_err(|source| MemoryError::Scan {
+                pid,
+                vaddr: range.start,
+                source,
+            })?;
+        pages += regions.iter().take(found).map(Region::pages).sum::<u64>();
+        range.start = next.max(range.start + PAGE);
+    }
+    Ok(pages)
+}
+
+/// Opens the pagemap of the memory that the process has now.
+pub(crate) fn open_pagemap(pid: i32) -> Result<File, MemoryError> {
+    let path = format!("/proc/{pid}/pagemap");
+    File::open(&path).map_err(|source| maps::proc_failed(pid, &path, source))
+}
+
+/// Signs that a device may write to memory of this process without a fault:
+/// memory pinned for good, asynchronous I/O, or files open past the page cache.
+pub(crate) fn device_writes(pid: i32, vmas: &[Vma]) -> Option<&'static str> {
+    if vmas.iter().any(|vma| vma.name.starts_with("/[aio]")) {
+        return Some("it does asynchronous I/O");
+    }
+    if vmas.iter().any(|vma| vma.name.contains("[io_uring]")) {
+        return Some("it uses io_uring");
+    }
+    let pinned = fs::read_to_string(format!("/proc/{pid}/status"))
+        .unwrap_or_default()
+        .lines()
+        .find_map(|line| line.strip_prefix("VmPin:"))
+        .is_some_and(|value| !value.trim().starts_with("0 "));
+    if pinned {
+        return Some("it has pinned memory");
+    }
+    opened_past_cache(pid).then_some("it has a file open with O_DIRECT")
+}
+
+fn opened_past_cache(pid: i32) -> bool {
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return false;
+    };
+    descriptors.filter_map(Result::ok).any(|entry| {
+        // Sockets, pipes and the like lead nowhere; only files are asked, since
+        // the answer of an epoll descriptor lists all it watches.
+        let leads_to_path = fs::read_link(entry.path()).is_ok_and(|to| to.is_absolute());
+        leads_to_path
+            && fs::metadata(entry.path())
+                .is_ok_and(|file| file.file_type().is_file() || file.file_type().is_block_device())
+            && entry
+                .file_name()
+                .to_str()
+                .and_then(|fd| descriptor_flags(pid, fd))
+                .is_some_and(|flags| flags & libc::O_DIRECT != 0)
+    })
+}
+
+fn descriptor_flags(pid: i32, fd: &str) -> Option<i32> {
+    let mut text = String::new();
+    File::open(format!("/proc/{pid}/fdinfo/{fd}"))
+        .and_then(|file| file.take(256).read_to_string(&mut text))
+        .ok()?;
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    i32::from_str_radix(flags.trim(), 8).ok()
+}

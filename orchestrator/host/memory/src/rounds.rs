@@ -1,0 +1,550 @@
+//! Rounds: what changed since the last one, handed on while the tree runs.
+//!
+//! ```text
+//! round:  processes of the tree now
+//!         each:  new, or exec called  -> userfaultfd made inside
+//!                mappings now, each:  not watched -> register; all of it is new
+//!                    PAGEMAP_SCAN marks written pages clean and names them
+//!                    process_vm_readv, PageSink
+//! ```
+//!
+//! First marked, then read: a write after the mark marks the page again, so
+//! either this reading or the next round has it.
+
+use std::collections::BTreeMap;
+use std::error::Error as StdError;
+use std::fs::File;
+use std::future::Future;
+use std::ops::Range;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use migrate_core::wire::{PAGE_BYTES, PageOwner, PageRun};
+
+use crate::error::{MemoryError, RoundError, UntrackedReason};
+use crate::inject::{InjectError, Injection};
+use crate::maps::{self, Vma};
+use crate::probe::{Support, probe};
+use crate::process::{self, Unwatched, Watch};
+use crate::sys;
+use crate::tree::{self, Member};
+use crate::{PAGE, ZERO_PAGE};
+
+/// Most pages that a run with data has: 1 MiB, well below the frame limit of
+/// the channel and the kernel's limit of one reading.
+pub const RUN_PAGES_MAX: u64 = 256;
+
+/// Every address that a process can have.
+const ALL_ADDRESSES: Range<u64> = 0..1 << 63;
+
+/// Takes the pages of a round.
+pub trait PageSink: Send {
+    /// Why pages were not taken.
+    type Error: StdError + Send + Sync + 'static;
+
+    /// Takes a run of at most [`RUN_PAGES_MAX`] pages: with its data and
+    /// [`PageRun::PRESENT`], or without data and [`PageRun::ZERO`]. It replaces
+    /// whatever came earlier for these pages. Pages come in ascending order
+    /// within a mapping only.
+    fn pages(
+        &mut self,
+        run: PageRun,
+        data: Bytes,
+    ) -> impl Future<Output = Result<(), Self::Error>> + Send;
+
+    /// Memory that was there in the last round is not any more; of an ended
+    /// process, every address. Only a hint: what came for it may be thrown away.
+    fn gone(
+        &mut self,
+        owner: PageOwner,
+        range: Range<u64>,
+    ) -> impl Future<Output = Result<(), Self::Error>> + Send {
+        let _ = (owner, range);
+        async { Ok(()) }
+    }
+}
+
+/// Bounds of a pre-copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Most processes that are followed.
+    pub processes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { processes: 4096 }
+    }
+}
+
+/// What a round did. Pages are those of 4 KiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RoundStats {
+    /// Populated pages looked at: written and skipped together.
+    pub pages_scanned: u64,
+    /// Pages that had changed, and were handed on.
+    pub pages_written: u64,
+    /// Pages that had not changed.
+    pub pages_skipped: u64,
+    /// Those of `pages_written` that hold nothing but zeros and went without data.
+    pub zero_pages: u64,
+    /// Pages that had changed and were gone before they could be read.
+    pub pages_vanished: u64,
+    /// Populated private pages that are not tracked: they move while the tree
+    /// is frozen, however many rounds there are.
+    pub pages_untracked: u64,
+    /// Bytes of page data handed on.
+    pub bytes: u64,
+    /// Processes in the tree.
+    pub processes: u64,
+    /// Processes that were newly tracked in this round.
+    pub injections: u64,
+    /// The longest time that one thread stood still for that, in microseconds.
+    pub injection_stopped_us_max: u64,
+    /// From the start of the previous round to that of this one, in
+    /// microseconds: how long the pages had to change. Zero in the first.
+    pub since_previous_us: u64,
+    /// How long the round took, waiting for the sink included, in microseconds.
+    pub took_us: u64,
+    /// How much of that was spent waiting for the sink, in microseconds.
+    pub sink_us: u64,
+}
+
+/// Whether a process is tracked.
+#[derive(Debug)]
+pub enum TrackingState {
+    /// Its clean pages have been handed on.
+    Tracked {
+        /// What it cost to begin.
+        injection: Injection,
+    },
+    /// All of its memory counts as dirty.
+    Untracked {
+        /// Why.
+        reason: UntrackedReason,
+    },
+}
+
+/// A process of the tree as the last round saw it.
+#[derive(Debug)]
+pub struct ProcessStatus<'a> {
+    /// Its PID.
+    pub pid: i32,
+    /// Whether it is tracked.
+    pub state: &'a TrackingState,
+}
+
+#[derive(Debug)]
+struct Process {
+    start_ticks: u64,
+    watch: Option<Watch>,
+    state: TrackingState,
+    /// The vDSO has been handed on. It never changes.
+    vdso_sent: bool,
+    /// What was copied in the last round, for [`PageSink::gone`].
+    known: Vec<Range<u64>>,
+}
+
+/// Pre-copy of one tree.
+///
+/// Lives until CRIU has dumped the tree: dropping it ends the tracking, and all
+/// memory counts as dirty from then on. The tree is not affected by that.
+#[derive(Debug)]
+pub struct Precopy {
+    root: i32,
+    limits: Limits,
+    support: Support,
+    processes: BTreeMap<i32, Process>,
+    last_start: Option<Instant>,
+    buffer: BytesMut,
+}
+
+impl Precopy {
+    /// Prepares to copy the tree of `root`. The tree is not touched yet.
+    ///
+    /// # Errors
+    ///
+    /// This host cannot track memory, see [`probe`].
+    pub fn new(root: i32, limits: Limits) -> Result<Self, MemoryError> {
+        let support = probe().map_err(|source| MemoryError::Unsupported { source })?;
+        Ok(Self {
+            root,
+            limits,
+            support,
+            processes: BTreeMap::new(),
+            last_start: None,
+            buffer: BytesMut::new(),
+        })
+    }
+
+    /// The processes as the last round saw them, by PID.
+    pub fn processes(&self) -> impl Iterator<Item = ProcessStatus<'_>> {
+        self.processes.iter().map(|(&pid, process)| ProcessStatus {
+            pid,
+            state: &process.state,
+        })
+    }
+
+    /// Hands on what has changed since the last round; everything in the first.
+    ///
+    /// Cancel safe: a round that is dropped counts what it did not hand on as
+    /// changed.
+    ///
+    /// # Errors
+    ///
+    /// The root is gone, the tree has too many processes, or the sink refused.
+    /// A process that cannot be tracked is no error, see
+    /// [`processes`](Self::processes).
+    pub async fn round<S: PageSink>(
+        &mut self,
+        sink: &mut S,
+    ) -> Result<RoundStats, RoundError<S::Error>> {
+        let start = Instant::now();
+        let mut stats = RoundStats {
+            since_previous_us: self
+                .last_start
+                .map_or(0, |last| micros(start.duration_since(last))),
+            ..RoundStats::default()
+        };
+        let members = tree::members(self.root, self.limits.processes)?;
+        self.last_start = Some(start);
+        self.forget_ended(&members, sink).await?;
+        for &member in &members {
+            match self.copy(member, sink, &mut stats).await {
+                Err(RoundError::Memory {
+                    source: MemoryError::Gone { pid },
+                }) if pid != self.root => {}
+                done => done?,
+            }
+        }
+        stats.processes = members.len() as u64;
+        stats.took_us = micros(start.elapsed());
+        Ok(stats)
+    }
+
+    /// Forgets processes that have ended, or whose PID now is another's.
+    async fn forget_ended<S: PageSink>(
+        &mut self,
+        members: &[Member],
+        sink: &mut S,
+    ) -> Result<(), RoundError<S::Error>> {
+        let ended: Vec<i32> = self
+            .processes
+            .iter()
+            .filter(|&(&pid, process)| {
+                !members
+                    .iter()
+                    .any(|m| m.pid == pid && m.start_ticks == process.start_ticks)
+            })
+            .map(|(&pid, _)| pid)
+            .collect();
+        for pid in ended {
+            self.processes.remove(&pid);
+            report_gone(sink, pid, vec![ALL_ADDRESSES]).await?;
+        }
+        Ok(())
+    }
+
+    async fn copy<S: PageSink>(
+        &mut self,
+        member: Member,
+        sink: &mut S,
+        stats: &mut RoundStats,
+    ) -> Result<(), RoundError<S::Error>> {
+        let pid = member.pid;
+        /// A process may call exec again while it is looked at.
+        const EXECS_MAX: usize = 3;
+        for _ in 0..EXECS_MAX {
+            let vmas = maps::read(pid)?;
+            let pagemap = process::open_pagemap(pid)?;
+            let guards = self.support.guard_pages;
+            let process = track(&mut self.processes, member, &vmas, stats)?;
+            let Some(watch) = &process.watch else {
+                for vma in vmas.iter().filter(|vma| vma.private()) {
+                    stats.pages_untracked += process::populated_pages(pid, &pagemap, vma, guards)?;
+                }
+                return Ok(());
+            };
+            let mut pass = Pass {
+                pid,
+                watch,
+                pagemap: &pagemap,
+                guards,
+                buffer: &mut self.buffer,
+                sink,
+                stats,
+            };
+            if !process.vdso_sent {
+                process.vdso_sent = pass.vdso(&vmas).await?;
+            }
+            let mut same_memory = true;
+            for vma in &vmas {
+                same_memory = pass.mapping(vma).await?;
+                if !same_memory {
+                    break;
+                }
+            }
+            if same_memory {
+                let now: Vec<Range<u64>> = merged(&vmas);
+                let before = std::mem::replace(&mut process.known, now);
+                let gone = without(&before, &process.known);
+                return report_gone(sink, pid, gone).await;
+            }
+            process.watch = None;
+        }
+        Ok(())
+    }
+}
+
+/// Sees to it that a process is tracked, if it can be.
+fn track<'p>(
+    processes: &'p mut BTreeMap<i32, Process>,
+    member: Member,
+    vmas: &[Vma],
+    stats: &mut RoundStats,
+) -> Result<&'p mut Process, MemoryError> {
+    let pid = member.pid;
+    let device = process::device_writes(pid, vmas);
+    let shared = member
+        .parent
+        .filter(|&parent| sys::same_memory(pid, parent));
+    let refused = match (device, shared) {
+        (Some(what), _) => Some(UntrackedReason::Pinned { what }),
+        (None, Some(with)) => Some(UntrackedReason::SharedMemory { with }),
+        (None, None) => None,
+    };
+    let watched = processes
+        .get(&pid)
+        .is_some_and(|process| process.watch.is_some());
+    let (watch, state) = match refused {
+        Some(reason) => (None, TrackingState::Untracked { reason }),
+        None if watched => {
+            return processes.get_mut(&pid).ok_or(MemoryError::Gone { pid });
+        }
+        None => match Watch::begin(pid) {
+            Ok((watch, injection)) => {
+                stats.injections += 1;
+                stats.injection_stopped_us_max =
+                    stats.injection_stopped_us_max.max(injection.stopped_us);
+                (Some(watch), TrackingState::Tracked { injection })
+            }
+            Err(InjectError::Gone) => return Err(MemoryError::Gone { pid }),
+            Err(InjectError::Refused(reason)) => (None, TrackingState::Untracked { reason }),
+        },
+    };
+    let known = processes
+        .remove(&pid)
+        .map(|process| process.known)
+        .unwrap_or_default();
+    Ok(processes.entry(pid).or_insert(Process {
+        start_ticks: member.start_ticks,
+        watch,
+        state,
+        vdso_sent: false,
+        known,
+    }))
+}
+
+/// One round over one process.
+struct Pass<'a, S> {
+    pid: i32,
+    watch: &'a Watch,
+    pagemap: &'a File,
+    guards: bool,
+    buffer: &'a mut BytesMut,
+    sink: &'a mut S,
+    stats: &'a mut RoundStats,
+}
+
+impl<S: PageSink> Pass<'_, S> {
+    /// Hands on the vDSO. CRIU counts its pages as clean although nothing
+    /// tracks them, and it never changes.
+    async fn vdso(&mut self, vmas: &[Vma]) -> Result<bool, RoundError<S::Error>> {
+        let Some(vdso) = vmas.iter().find(|vma| vma.name == "[vdso]") else {
+            return Ok(true);
+        };
+        let mut at = vdso.range.start;
+        while at < vdso.range.end {
+            let piece = at..vdso.range.end.min(at + RUN_PAGES_MAX * PAGE);
+            at = piece.end;
+            let wanted = piece.end - piece.start;
+            let Some(data) =
+                process::read_pieces(self.pid, std::slice::from_ref(&piece), self.buffer)?
+            else {
+                return Err(MemoryError::Gone { pid: self.pid }.into());
+            };
+            if data.len() as u64 != wanted {
+                return Ok(false);
+            }
+            self.hand_on(&[piece], &data.freeze()).await?;
+        }
+        Ok(true)
+    }
+
+    /// Copies what changed in one mapping. `false` when the process has called
+    /// exec since it is watched.
+    async fn mapping(&mut self, vma: &Vma) -> Result<bool, RoundError<S::Error>> {
+        if !vma.trackable() {
+            if vma.private() && vma.name != "[vdso]" {
+                self.untracked(vma)?;
+            }
+            return Ok(true);
+        }
+        let mut range = vma.range.clone();
+        while range.start < range.end {
+            let scan = match self.watch.scan(self.pagemap, &range, self.guards) {
+                Ok(scan) => scan,
+                Err(Unwatched::OtherMemory) => return Ok(false),
+                Err(Unwatched::Part) => {
+                    self.untracked(&Vma {
+                        range,
+                        ..vma.clone()
+                    })?;
+                    return Ok(true);
+                }
+            };
+            self.stats.pages_scanned += scan.clean_pages + scan.written_pages;
+            self.stats.pages_skipped += scan.clean_pages;
+            range.start = scan.next.max(range.start + PAGE);
+            self.settle(scan.owed).await?;
+        }
+        Ok(true)
+    }
+
+    fn untracked(&mut self, vma: &Vma) -> Result<(), MemoryError> {
+        self.stats.pages_untracked +=
+            process::populated_pages(self.pid, self.pagemap, vma, self.guards)?;
+        Ok(())
+    }
+
+    /// Reads and hands on the pages that a scan named.
+    async fn settle(&mut self, mut owed: process::Owed<'_>) -> Result<(), RoundError<S::Error>> {
+        loop {
+            let pieces = owed.next_pieces(RUN_PAGES_MAX);
+            if pieces.is_empty() {
+                return Ok(());
+            }
+            let wanted: u64 = pieces.iter().map(|piece| piece.end - piece.start).sum();
+            let Some(data) = process::read_pieces(self.pid, &pieces, self.buffer)? else {
+                return Err(MemoryError::Gone { pid: self.pid }.into());
+            };
+            let read = data.len() as u64;
+            self.hand_on(&pieces, &data.freeze()).await?;
+            owed.settle(read);
+            self.stats.pages_written += read / PAGE;
+            if read < wanted {
+                let given_up = owed.give_up_first();
+                self.stats.pages_scanned -= given_up;
+                self.stats.pages_vanished += given_up;
+            }
+        }
+    }
+
+    /// Hands on the leading pieces that `data` covers, zeros without data.
+    async fn hand_on(
+        &mut self,
+        pieces: &[Range<u64>],
+        data: &Bytes,
+    ) -> Result<(), RoundError<S::Error>> {
+        let waiting = Instant::now();
+        let mut at = 0usize;
+        for piece in pieces {
+            let bytes = usize::try_from(piece.end - piece.start).unwrap_or(usize::MAX);
+            let end = data.len().min(at.saturating_add(bytes));
+            for (run, content) in runs(self.pid, piece.start, &data.slice(at..end)) {
+                if run.flags == PageRun::ZERO {
+                    self.stats.zero_pages += run.pages;
+                }
+                self.stats.bytes += content.len() as u64;
+                self.sink
+                    .pages(run, content)
+                    .await
+                    .map_err(|source| RoundError::Sink { source })?;
+            }
+            at = end;
+        }
+        self.stats.sink_us += micros(waiting.elapsed());
+        Ok(())
+    }
+}
+
+/// Splits pages side by side into runs of zeros and runs of content.
+fn runs(pid: i32, vaddr: u64, data: &Bytes) -> impl Iterator<Item = (PageRun, Bytes)> {
+    let owner = PageOwner::Task(pid.unsigned_abs());
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let rest = &data[at..];
+        let mut pages = rest.chunks(PAGE_BYTES).map(|page| page == ZERO_PAGE);
+        let zero = pages.next()?;
+        let count = 1 + pages.take_while(|&next| next == zero).count();
+        let start = at;
+        at += count * PAGE_BYTES;
+        let run = PageRun {
+            owner,
+            vaddr: vaddr + start as u64,
+            pages: count as u64,
+            flags: if zero {
+                PageRun::ZERO
+            } else {
+                PageRun::PRESENT
+            },
+        };
+        let content = if zero {
+            Bytes::new()
+        } else {
+            data.slice(start..at)
+        };
+        Some((run, content))
+    })
+}
+
+async fn report_gone<S: PageSink>(
+    sink: &mut S,
+    pid: i32,
+    ranges: Vec<Range<u64>>,
+) -> Result<(), RoundError<S::Error>> {
+    for range in ranges {
+        sink.gone(PageOwner::Task(pid.unsigned_abs()), range)
+            .await
+            .map_err(|source| RoundError::Sink { source })?;
+    }
+    Ok(())
+}
+
+/// The mappings that may be tracked, adjacent ones in one.
+fn merged(vmas: &[Vma]) -> Vec<Range<u64>> {
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for vma in vmas.iter().filter(|vma| vma.anonymous()) {
+        match merged.last_mut() {
+            Some(last) if last.end == vma.range.start => last.end = vma.range.end,
+            _ => merged.push(vma.range.clone()),
+        }
+    }
+    merged
+}
+
+/// What of `before` is not in `now`; both ascend and do not overlap.
+fn without(before: &[Range<u64>], now: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut gone = Vec::new();
+    for range in before {
+        let mut at = range.start;
+        let first = now.partition_point(|kept| kept.end <= range.start);
+        for kept in now[first..]
+            .iter()
+            .take_while(|kept| kept.start < range.end)
+        {
+            if at < kept.start {
+                gone.push(at..kept.start);
+            }
+            at = kept.end;
+        }
+        if at < range.end {
+            gone.push(at..range.end);
+        }
+    }
+    gone
+}
+
+fn micros(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,481 @@
+//! The destination's page store: the latest content of every page.
+//!
+//! Pages lie in extents of 2 MiB by address, so that a long run is one copy and
+//! reading in order is one slice per extent. Zero pages are remembered by a bit.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use migrate_core::wire::{PAGE_BYTES, PageOwner, PageRun};
+use sha2::{Digest as _, Sha256};
+
+use crate::error::StoreError;
+use crate::{PAGE, ZERO_PAGE};
+
+/// Pages of an extent: 2 MiB, a huge page on x86_64.
+const EXTENT_PAGES: usize = 512;
+
+/// Bytes of an extent.
+const EXTENT_BYTES: u64 = EXTENT_PAGES as u64 * PAGE;
+
+/// One bit for each page of an extent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Bits([u64; EXTENT_PAGES / 64]);
+
+impl Bits {
+    fn has(&self, page: usize) -> bool {
+        self.0[page / 64] & (1 << (page % 64)) != 0
+    }
+
+    fn set(&mut self, page: usize, on: bool) {
+        let bit = 1 << (page % 64);
+        if on {
+            self.0[page / 64] |= bit;
+        } else {
+            self.0[page / 64] &= !bit;
+        }
+    }
+
+    fn count(&self) -> u64 {
+        self.0.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Extent {
+    /// Pages with content in `data`.
+    data_pages: Bits,
+    /// Pages known to be zero.
+    zero_pages: Bits,
+    /// Pages of `data` that were ever written to, and so take up memory.
+    touched: Bits,
+    /// Empty until there is content; then all of the extent, of which the
+    /// kernel provides what is touched.
+    data: Vec<u8>,
+}
+
+/// What the store has for a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Held {
+    /// Content.
+    Data,
+    /// Nothing but zeros.
+    Zero,
+    /// Nothing: it never came.
+    Missing,
+}
+
+impl Extent {
+    fn held(&self, page: usize) -> Held {
+        if self.data_pages.has(page) {
+            Held::Data
+        } else if self.zero_pages.has(page) {
+            Held::Zero
+        } else {
+            Held::Missing
+        }
+    }
+
+    fn empty(&self) -> bool {
+        self.data_pages == Bits::default() && self.zero_pages == Bits::default()
+    }
+
+    fn page_bytes(pages: Range<usize>) -> Range<usize> {
+        pages.start * PAGE_BYTES..pages.end * PAGE_BYTES
+    }
+}
+
+/// Content of pages side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content<'a> {
+    /// One or more pages.
+    Data(&'a [u8]),
+    /// This many pages of zeros.
+    Zero(u64),
+}
+
+impl Content<'_> {
+    /// Number of pages.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        match self {
+            Self::Data(data) => data.len() as u64 / PAGE,
+            Self::Zero(pages) => *pages,
+        }
+    }
+}
+
+/// Pages side by side, with their content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece<'a> {
+    /// Address of the first.
+    pub vaddr: u64,
+    /// What they hold.
+    pub content: Content<'a>,
+}
+
+/// A part of CRIU's final list, with what the store has for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holding {
+    /// The part; owner and flags are those of the entry it comes from.
+    pub run: PageRun,
+    /// The same for each of its pages.
+    pub held: Held,
+}
+
+/// Pages of a tree, by owner and address.
+#[derive(Debug)]
+pub struct PageStore {
+    owners: BTreeMap<PageOwner, BTreeMap<u64, Extent>>,
+    limit_bytes: u64,
+    held_bytes: u64,
+}
+
+impl PageStore {
+    /// An empty store that never holds more than `limit_bytes` of content.
+    #[must_use]
+    pub fn new(limit_bytes: u64) -> Self {
+        Self {
+            owners: BTreeMap::new(),
+            limit_bytes,
+            held_bytes: 0,
+        }
+    }
+
+    /// Memory taken up by content, in bytes. Pages that were dropped or became
+    /// zero count until their whole extent is empty.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        self.held_bytes
+    }
+
+    /// Whose pages there are.
+    pub fn owners(&self) -> impl Iterator<Item = PageOwner> {
+        self.owners.keys().copied()
+    }
+
+    /// Takes a run of pages in place of whatever was held for them. Pages that
+    /// hold nothing but zeros take up no memory.
+    ///
+    /// # Errors
+    ///
+    /// The store is full, or the run has neither data nor [`PageRun::ZERO`]. A
+    /// run may have been taken in part then.
+    pub fn put(&mut self, run: PageRun, data: &[u8]) -> Result<(), StoreError> {
+        let malformed = StoreError::Malformed {
+            owner: run.owner,
+            vaddr: run.vaddr,
+            pages: run.pages,
+        };
+        let range = range_of(&run).ok_or_else(|| malformed.clone())?;
+        let zero = run.flags & PageRun::ZERO != 0;
+        let present = run.flags & PageRun::PRESENT != 0;
+        if !zero && !present {
+            return Err(StoreError::NoData {
+                owner: run.owner,
+                vaddr: run.vaddr,
+            });
+        }
+        if (zero && (present || !data.is_empty()))
+            || (present && data.len() as u64 != range.end - range.start)
+        {
+            return Err(malformed);
+        }
+        let extents = self.owners.entry(run.owner).or_default();
+        let mut data = data;
+        for (base, pages) in extent_pieces(range) {
+            let extent = extents.entry(base).or_default();
+            if zero {
+                for page in pages {
+                    extent.data_pages.set(page, false);
+                    extent.zero_pages.set(page, true);
+                }
+                continue;
+            }
+            let (part, rest) = data.split_at(pages.len() * PAGE_BYTES);
+            data = rest;
+            fill(extent, pages, part, &mut self.held_bytes, self.limit_bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Forgets the pages of a range.
+    pub fn drop_range(&mut self, owner: PageOwner, range: Range<u64>) {
+        let range = range.start / PAGE * PAGE..range.end.div_ceil(PAGE).saturating_mul(PAGE);
+        let Some(extents) = self.owners.get_mut(&owner) else {
+            return;
+        };
+        let first = range.start / EXTENT_BYTES * EXTENT_BYTES;
+        let bases: Vec<u64> = extents
+            .range(first..range.end.max(first))
+            .map(|(&base, _)| base)
+            .collect();
+        for base in bases {
+            let start = range.start.max(base);
+            let end = range.end.min(base.saturating_add(EXTENT_BYTES));
+            if start >= end {
+                continue;
+            }
+            if let Some(extent) = extents.get_mut(&base) {
+                for page in page_at(start - base)..page_at(end - base) {
+                    extent.data_pages.set(page, false);
+                    extent.zero_pages.set(page, false);
+                }
+                if extent.empty() {
+                    self.held_bytes -= extent.touched.count() * PAGE;
+                    extents.remove(&base);
+                }
+            }
+        }
+        if extents.is_empty() {
+            self.owners.remove(&owner);
+        }
+    }
+
+    /// Forgets everything of an owner.
+    pub fn drop_owner(&mut self, owner: PageOwner) {
+        if let Some(extents) = self.owners.remove(&owner) {
+            let touched: u64 = extents.values().map(|extent| extent.touched.count()).sum();
+            self.held_bytes -= touched * PAGE;
+        }
+    }
+
+    /// What the store has for CRIU's final list, in its order: entries are
+    /// split where that changes. [`Held::Missing`] parts have to come from
+    /// elsewhere; the frozen tree still has them.
+    pub fn resolve<'a>(&'a self, entries: &'a [PageRun]) -> impl Iterator<Item = Holding> + 'a {
+        entries.iter().flat_map(|entry| {
+            let mut holdings: Vec<Holding> = Vec::new();
+            let Some(range) = range_of(entry) else {
+                return holdings;
+            };
+            for (vaddr, pages, held) in self.spans(entry.owner, range) {
+                match holdings.last_mut() {
+                    Some(last) if last.held == held => last.run.pages += pages,
+                    _ => holdings.push(Holding {
+                        run: PageRun {
+                            vaddr,
+                            pages,
+                            ..*entry
+                        },
+                        held,
+                    }),
+                }
+            }
+            holdings
+        })
+    }
+
+    /// Forgets every page of the owner that the final list does not name: it
+    /// was unmapped, or given back, since it came. Entries ascend.
+    pub fn retain(&mut self, owner: PageOwner, entries: &[PageRun]) {
+        let mut at = 0;
+        for entry in entries.iter().filter(|entry| entry.owner == owner) {
+            let Some(range) = range_of(entry) else {
+                continue;
+            };
+            self.drop_range(owner, at..range.start.max(at));
+            at = at.max(range.end);
+        }
+        self.drop_range(owner, at..u64::MAX / PAGE * PAGE);
+    }
+
+    /// The pages of an owner, in order of addresses; never copied.
+    pub fn pages(&self, owner: PageOwner) -> impl Iterator<Item = Piece<'_>> {
+        self.owners
+            .get(&owner)
+            .into_iter()
+            .flatten()
+            .flat_map(|(&base, extent)| pieces(base, extent, 0..EXTENT_PAGES))
+    }
+
+    /// The pages of an owner within a range, in order of addresses; pages that
+    /// are missing are left out.
+    pub fn range(&self, owner: PageOwner, range: Range<u64>) -> impl Iterator<Item = Piece<'_>> {
+        let extents = self.owners.get(&owner);
+        extent_pieces(range)
+            .filter_map(move |(base, pages)| {
+                let extent = extents?.get(&base)?;
+                Some(pieces(base, extent, pages))
+            })
+            .flatten()
+    }
+
+    /// One page: its content, zeros included. `None` when it is missing.
+    #[must_use]
+    pub fn page(&self, owner: PageOwner, vaddr: u64) -> Option<&[u8]> {
+        let base = vaddr / EXTENT_BYTES * EXTENT_BYTES;
+        let extent = self.owners.get(&owner)?.get(&base)?;
+        let page = page_at(vaddr - base);
+        match extent.held(page) {
+            Held::Data => extent.data.get(Extent::page_bytes(page..page + 1)),
+            Held::Zero => Some(&ZERO_PAGE),
+            Held::Missing => None,
+        }
+    }
+
+    /// Digest of all that is held of an owner; see [`MemoryDigest`].
+    #[must_use]
+    pub fn digest(&self, owner: PageOwner) -> [u8; 32] {
+        let mut digest = MemoryDigest::new();
+        for piece in self.pages(owner) {
+            if let Content::Data(data) = piece.content {
+                digest.add(piece.vaddr, data);
+            }
+        }
+        digest.finish()
+    }
+
+    /// What is held, page after page, the same kinds together.
+    fn spans(
+        &self,
+        owner: PageOwner,
+        range: Range<u64>,
+    ) -> impl Iterator<Item = (u64, u64, Held)> + '_ {
+        let extents = self.owners.get(&owner);
+        extent_pieces(range).flat_map(move |(base, pages)| {
+            let mut spans: Vec<(u64, u64, Held)> = Vec::new();
+            match extents.and_then(|extents| extents.get(&base)) {
+                None => spans.push((
+                    base + pages.start as u64 * PAGE,
+                    pages.len() as u64,
+                    Held::Missing,
+                )),
+                Some(extent) => {
+                    for page in pages {
+                        let held = extent.held(page);
+                        match spans.last_mut() {
+                            Some(last) if last.2 == held => last.1 += 1,
+                            _ => spans.push((base + page as u64 * PAGE, 1, held)),
+                        }
+                    }
+                }
+            }
+            spans
+        })
+    }
+}
+
+/// Copies pages into an extent, zero pages excepted.
+fn fill(
+    extent: &mut Extent,
+    pages: Range<usize>,
+    data: &[u8],
+    held_bytes: &mut u64,
+    limit_bytes: u64,
+) -> Result<(), StoreError> {
+    let first = pages.start;
+    let mut at = pages.start;
+    while at < pages.end {
+        let content = |page: usize| &data[Extent::page_bytes(page - first..page - first + 1)];
+        let zero = content(at) == ZERO_PAGE;
+        let end = (at + 1..pages.end)
+            .find(|&page| (content(page) == ZERO_PAGE) != zero)
+            .unwrap_or(pages.end);
+        if !zero {
+            let fresh = (at..end).filter(|&page| !extent.touched.has(page)).count() as u64 * PAGE;
+            if *held_bytes + fresh > limit_bytes {
+                return Err(StoreError::Full { limit_bytes });
+            }
+            *held_bytes += fresh;
+            if extent.data.is_empty() {
+                extent.data = vec![0; EXTENT_PAGES * PAGE_BYTES];
+            }
+            extent.data[Extent::page_bytes(at..end)]
+                .copy_from_slice(&data[Extent::page_bytes(at - first..end - first)]);
+        }
+        for page in at..end {
+            extent.data_pages.set(page, !zero);
+            extent.zero_pages.set(page, zero);
+            if !zero {
+                extent.touched.set(page, true);
+            }
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+/// What an extent has of some of its pages, in order.
+fn pieces(base: u64, extent: &Extent, pages: Range<usize>) -> impl Iterator<Item = Piece<'_>> {
+    let mut at = pages.start;
+    std::iter::from_fn(move || {
+        let start = (at..pages.end).find(|&page| extent.held(page) != Held::Missing)?;
+        let held = extent.held(start);
+        let end = (start + 1..pages.end)
+            .find(|&page| extent.held(page) != held)
+            .unwrap_or(pages.end);
+        at = end;
+        let content = if held == Held::Data {
+            Content::Data(extent.data.get(Extent::page_bytes(start..end))?)
+        } else {
+            Content::Zero((end - start) as u64)
+        };
+        Some(Piece {
+            vaddr: base + start as u64 * PAGE,
+            content,
+        })
+    })
+}
+
+/// The addresses of a run. `None` when they are impossible.
+fn range_of(run: &PageRun) -> Option<Range<u64>> {
+    let end = run.vaddr.checked_add(run.pages.checked_mul(PAGE)?)?;
+    // One extent more, so that no sum below can overflow.
+    end.checked_add(EXTENT_BYTES)?;
+    (run.vaddr.is_multiple_of(PAGE) && run.pages > 0).then_some(run.vaddr..end)
+}
+
+/// The extents that a range touches, and which of their pages.
+fn extent_pieces(range: Range<u64>) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        if at >= range.end {
+            return None;
+        }
+        let base = at / EXTENT_BYTES * EXTENT_BYTES;
+        let end = range.end.min(base.saturating_add(EXTENT_BYTES));
+        let pages = page_at(at - base)..page_at(end - base);
+        at = end;
+        Some((base, pages))
+    })
+}
+
+/// The page at an offset into an extent.
+fn page_at(offset: u64) -> usize {
+    usize::try_from(offset.min(EXTENT_BYTES) / PAGE).unwrap_or(EXTENT_PAGES)
+}
+
+/// Digest of memory that does not depend on how it was sent: SHA-256 over
+/// address and content of each page, in order of addresses, pages of zeros left
+/// out, since absent anonymous memory reads as zeros.
+#[derive(Debug, Clone, Default)]
+pub struct MemoryDigest(Sha256);
+
+impl MemoryDigest {
+    /// Of no memory.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds pages side by side; addresses ascend from call to call. A part of a
+    /// page at the end is ignored.
+    pub fn add(&mut self, vaddr: u64, data: &[u8]) {
+        for (page, at) in data
+            .chunks_exact(PAGE_BYTES)
+            .zip((vaddr..).step_by(PAGE_BYTES))
+        {
+            if page != ZERO_PAGE {
+                self.0.update(at.to_le_bytes());
+                self.0.update(page);
+            }
+        }
+    }
+
+    /// The digest.
+    #[must_use]
+    pub fn finish(self) -> [u8; 32] {
+        self.0.finalize().into()
+    }
+}

@@ -1,0 +1,605 @@
+//! Pre-copy of real processes, compared byte by byte.
+//!
+//! The process is stopped and each page that counts as clean must be in the
+//! store with the content it has: that is what a final dump relies on.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use migrate_core::wire::{PAGE_BYTES, PageOwner, PageRun};
+use migrate_memory::{
+    Limits, PageSink, PageStore, Precopy, RoundError, RoundStats, StoreError, TrackingState,
+    UntrackedReason, probe,
+};
+
+const PAGE: u64 = PAGE_BYTES as u64;
+
+/// Prints why and returns when this host cannot track memory.
+macro_rules! require_tracking {
+    ($test:literal) => {
+        if let Err(reason) = probe() {
+            println!("SKIP {}: {reason}", $test);
+            return;
+        }
+    };
+}
+
+struct Victim {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Victim {
+    fn start(arguments: &[&str]) -> Self {
+        let mut path = std::env::current_exe().unwrap();
+        path.pop();
+        path.pop();
+        let mut child = Command::new(path.join("examples/victim"))
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let input = child.stdin.take().unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let mut victim = Self {
+            child,
+            input,
+            output,
+        };
+        assert_eq!(victim.line(), "ready");
+        victim
+    }
+
+    fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).unwrap();
+        line.trim().to_owned()
+    }
+
+    fn ask(&mut self) -> String {
+        self.input.write_all(b"\n").unwrap();
+        self.line()
+    }
+
+    fn assert_alive(&mut self) {
+        if let Some(status) = self.child.try_wait().unwrap() {
+            panic!(
+                "ended: code {:?}, signal {:?}",
+                status.code(),
+                status.signal()
+            );
+        }
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        // Children of the victim are ended by their own guards.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Ends a process that is not our child.
+struct Ended(i32);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        signal(self.0, libc::SIGKILL);
+    }
+}
+
+fn signal(pid: i32, signal: i32) {
+    // SAFETY: no pointer is passed.
+    unsafe { libc::kill(pid, signal) };
+}
+
+/// Stops a process and waits until all of its threads stand still.
+fn stop(pid: i32) {
+    signal(pid, libc::SIGSTOP);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let stands = |task: &fs::DirEntry| {
+        fs::read_to_string(task.path().join("stat")).map_or(true, |stat| {
+            stat.rsplit(") ")
+                .next()
+                .unwrap()
+                .starts_with(['T', 't', 'Z'])
+        })
+    };
+    while !fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        .map(Result::unwrap)
+        .all(|task| stands(&task))
+    {
+        assert!(Instant::now() < deadline, "{pid} does not stop");
+        std::thread::yield_now();
+    }
+}
+
+/// A store at the other end of nothing.
+struct Direct {
+    store: PageStore,
+    /// Refuse at this page, counted down.
+    refuse_after: u64,
+}
+
+impl Direct {
+    fn new() -> Self {
+        Self {
+            store: PageStore::new(8 << 30),
+            refuse_after: u64::MAX,
+        }
+    }
+}
+
+impl PageSink for Direct {
+    type Error = StoreError;
+
+    async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), StoreError> {
+        assert!(run.pages <= migrate_memory::RUN_PAGES_MAX);
+        if self.refuse_after < run.pages {
+            return Err(StoreError::Full { limit_bytes: 0 });
+        }
+        self.refuse_after -= run.pages;
+        self.store.put(run, &data)
+    }
+
+    async fn gone(&mut self, owner: PageOwner, range: Range<u64>) -> Result<(), StoreError> {
+        self.store.drop_range(owner, range);
+        Ok(())
+    }
+}
+
+/// A page of a stopped process.
+struct Seen {
+    vaddr: u64,
+    clean: bool,
+}
+
+/// Populated pages of private, readable, anonymous memory, read independently
+/// of the code under test: `/proc/PID/pagemap`, bits 63 present, 62 swapped,
+/// 61 file, 57 write-protected by userfaultfd.
+fn populated(pid: i32) -> Vec<Seen> {
+    let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
+    let mut seen = Vec::new();
+    for line in fs::read_to_string(format!("/proc/{pid}/maps"))
+        .unwrap()
+        .lines()
+    {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let name = fields.get(5).copied().unwrap_or("");
+        let ours = fields[1].starts_with('r')
+            && fields[1].ends_with('p')
+            && fields[4] == "0"
+            && (name.is_empty() || name == "[heap]" || name == "[stack]");
+        if !ours {
+            continue;
+        }
+        let (start, end) = fields[0].split_once('-').unwrap();
+        let start = u64::from_str_radix(start, 16).unwrap();
+        let end = u64::from_str_radix(end, 16).unwrap();
+        let mut entries = vec![0u8; usize::try_from((end - start) / PAGE * 8).unwrap()];
+        pagemap
+            .read_exact_at(&mut entries, start / PAGE * 8)
+            .unwrap();
+        for (entry, vaddr) in entries.chunks_exact(8).zip((start..).step_by(PAGE_BYTES)) {
+            let entry = u64::from_ne_bytes(entry.try_into().unwrap());
+            if entry >> 62 != 0 && entry & (1 << 61) == 0 {
+                seen.push(Seen {
+                    vaddr,
+                    clean: entry & (1 << 57) != 0,
+                });
+            }
+        }
+    }
+    seen
+}
+
+/// Compares every clean page of a stopped process with the store. Returns how
+/// many were clean and how many were not.
+fn compare(pid: i32, store: &PageStore) -> (u64, u64) {
+    let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+    let owner = PageOwner::Task(pid.unsigned_abs());
+    let (mut clean, mut dirty) = (0, 0);
+    let mut page = vec![0; PAGE_BYTES];
+    for seen in populated(pid) {
+        memory.read_exact_at(&mut page, seen.vaddr).unwrap();
+        if !seen.clean {
+            dirty += 1;
+            continue;
+        }
+        clean += 1;
+        let held = store
+            .page(owner, seen.vaddr)
+            .unwrap_or_else(|| panic!("clean page {:#x} was never sent", seen.vaddr));
+        assert!(
+            held == page,
+            "clean page {:#x} of {pid} differs",
+            seen.vaddr
+        );
+    }
+    (clean, dirty)
+}
+
+fn print(what: &str, stats: &RoundStats) {
+    println!(
+        "{what}: scanned {} written {} skipped {} zero {} vanished {} untracked {} bytes {} took {} us (sink {}), \
+         {} injections, stopped at most {} us",
+        stats.pages_scanned,
+        stats.pages_written,
+        stats.pages_skipped,
+        stats.zero_pages,
+        stats.pages_vanished,
+        stats.pages_untracked,
+        stats.bytes,
+        stats.took_us,
+        stats.sink_us,
+        stats.injections,
+        stats.injection_stopped_us_max
+    );
+    assert_eq!(
+        stats.pages_scanned,
+        stats.pages_written + stats.pages_skipped
+    );
+}
+
+/// Stops the process, compares what is clean, copies the rest, compares all.
+async fn stop_and_compare(pids: &[i32], precopy: &mut Precopy, sink: &mut Direct) {
+    for &pid in pids {
+        stop(pid);
+    }
+    for &pid in pids {
+        let (clean, dirty) = compare(pid, &sink.store);
+        println!("{pid} before the last round: {clean} clean, {dirty} dirty");
+    }
+    let stats = precopy.round(sink).await.unwrap();
+    print("last", &stats);
+    for &pid in pids {
+        let (clean, dirty) = compare(pid, &sink.store);
+        println!("{pid} after the last round: {clean} clean, {dirty} dirty");
+        assert!(clean > 0);
+        // Zero pages that were never written to are in no round, and the
+        // kernel's shared page of zeros cannot be told from others here.
+        let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+        let mut page = vec![0; PAGE_BYTES];
+        for seen in populated(pid).iter().filter(|seen| !seen.clean) {
+            memory.read_exact_at(&mut page, seen.vaddr).unwrap();
+            assert!(page.iter().all(|&byte| byte == 0), "{:#x}", seen.vaddr);
+        }
+    }
+}
+
+fn assert_tracked(precopy: &Precopy) {
+    for process in precopy.processes() {
+        match process.state {
+            TrackingState::Tracked { injection } => println!(
+                "{}: tracked, one thread stopped for {} us, {} us in all",
+                process.pid, injection.stopped_us, injection.took_us
+            ),
+            TrackingState::Untracked { reason } => panic!("{}: {reason:?}", process.pid),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_continuous_writer_is_copied_exactly() {
+    require_tracking!("a_continuous_writer_is_copied_exactly");
+    let mut victim = Victim::start(&["write", "64"]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    for round in 0..8 {
+        let stats = precopy.round(&mut sink).await.unwrap();
+        print(&format!("round {round}"), &stats);
+    }
+    assert_tracked(&precopy);
+    victim.assert_alive();
+    stop_and_compare(&[victim.pid()], &mut precopy, &mut sink).await;
+}
+
+#[tokio::test]
+async fn threads_are_copied_exactly() {
+    require_tracking!("threads_are_copied_exactly");
+    let mut victim = Victim::start(&["threads", "16"]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    for round in 0..4 {
+        let stats = precopy.round(&mut sink).await.unwrap();
+        print(&format!("round {round}"), &stats);
+    }
+    assert_tracked(&precopy);
+    assert_eq!(victim.ask(), "here");
+    stop_and_compare(&[victim.pid()], &mut precopy, &mut sink).await;
+}
+
+#[tokio::test]
+async fn what_did_not_change_is_skipped() {
+    require_tracking!("what_did_not_change_is_skipped");
+    let mut victim = Victim::start(&["idle", "64"]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    let first = precopy.round(&mut sink).await.unwrap();
+    print("first", &first);
+    assert!(first.pages_written >= 64 << 8);
+    assert_eq!(first.pages_skipped, 0);
+    let second = precopy.round(&mut sink).await.unwrap();
+    print("second", &second);
+    assert!(second.pages_written < 64, "{second:?}");
+    assert!(second.pages_skipped >= 64 << 8);
+    assert_eq!(victim.ask(), "here");
+}
+
+#[tokio::test]
+async fn a_sparse_mapping_stays_sparse() {
+    require_tracking!("a_sparse_mapping_stays_sparse");
+    let victim = Victim::start(&["sparse", "1"]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    for _ in 0..3 {
+        let stats = precopy.round(&mut sink).await.unwrap();
+        print("round", &stats);
+        assert!(stats.pages_scanned < 1000);
+    }
+    stop(victim.pid());
+    assert!(populated(victim.pid()).len() < 1000, "marks were left");
+}
+
+#[tokio::test]
+async fn no_blocked_call_sees_the_injection() {
+    require_tracking!("no_blocked_call_sees_the_injection");
+    for call in [
+        "epoll",
+        "epoll-timeout",
+        "epoll-mask",
+        "poll",
+        "ppoll",
+        "sleep",
+        "read",
+        "rcvtimeo",
+        "sigtimedwait",
+        "futex",
+        "pause",
+        "timeouts",
+    ] {
+        let mut victim = Victim::start(&["blocked", call]);
+        let mut stopped_us = Vec::new();
+        for _ in 0..50 {
+            let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+            let stats = precopy.round(&mut Direct::new()).await.unwrap();
+            assert_tracked(&precopy);
+            stopped_us.push(stats.injection_stopped_us_max);
+            victim.assert_alive();
+        }
+        assert_eq!(victim.ask(), "here", "{call}");
+        victim.assert_alive();
+        // Nothing of ours is left inside.
+        let inside = fs::read_dir(format!("/proc/{}/fd", victim.pid()))
+            .unwrap()
+            .filter_map(|fd| fs::read_link(fd.unwrap().path()).ok())
+            .any(|to| to.to_string_lossy().contains("userfaultfd"));
+        assert!(!inside, "{call}");
+        stopped_us.sort_unstable();
+        println!(
+            "{call}: stopped for {} us (median), {} us (most)",
+            stopped_us[25], stopped_us[49]
+        );
+    }
+}
+
+#[tokio::test]
+async fn signals_are_neither_lost_nor_in_the_way() {
+    require_tracking!("signals_are_neither_lost_nor_in_the_way");
+    let mut victim = Victim::start(&["signals"]);
+    let mut last = 0;
+    for _ in 0..100 {
+        let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+        precopy.round(&mut Direct::new()).await.unwrap();
+        assert_tracked(&precopy);
+        let now: u64 = victim.ask().parse().unwrap();
+        assert!(now > last, "the timer's signals ended");
+        last = now;
+    }
+}
+
+#[tokio::test]
+async fn a_stopped_process_stays_stopped() {
+    require_tracking!("a_stopped_process_stays_stopped");
+    let mut victim = Victim::start(&["idle", "1"]);
+    stop(victim.pid());
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    precopy.round(&mut sink).await.unwrap();
+    assert_tracked(&precopy);
+    stop_and_compare(&[victim.pid()], &mut precopy, &mut sink).await;
+    signal(victim.pid(), libc::SIGCONT);
+    assert_eq!(victim.ask(), "here");
+}
+
+#[tokio::test]
+async fn forks_between_rounds_are_followed() {
+    require_tracking!("forks_between_rounds_are_followed");
+    let mut victim = Victim::start(&["fork"]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    let mut children = Vec::new();
+    for round in 0..4 {
+        let stats = precopy.round(&mut sink).await.unwrap();
+        print(&format!("round {round}"), &stats);
+        assert_eq!(stats.processes, round + 1);
+        assert_eq!(stats.injections, 1, "one new process in each round");
+        children.push(Ended(victim.ask().parse().unwrap()));
+    }
+    // One ends: its memory is forgotten.
+    let ended = children.remove(0);
+    let pid = ended.0;
+    drop(ended);
+    let stats = loop {
+        let stats = precopy.round(&mut sink).await.unwrap();
+        // Killed, but perhaps not dead yet.
+        if stats.processes == 4 {
+            break stats;
+        }
+    };
+    print("after one ended", &stats);
+    assert!(
+        sink.store
+            .owners()
+            .all(|owner| owner != PageOwner::Task(pid.unsigned_abs()))
+    );
+    let mut pids = vec![victim.pid()];
+    pids.extend(children.iter().map(|child| child.0));
+    stop_and_compare(&pids, &mut precopy, &mut sink).await;
+    assert_tracked(&precopy);
+}
+
+#[tokio::test]
+async fn exec_between_rounds_is_noticed() {
+    require_tracking!("exec_between_rounds_is_noticed");
+    let mut victim = Victim::start(&["exec"]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    precopy.round(&mut sink).await.unwrap();
+    assert_eq!(victim.ask(), "ready");
+    let stats = precopy.round(&mut sink).await.unwrap();
+    print("after exec", &stats);
+    assert_eq!(stats.injections, 1);
+    assert!(stats.pages_written >= 4 << 8);
+    stop_and_compare(&[victim.pid()], &mut precopy, &mut sink).await;
+}
+
+#[tokio::test]
+async fn mappings_of_every_shape_are_copied_exactly() {
+    require_tracking!("mappings_of_every_shape_are_copied_exactly");
+    for seed in 1..=8 {
+        let mut victim = Victim::start(&["shape", &seed.to_string()]);
+        let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+        let mut sink = Direct::new();
+        for _ in 0..20 {
+            let stats = precopy.round(&mut sink).await.unwrap();
+            assert_eq!(
+                stats.pages_scanned,
+                stats.pages_written + stats.pages_skipped
+            );
+            // While it stands still, what is clean is right at any moment.
+            stop(victim.pid());
+            let (clean, dirty) = compare(victim.pid(), &sink.store);
+            println!("seed {seed}: {clean} clean, {dirty} dirty");
+            signal(victim.pid(), libc::SIGCONT);
+        }
+        victim.assert_alive();
+        stop_and_compare(&[victim.pid()], &mut precopy, &mut sink).await;
+    }
+}
+
+#[tokio::test]
+async fn a_round_that_fails_leaves_nothing_clean_that_was_not_sent() {
+    require_tracking!("a_round_that_fails_leaves_nothing_clean_that_was_not_sent");
+    let victim = Victim::start(&["idle", "16"]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    for refuse_after in [0, 1, 300, 1000, 3000] {
+        sink.refuse_after = refuse_after;
+        let result = precopy.round(&mut sink).await;
+        assert!(matches!(result, Err(RoundError::Sink { .. })));
+        stop(victim.pid());
+        let (clean, dirty) = compare(victim.pid(), &sink.store);
+        println!("refused after {refuse_after}: {clean} clean, {dirty} dirty");
+        assert!(dirty > 0);
+        signal(victim.pid(), libc::SIGCONT);
+    }
+    sink.refuse_after = u64::MAX;
+    stop_and_compare(&[victim.pid()], &mut precopy, &mut sink).await;
+}
+
+#[tokio::test]
+async fn a_round_that_is_dropped_leaves_nothing_clean_that_was_not_sent() {
+    /// Takes some pages, then never answers.
+    struct Stuck(Direct);
+    impl PageSink for Stuck {
+        type Error = StoreError;
+        async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), StoreError> {
+            match self.0.pages(run, data).await {
+                Err(_) => std::future::pending().await,
+                done => done,
+            }
+        }
+    }
+    require_tracking!("a_round_that_is_dropped_leaves_nothing_clean_that_was_not_sent");
+    let victim = Victim::start(&["idle", "16"]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Stuck(Direct::new());
+    sink.0.refuse_after = 700;
+    let waiting = tokio::time::timeout(Duration::from_millis(500), precopy.round(&mut sink));
+    assert!(waiting.await.is_err());
+    sink.0.refuse_after = u64::MAX;
+    stop_and_compare(&[victim.pid()], &mut precopy, &mut sink.0).await;
+}
+
+#[tokio::test]
+async fn a_process_that_is_traced_is_left_alone() {
+    require_tracking!("a_process_that_is_traced_is_left_alone");
+    let mut victim = Victim::start(&["idle", "4"]);
+    let pid = victim.pid();
+    // Another process traces it, until its standard input ends.
+    let mut tracer = Command::new("python3")
+        .args([
+            "-c",
+            "import ctypes,sys\nlibc=ctypes.CDLL(None)\n\
+             r=libc.ptrace(0x4206,int(sys.argv[1]),None,None)\nprint(r,flush=True)\nsys.stdin.read()",
+            &pid.to_string(),
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut answer = String::new();
+    BufReader::new(tracer.stdout.take().unwrap())
+        .read_line(&mut answer)
+        .unwrap();
+    assert_eq!(answer.trim(), "0");
+    let mut precopy = Precopy::new(pid, Limits::default()).unwrap();
+    let stats = precopy.round(&mut Direct::new()).await.unwrap();
+    print("traced", &stats);
+    assert!(stats.pages_untracked >= 4 << 8);
+    let tracer_pid = tracer.id().cast_signed();
+    assert!(precopy.processes().all(|process| matches!(
+        process.state,
+        TrackingState::Untracked { reason: UntrackedReason::Traced { tracer } } if *tracer == tracer_pid
+    )));
+    drop(tracer.stdin.take());
+    tracer.wait().unwrap();
+    assert_eq!(victim.ask(), "here");
+    // The next round tracks it.
+    precopy.round(&mut Direct::new()).await.unwrap();
+    assert_tracked(&precopy);
+}
+
+#[tokio::test]
+async fn an_ended_root_is_an_error() {
+    require_tracking!("an_ended_root_is_an_error");
+    let mut victim = Victim::start(&["idle", "1"]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    precopy.round(&mut Direct::new()).await.unwrap();
+    victim.child.kill().unwrap();
+    victim.child.wait().unwrap();
+    let error = precopy.round(&mut Direct::new()).await.unwrap_err();
+    assert!(matches!(
+        error,
+        RoundError::Memory {
+            source: migrate_memory::MemoryError::Gone { .. }
+        }
+    ));
+}
