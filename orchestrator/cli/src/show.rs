@@ -236,6 +236,7 @@ fn block(report: &Report) -> String {
         frozen_us,
         blackout,
         connections,
+        held_packets,
         dropped_packets,
         rst_sent,
         total_us,
@@ -256,12 +257,14 @@ fn block(report: &Report) -> String {
   frozen       {}, in which the tree did not run
   blackout     {}, in which no peer was served:
     {parts}
-  connections  {connections} kept, {rst_sent} resets sent, {} packets dropped",
+  connections  {connections} kept, {rst_sent} resets sent
+  packets      {} held, {} dropped",
         thousands(*pages),
         mib(*bytes),
         ms(*total_us),
         ms(*frozen_us),
         ms(blackout.total_us()),
+        thousands(*held_packets),
         thousands(*dropped_packets)
     )
 }
@@ -322,7 +325,8 @@ mod tests {
                 takeover_us: 67_800,
             },
             connections: 20,
-            dropped_packets: 1_020,
+            held_packets: 1_020,
+            dropped_packets: 3,
             rst_sent: 0,
             total_us: 1_235_300,
         };
@@ -335,7 +339,8 @@ mod tests {
                 "  frozen       196.5 ms, in which the tree did not run",
                 "  blackout     1197.4 ms, in which no peer was served:",
                 "    freeze 1.1 + dump 1079.9 + transfer 0.3 + restore 48.3 + takeover 67.8",
-                "  connections  20 kept, 0 resets sent, 1,020 packets dropped",
+                "  connections  20 kept, 0 resets sent",
+                "  packets      1,020 held, 3 dropped",
             ]
         );
         assert!(text.lines().all(|line| line.len() <= 80));

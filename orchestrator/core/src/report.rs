@@ -78,6 +78,9 @@ pub struct Report {
     pub blackout: Blackout,
     /// TCP connections that moved.
     pub connections: u64,
+    /// Packets of peers that the gates of both hosts have held back and given
+    /// to the tree.
+    pub held_packets: u64,
     /// Packets dropped by the gates of both hosts.
     pub dropped_packets: u64,
     /// RST segments that left either host for the tree's flows.

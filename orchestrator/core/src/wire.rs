@@ -44,6 +44,11 @@ pub const FRAME_HEADER_BYTES: usize = 8;
 /// The largest body a peer may announce: 4 MiB of pages and their head.
 pub const FRAME_BODY_BYTES_MAX: usize = (4 << 20) + 64;
 
+/// The largest packet: `virtio_net_hdr`, an Ethernet header with two tags, and
+/// the largest IP packet that segmentation offload makes (64 KiB; `BIG TCP`
+/// packets are not held).
+pub const PACKET_BYTES_MAX: usize = 12 + 22 + 65_536;
+
 /// The largest control message.
 pub const CONTROL_BYTES_MAX: usize = 4 << 20;
 
@@ -60,6 +65,8 @@ pub enum FrameKind {
     Pages = 2,
     /// A piece of an image file.
     Image = 3,
+    /// A packet that the source held back, as its interface showed it.
+    Packet = 4,
 }
 
 /// A header that no version of this protocol sends.
@@ -122,6 +129,7 @@ pub fn decode_header(header: [u8; FRAME_HEADER_BYTES]) -> Result<(FrameKind, usi
         1 => FrameKind::Control,
         2 => FrameKind::Pages,
         3 => FrameKind::Image,
+        4 => FrameKind::Packet,
         other => return Err(FrameError::UnknownKind(other)),
     };
     if [r0, r1, r2] != [0; 3] {
@@ -131,6 +139,7 @@ pub fn decode_header(header: [u8; FRAME_HEADER_BYTES]) -> Result<(FrameKind, usi
     let limit = match kind {
         FrameKind::Control => CONTROL_BYTES_MAX,
         FrameKind::Pages | FrameKind::Image => FRAME_BODY_BYTES_MAX,
+        FrameKind::Packet => PACKET_BYTES_MAX,
     };
     if announced > limit {
         return Err(FrameError::TooLarge { announced, limit });
@@ -238,6 +247,8 @@ pub struct RunningReport {
     pub root_pid: i32,
     /// From `Go` to the running tree, in microseconds.
     pub takeover_us: u64,
+    /// Packets of peers that the destination's gate has held back.
+    pub held_packets: u64,
     /// Packets dropped by the destination's gate.
     pub dropped_packets: u64,
     /// RST segments that the gate saw leave.

@@ -1,25 +1,35 @@
-//! Messages of the other side, read by a task of their own, so that waiting
-//! for one can be given up at any moment without tearing a frame apart.
+//! Messages and held packets of the other side, read by a task of their own,
+//! so that waiting for one can be given up at any moment without tearing a
+//! frame apart, and packets are taken in whatever is waited for.
 
 use std::time::Duration;
 
-use migrate_channel::{ChannelError, Receiver};
+use bytes::Bytes;
+use migrate_channel::{ChannelError, Frame, Receiver};
 use migrate_core::wire::Message;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::error::Error;
 
-/// The receiving half of a connection once only messages come.
+/// The receiving half of a connection once only messages and packets come.
 #[derive(Debug)]
 pub(crate) struct Inbox {
     peer: String,
-    messages: mpsc::Receiver<Result<Message, ChannelError>>,
+    frames: mpsc::Receiver<Result<Frame, ChannelError>>,
+    packets: Vec<Bytes>,
+    packet_bytes: usize,
+    dropped_packets: u64,
     task: JoinHandle<()>,
 }
 
 impl Inbox {
-    /// Messages that may wait to be read; a peer that sends more is stopped by
+    /// Held packets that are kept for the tree, in bytes; what comes beyond is
+    /// dropped, and its sender sends it again. The sum of the receive windows
+    /// of some thousand connections.
+    const PACKET_BYTES_MAX: usize = 64 << 20;
+
+    /// Frames that may wait to be read; a peer that sends more is stopped by
     /// the connection's own flow control.
     const BACKLOG: usize = 16;
 
@@ -28,40 +38,91 @@ impl Inbox {
     const SILENCE: Duration = Duration::from_secs(24 * 3600);
 
     pub(crate) fn new(peer: String, mut receiver: Receiver) -> Self {
-        let (sender, messages) = mpsc::channel(Self::BACKLOG);
+        let (sender, frames) = mpsc::channel(Self::BACKLOG);
         let task = tokio::spawn(async move {
             loop {
-                let message = receiver.control(Self::SILENCE).await;
-                let last = message.is_err();
-                if sender.send(message).await.is_err() || last {
+                let frame = receiver.next(Self::SILENCE).await;
+                let last = frame.is_err();
+                if sender.send(frame).await.is_err() || last {
                     return;
                 }
             }
         });
         Self {
             peer,
-            messages,
+            frames,
+            packets: Vec::new(),
+            packet_bytes: 0,
+            dropped_packets: 0,
             task,
         }
     }
 
-    /// The next message; a [`Message::Failed`] or [`Message::Abort`] becomes an error.
+    /// The next message; a [`Message::Failed`] or [`Message::Abort`] becomes an
+    /// error. Packets that come before it are kept.
     pub(crate) async fn next(&mut self, awaited: &'static str) -> Result<Message, Error> {
-        let gone = || Error::PeerGone {
-            peer: self.peer.clone(),
-            awaited,
-        };
-        match self.messages.recv().await {
-            Some(Ok(Message::Failed(error))) => Err(error.into()),
-            Some(Ok(Message::Abort { reason })) => Err(Error::Aborted(reason)),
-            Some(Ok(message)) => Ok(message),
-            Some(Err(error)) if error.is_disconnect() => Err(gone()),
-            Some(Err(source)) => Err(Error::Channel {
+        loop {
+            let gone = || Error::PeerGone {
                 peer: self.peer.clone(),
-                source,
-            }),
-            None => Err(gone()),
+                awaited,
+            };
+            match self.frames.recv().await {
+                Some(Ok(Frame::Packet(packet))) => self.keep(packet),
+                Some(Ok(Frame::Control(Message::Failed(error)))) => return Err(error.into()),
+                Some(Ok(Frame::Control(Message::Abort { reason }))) => {
+                    return Err(Error::Aborted(reason));
+                }
+                Some(Ok(Frame::Control(message))) => return Ok(message),
+                Some(Ok(Frame::Pages { .. } | Frame::Image { .. })) => {
+                    return Err(Error::Unexpected {
+                        peer: self.peer.clone(),
+                        got: "pages or an image".to_owned(),
+                        awaited,
+                    });
+                }
+                Some(Err(error)) if error.is_disconnect() => return Err(gone()),
+                Some(Err(source)) => {
+                    return Err(Error::Channel {
+                        peer: self.peer.clone(),
+                        source,
+                    });
+                }
+                None => return Err(gone()),
+            }
         }
+    }
+
+    fn keep(&mut self, packet: Bytes) {
+        if self.packet_bytes + packet.len() > Self::PACKET_BYTES_MAX {
+            self.dropped_packets += 1;
+        } else {
+            self.packet_bytes += packet.len();
+            self.packets.push(packet);
+        }
+    }
+
+    /// The packets that have come so far, in order.
+    pub(crate) fn take_packets(&mut self) -> Vec<Bytes> {
+        self.packet_bytes = 0;
+        std::mem::take(&mut self.packets)
+    }
+
+    /// Waits for packets; none once the other side has closed. Messages that
+    /// come between them have no meaning any more.
+    pub(crate) async fn packets(&mut self) -> Option<Vec<Bytes>> {
+        while self.packets.is_empty() {
+            match self.frames.recv().await? {
+                Ok(Frame::Packet(packet)) => self.keep(packet),
+                Ok(_) => {}
+                Err(_) => return None,
+            }
+        }
+        Some(self.take_packets())
+    }
+
+    /// Packets for which there was no room.
+    pub(crate) fn dropped_packets(&self) -> u64 {
+        self.dropped_packets
     }
 
     /// As [`Inbox::next`], within a limit.
@@ -83,7 +144,7 @@ impl Inbox {
     /// Waits until the other side has closed, within a limit.
     pub(crate) async fn closed(&mut self, limit: Duration) {
         let _ = tokio::time::timeout(limit, async {
-            while let Some(Ok(_)) = self.messages.recv().await {}
+            while let Some(Ok(_)) = self.frames.recv().await {}
         })
         .await;
     }

@@ -19,6 +19,7 @@
 pub mod cancel;
 pub mod destination;
 pub mod error;
+mod held;
 mod inbox;
 pub mod journal;
 pub mod progress;
@@ -53,7 +54,7 @@ pub fn hostname() -> String {
 
 /// Packets of the tree that a gate has dropped, in both directions.
 fn dropped_packets(counted: &migrate_gate::Counters) -> u64 {
-    counted.ingress_dropped_packets + counted.egress_dropped_packets
+    counted.ingress_dropped_packets + counted.egress_dropped_packets + counted.hold_dropped
 }
 
 /// Finds CRIU and lets it probe the kernel, which it caches: the finding for

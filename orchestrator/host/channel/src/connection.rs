@@ -95,6 +95,16 @@ impl Sender {
         self.0.image(piece).await
     }
 
+    /// Sends a packet that was held for the tree. May be gathered until
+    /// [`Self::flush`] or the next message.
+    ///
+    /// # Errors
+    ///
+    /// Too large, stalled, or disconnected.
+    pub async fn packet(&mut self, packet: &[u8]) -> Result<(), ChannelError> {
+        self.0.packet(packet).await
+    }
+
     /// Sends what was held back.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use bytes::{Bytes, BytesMut};
 use migrate_core::wire::{
     CONTROL_BYTES_MAX, FRAME_BODY_BYTES_MAX, FRAME_HEADER_BYTES, FrameError, FrameKind, ImagePiece,
-    Message, PAGE_BYTES, PAGE_RUN_BYTES, PageRun, decode_header, encode_header,
+    Message, PACKET_BYTES_MAX, PAGE_BYTES, PAGE_RUN_BYTES, PageRun, decode_header, encode_header,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
@@ -51,6 +51,8 @@ pub enum Frame {
         /// Its bytes.
         data: Bytes,
     },
+    /// A packet that the source held back.
+    Packet(Bytes),
 }
 
 impl Frame {
@@ -59,6 +61,7 @@ impl Frame {
             Self::Control(_) => "a message",
             Self::Pages { .. } => "pages",
             Self::Image { .. } => "an image",
+            Self::Packet(_) => "a packet",
         }
     }
 }
@@ -146,6 +149,16 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
             }
             data = rest;
         }
+    }
+
+    pub(crate) async fn packet(&mut self, packet: &[u8]) -> Result<(), ChannelError> {
+        if packet.len() > PACKET_BYTES_MAX {
+            return Err(self.bad_frame(FrameError::TooLarge {
+                announced: packet.len(),
+                limit: PACKET_BYTES_MAX,
+            }));
+        }
+        self.frame(FrameKind::Packet, &[], packet).await
     }
 
     pub(crate) async fn flush(&mut self) -> Result<(), ChannelError> {
@@ -354,6 +367,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
                     data: body.slice_ref(piece.data),
                 })
             }
+            FrameKind::Packet => Ok(Frame::Packet(body)),
         }
     }
 

@@ -62,6 +62,7 @@ enum Sent {
     Control(String),
     Pages(usize, bool, u8),
     Image(String, bool, Vec<u8>),
+    Packet(Vec<u8>),
 }
 
 fn any_frame() -> impl Strategy<Value = Sent> {
@@ -74,6 +75,7 @@ fn any_frame() -> impl Strategy<Value = Sent> {
             prop::collection::vec(any::<u8>(), 0..5000)
         )
             .prop_map(|(n, l, d)| Sent::Image(n, l, d)),
+        prop::collection::vec(any::<u8>(), 0..2000).prop_map(Sent::Packet),
     ]
 }
 
@@ -111,6 +113,7 @@ proptest! {
                             let piece = ImagePiece { name, last: *last, data };
                             writer.image(piece).await.unwrap();
                         }
+                        Sent::Packet(data) => writer.packet(data).await.unwrap(),
                     }
                 }
                 writer.close().await.unwrap();
@@ -130,6 +133,7 @@ proptest! {
                         (Sent::Image(name, last, data), Frame::Image { name: n, last: l, data: d }) => {
                             assert_eq!((name, last, data.as_slice()), (&n, &l, &d[..]));
                         }
+                        (Sent::Packet(data), Frame::Packet(d)) => assert_eq!(data.as_slice(), &d[..]),
                         (sent, got) => panic!("{sent:?} arrived as {}", got.what()),
                     }
                 }

@@ -223,7 +223,7 @@ async fn remote_agent() {
                 let answer = Message::Running(report);
                 connection.sender.control(&answer).await.unwrap();
             }
-            Ok(Frame::Image { .. }) => panic!("no images here"),
+            Ok(Frame::Image { .. } | Frame::Packet(_)) => panic!("only pages here"),
             Err(end) => {
                 let how = format!("{end} for {}", connection.hello.migration_id);
                 let directory = std::env::var("DIR").unwrap();

@@ -17,7 +17,7 @@ use migrate_core::journal::Stage;
 use migrate_core::phase::Phase;
 use migrate_core::wire::{Message, StdioChoice, WireError};
 use migrate_criu::{Criu, ImageDir, Session, Worker};
-use migrate_gate::Gate;
+use migrate_gate::{Gate, HeldPackets};
 use migrate_net::{Net, Placement, Staged};
 use migrate_proc::Home;
 
@@ -110,6 +110,7 @@ struct Destination {
     // Effects, in the order in which they come about.
     journal: Option<Journal>,
     gate: Option<Gate>,
+    held: Option<HeldPackets>,
     staged: Vec<Staged>,
     images: Option<ImageDir>,
     home: Option<Home>,
@@ -134,6 +135,7 @@ impl Destination {
             dumped_at: None,
             journal: None,
             gate: None,
+            held: None,
             staged: Vec::new(),
             images: None,
             home: None,
@@ -290,6 +292,7 @@ impl Destination {
                 );
             }
         }
+        self.held = None;
         if let Some(gate) = self.gate.take() {
             note(
                 "detach the gate".to_owned(),

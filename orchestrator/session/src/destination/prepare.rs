@@ -11,7 +11,7 @@ use migrate_core::facts::{AddressFacts, StdioFacts};
 use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_criu::{ImageDir, WorkerOptions};
-use migrate_gate::{Gate, GateOptions, Role};
+use migrate_gate::{Gate, GateOptions, HoldOptions, Role};
 use migrate_proc::Home;
 
 use super::{Destination, Engine, Order};
@@ -56,13 +56,17 @@ impl Destination {
                     flow_capacity: u32::try_from(order.tree.flows.len() * 2 + SPARE_FLOWS)
                         .unwrap_or(u32::MAX),
                     directory: self.state.gates(),
-                    hold: None,
+                    hold: Some(HoldOptions::default()),
                 },
             )?);
             gate.add_flows(&order.tree.flows)?;
             gate.add_listeners(&order.tree.listeners)?;
             gate.stage_addresses(&addresses)?;
             gate.close()?;
+            self.held = gate.held().ok();
+            if let Some(reason) = gate.drop_reason() {
+                tracing::warn!(reason, "packets are dropped, not held");
+            }
         }
         // A packet that cannot be sent for want of a neighbour's hardware
         // address waits a second for the next question. Asked now, with an

@@ -66,6 +66,13 @@ impl Destination {
                     last,
                     data: &data,
                 })?,
+                Frame::Packet(_) => {
+                    return Err(Error::Unexpected {
+                        peer: self.peer.clone(),
+                        got: "a packet".to_owned(),
+                        awaited: AWAITED,
+                    });
+                }
                 Frame::Control(Message::Flows(flows)) => {
                     if let Some(gate) = &self.gate {
                         gate.add_flows(&flows)?;

@@ -2,19 +2,23 @@
 //! in which its world opens again.
 //!
 //! After `Owned` is on record: egress opens, the address is announced, CRIU
-//! takes the sockets out of repair mode (their window probes may leave),
-//! ingress opens, the tree runs.
+//! takes the sockets out of repair mode (their window probes may leave), held
+//! packets go in, ingress opens, the tree runs.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use migrate_core::journal::Stage;
 use migrate_core::wire::{Message, RunningReport};
 use migrate_criu::Notice;
+use migrate_ebpf_common::Direction;
+use migrate_net::Placement;
 use migrate_proc::Home;
 
 use super::receive::nothing;
-use super::{Destination, Engine};
+use super::{Destination, Engine, Incoming};
 use crate::error::Error;
+use crate::held;
 
 impl Destination {
     /// CRIU's last steps take milliseconds; this is for a machine in distress.
@@ -57,6 +61,14 @@ impl Destination {
         if let Err(error) = net.announce(&order.placements).await {
             tracing::warn!(error = %crate::error::chain(&error), "could not announce the address");
         }
+        // What the sockets have said while they were built may go out now.
+        let (mut waiting, unsent): (Vec<_>, Vec<_>) = held::drain(&mut self.held)
+            .into_iter()
+            .partition(|packet| packet.direction == Direction::Ingress);
+        if let Some(gate) = gate {
+            held::give_back(gate, &unsent);
+        }
+        let interface = |ip| interface_of(&order.placements, ip);
         let Engine::Held(session) = &mut self.engine else {
             return Err(nothing("CRIU's restore"));
         };
@@ -64,9 +76,17 @@ impl Destination {
         let mut told = false;
         loop {
             match session.next(Self::RESUME_LIMIT).await? {
+                // The sockets live. In the order in which peers have sent:
+                // what the source held, what this host held, what comes now.
                 Notice::PreResume => {
                     if let Some(gate) = gate {
+                        if let Incoming::Messages(inbox) = &mut self.incoming {
+                            held::give_over(gate, &inbox.take_packets(), interface);
+                        }
+                        waiting.extend(held::drain(&mut self.held));
+                        held::give_back(gate, &waiting);
                         gate.open()?;
+                        held::give_back(gate, &held::drain(&mut self.held));
                     }
                     session.answer(true).await?;
                 }
@@ -75,10 +95,15 @@ impl Destination {
                     let counted = gate
                         .and_then(|gate| gate.counters().ok())
                         .unwrap_or_default();
+                    let unheld = match &self.incoming {
+                        Incoming::Messages(inbox) => inbox.dropped_packets(),
+                        Incoming::Frames(_) | Incoming::Closed => 0,
+                    };
                     let report = Message::Running(RunningReport {
                         root_pid: order.tree.root_pid,
                         takeover_us: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
-                        dropped_packets: crate::dropped_packets(&counted),
+                        held_packets: counted.held_ingress_packets,
+                        dropped_packets: crate::dropped_packets(&counted) + unheld,
                         rst_sent: counted.rst_sent,
                         cgroup: self.home.as_ref().map_or_else(String::new, Home::path),
                     });
@@ -104,11 +129,6 @@ impl Destination {
         if let Some(home) = self.home.take() {
             home.keep();
         }
-        if let Some(gate) = self.gate.take()
-            && let Err(error) = gate.detach()
-        {
-            tracing::warn!(error = %crate::error::chain(&error), "could not detach the gate");
-        }
         // Takes a while when there are many.
         if let Some(images) = self.images.take()
             && let Err(error) = images.wipe()
@@ -120,10 +140,60 @@ impl Destination {
         {
             tracing::warn!(error = %error.chain(), "could not close the record");
         }
-        if let (Some(net), Some(order)) = (&self.net, &self.order)
-            && let Err(error) = net.announce_again(order.placements.clone()).await
+        let again = match (&self.net, &self.order) {
+            (Some(net), Some(order)) => {
+                Some(tokio::spawn(net.announce_again(order.placements.clone())))
+            }
+            _ => None,
+        };
+        let ended = tokio::time::timeout(Self::STRAGGLER_LIMIT, self.stragglers()).await;
+        if ended.is_err() {
+            tracing::warn!("the source has not closed the connection");
+        }
+        self.held = None;
+        if let Some(gate) = self.gate.take()
+            && let Err(error) = gate.detach()
+        {
+            tracing::warn!(error = %crate::error::chain(&error), "could not detach the gate");
+        }
+        if let Some(again) = again
+            && let Ok(Err(error)) = again.await
         {
             tracing::warn!(error = %crate::error::chain(&error), "could not announce the address again");
         }
     }
+
+    /// How long the source may take to remove its tree and to close. Killing
+    /// takes 22 ms a GiB.
+    const STRAGGLER_LIMIT: Duration = Duration::from_secs(30);
+
+    /// Gives the sockets what still comes to the old host, and what this host
+    /// held at the moment of opening, until the source closes.
+    async fn stragglers(&mut self) {
+        let Incoming::Messages(inbox) = &mut self.incoming else {
+            return;
+        };
+        let (Some(gate), Some(order)) = (&self.gate, &self.order) else {
+            return inbox.closed(Self::STRAGGLER_LIMIT).await;
+        };
+        loop {
+            tokio::select! {
+                packets = inbox.packets() => match packets {
+                    Some(packets) => {
+                        held::give_over(gate, &packets, |ip| interface_of(&order.placements, ip));
+                    }
+                    None => return,
+                },
+                packet = held::next(&mut self.held) => held::give_back(gate, &[packet]),
+            }
+        }
+    }
+}
+
+/// The interface that a moved address has come to.
+fn interface_of(placements: &[Placement], ip: IpAddr) -> Option<u32> {
+    placements
+        .iter()
+        .find(|placement| placement.ip == ip)
+        .map(|placement| placement.ifindex)
 }

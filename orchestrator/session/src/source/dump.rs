@@ -9,7 +9,7 @@ use migrate_core::wire::{ImagePiece, Message, PageRun};
 use migrate_criu::{DumpOptions, Notice, PageSink, PageStats, serve_pages};
 
 use super::preflight::{externals, survey};
-use super::{Engine, Migration, STEP_LIMIT, not_yet};
+use super::{Engine, Migration, not_yet};
 use crate::error::Error;
 
 /// Bytes of an image file in one frame.
@@ -226,17 +226,12 @@ impl Migration {
     /// Waits for the destination's copy.
     pub(super) async fn restore(&mut self) -> Result<String, Error> {
         const AWAITED: &str = "the restored copy";
-        let link = self.link()?;
-        match link
-            .inbox
-            .next_within(AWAITED, STEP_LIMIT.max(DUMP_LIMIT))
-            .await?
-        {
+        match self.next_while_carrying(AWAITED, DUMP_LIMIT).await? {
             Message::Restored { restore_us } => {
                 self.moments.restored = Some(Instant::now());
                 Ok(format!("in {} ms on the destination", restore_us / 1000))
             }
-            other => Err(link.inbox.unexpected(&other, AWAITED)),
+            other => Err(self.unexpected(&other, AWAITED)),
         }
     }
 

@@ -102,7 +102,7 @@ impl Migration {
         for address in &plan.facts.addresses {
             self.withdrawn.push(net.withdraw(address).await?);
         }
-        Ok(())
+        self.carry(Vec::new()).await
     }
 
     /// Sends `Go` and waits for the word that the destination owns the tree.
@@ -110,10 +110,9 @@ impl Migration {
         const AWAITED: &str = "the destination's word that it owns the tree";
         self.go = Go::MaybeSent;
         self.send(&Message::Go).await?;
-        let link = self.link()?;
-        match link.inbox.next_within(AWAITED, Self::OWNED_LIMIT).await? {
+        match self.next_while_carrying(AWAITED, Self::OWNED_LIMIT).await? {
             Message::Owned => Ok(()),
-            other => Err(link.inbox.unexpected(&other, AWAITED)),
+            other => Err(self.unexpected(&other, AWAITED)),
         }
     }
 
@@ -164,13 +163,12 @@ impl Migration {
     /// Waits for the running copy.
     async fn await_running(&mut self) -> Result<(), Error> {
         const AWAITED: &str = "the running copy";
-        let link = self.link()?;
-        match link.inbox.next_within(AWAITED, STEP_LIMIT).await? {
+        match self.next_while_carrying(AWAITED, STEP_LIMIT).await? {
             Message::Running(report) => {
                 self.running = report;
                 Ok(())
             }
-            other => Err(link.inbox.unexpected(&other, AWAITED)),
+            other => Err(self.unexpected(&other, AWAITED)),
         }
     }
 
@@ -185,6 +183,16 @@ impl Migration {
                 "could not remove the frozen tree: {}",
                 error.chain()
             ));
+        }
+        // Peers have heard the announcement by now; what was under way to the
+        // old place is the last that comes here.
+        if let Err(error) = self.carry(Vec::new()).await {
+            tracing::warn!(error = %error.chain(), "stragglers were lost");
+        }
+        self.held = None;
+        if let Some(link) = &mut self.link {
+            // The destination waits for stragglers until this end.
+            let _ = link.sender.close().await;
         }
         if let Some(fence) = self.fence.take()
             && let Err(error) = fence.release()

@@ -5,6 +5,7 @@
 //! [`Migration`] in the same step that makes it, and [`Migration::roll_back`]
 //! undoes what is noted, newest first.
 
+mod carry;
 mod dump;
 mod handover;
 mod preflight;
@@ -21,7 +22,7 @@ use migrate_core::phase::{Event, Phase};
 use migrate_core::report::{Blackout, Report};
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_criu::{Criu, Notice, Session, Worker};
-use migrate_gate::{Counters, Gate};
+use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
 use migrate_net::{Net, Withdrawn};
 use migrate_proc::{Fence, HoldDown, Tree};
 use tokio::sync::watch;
@@ -233,6 +234,11 @@ struct Migration {
     link: Option<Link>,
     journal: Option<Journal>,
     gate: Option<Arc<Gate>>,
+    /// What the gate holds, while it does.
+    held: Option<HeldPackets>,
+    /// What of it was carried to the destination.
+    carried: Vec<HeldPacket>,
+    carried_bytes: usize,
     lease: Option<JoinHandle<()>>,
     supervisor: Option<HoldDown>,
     fence: Option<Fence>,
@@ -269,6 +275,9 @@ impl Migration {
             link: None,
             journal: None,
             gate: None,
+            held: None,
+            carried: Vec::new(),
+            carried_bytes: 0,
             lease: None,
             supervisor: None,
             fence: None,
@@ -322,6 +331,14 @@ impl Migration {
     /// The gate; none where the tree has no address that peers reach.
     fn gate(&self) -> Option<&Arc<Gate>> {
         self.gate.as_ref()
+    }
+
+    fn unexpected(&self, message: &Message, awaited: &'static str) -> Error {
+        let peer = self
+            .link
+            .as_ref()
+            .map_or("the destination", |link| &link.peer);
+        crate::inbox::unexpected(peer, message, awaited)
     }
 
     /// Sends one message.
@@ -404,10 +421,19 @@ impl Migration {
             let _ = lease.await;
         }
         if let Some(gate) = self.gate.take() {
+            // The sockets live again; nothing newer may overtake what waits.
+            note(
+                "open the gate",
+                gate.open_egress().map_err(|e| crate::error::chain(&e)),
+            );
+            crate::held::give_back(&gate, &std::mem::take(&mut self.carried));
+            crate::held::give_back(&gate, &crate::held::drain(&mut self.held));
             note(
                 "open the gate",
                 gate.open().map_err(|e| crate::error::chain(&e)),
             );
+            crate::held::give_back(&gate, &crate::held::drain(&mut self.held));
+            self.held = None;
             note("detach the gate", detach(gate));
         }
         if let Some(fence) = self.fence.take() {
@@ -479,6 +505,7 @@ impl Migration {
                 takeover_us: span(m.restored, m.running),
             },
             connections: facts.map_or(0, |facts| facts.flows.len() as u64),
+            held_packets: self.counted.held_ingress_packets + self.running.held_packets,
             dropped_packets: crate::dropped_packets(&self.counted) + self.running.dropped_packets,
             rst_sent: self.counted.rst_sent - self.counted_before.rst_sent + self.running.rst_sent,
             total_us: micros(self.begun.elapsed()),

@@ -7,7 +7,7 @@ use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
 use migrate_core::report::counted;
 use migrate_core::wire::Message;
 use migrate_criu::WorkerOptions;
-use migrate_gate::{Gate, GateOptions, Role};
+use migrate_gate::{Gate, GateOptions, HoldOptions, Role};
 use migrate_proc::{Fence, FenceRecord};
 
 use super::{Engine, Migration, STEP_LIMIT, not_yet};
@@ -44,7 +44,7 @@ impl Migration {
                 role: Role::Source,
                 flow_capacity: u32::try_from(capacity).unwrap_or(u32::MAX),
                 directory: self.state.gates(),
-                hold: None,
+                hold: Some(HoldOptions::default()),
             },
         )?);
         let detail = format!(
@@ -57,6 +57,11 @@ impl Migration {
             .lease(Some(Self::LEASE))
             .and_then(|()| gate.add_flows(flows))
             .and_then(|()| gate.add_listeners(listeners));
+        self.held = gate.held().ok();
+        if let Some(reason) = gate.drop_reason() {
+            self.reporter
+                .warn(format!("packets are dropped, not held: {reason}"));
+        }
         self.gate = Some(Arc::clone(&gate));
         filled?;
         self.lease = Some(tokio::spawn(async move {

@@ -1,0 +1,130 @@
+//! Held packets on their way back to a socket.
+//!
+//! ```text
+//!   source                                  destination
+//!   closed: holds what peers send
+//!   Dumped, then packets as they come --->  keeps them
+//!   Go ---------------------------------->  egress opens
+//!                                           sockets live: the source's packets,
+//!                                           then those held here, then ingress opens
+//!   stragglers, until the end ----------->  given to the sockets as they come
+//! ```
+//!
+//! A rollback gives everything back on the source, also what was carried away.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use migrate_ebpf_common::Direction;
+use migrate_gate::{Gate, HeldPacket, HeldPackets};
+
+/// Waits for a held packet; for ever where nothing is held.
+pub(crate) async fn next(held: &mut Option<HeldPackets>) -> HeldPacket {
+    if let Some(packets) = held {
+        if let Some(packet) = packets.next().await {
+            return packet;
+        }
+        *held = None;
+    }
+    std::future::pending().await
+}
+
+/// What is held at this moment.
+pub(crate) fn drain(held: &mut Option<HeldPackets>) -> Vec<HeldPacket> {
+    held.as_mut().map_or_else(Vec::new, HeldPackets::try_drain)
+}
+
+/// Gives packets back that were held on this host, in order. One that cannot
+/// be given back is a lost packet and no more: its sender sends it again.
+pub(crate) fn give_back(gate: &Gate, packets: &[HeldPacket]) {
+    for packet in packets {
+        let given = match packet.direction {
+            Direction::Ingress => gate.inject_ingress(packet.interface_index, &packet.frame),
+            Direction::Egress => gate.emit_egress(packet.interface_index, &packet.frame),
+        };
+        if let Err(error) = given {
+            tracing::warn!(error = %crate::error::chain(&error), "a held packet was lost");
+        }
+    }
+}
+
+/// Gives packets to the sockets that another host has held for them. `home`
+/// names the interface of a local address.
+pub(crate) fn give_over(
+    gate: &Gate,
+    frames: &[impl AsRef<[u8]>],
+    home: impl Fn(IpAddr) -> Option<u32>,
+) {
+    for frame in frames {
+        let frame = frame.as_ref();
+        let Some(interface) = receiver(frame).and_then(&home) else {
+            tracing::warn!(bytes = frame.len(), "a held packet is for nobody here");
+            continue;
+        };
+        if let Err(error) = gate.inject_ingress(interface, frame) {
+            tracing::warn!(error = %crate::error::chain(&error), "a held packet was lost");
+        }
+    }
+}
+
+/// `struct virtio_net_hdr` and an Ethernet header without tag.
+const HEADERS_BYTES: usize = 10 + 14;
+
+/// Whom a held frame is for. The gate looks at everything else about it.
+fn receiver(frame: &[u8]) -> Option<IpAddr> {
+    let (headers, mut packet) = frame.split_at_checked(HEADERS_BYTES)?;
+    let mut kind = [headers[22], headers[23]];
+    // 802.1Q and 802.1ad: the type follows the tag.
+    while matches!(kind, [0x81, 0x00] | [0x88, 0xa8]) {
+        let (tag, rest) = packet.split_at_checked(4)?;
+        kind = [tag[2], tag[3]];
+        packet = rest;
+    }
+    match kind {
+        [0x08, 0x00] => {
+            let octets: [u8; 4] = packet.get(16..20)?.try_into().ok()?;
+            Some(Ipv4Addr::from(octets).into())
+        }
+        [0x86, 0xdd] => {
+            let octets: [u8; 16] = packet.get(24..40)?.try_into().ok()?;
+            Some(Ipv6Addr::from(octets).into())
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: &[u8], packet: &[u8]) -> Vec<u8> {
+        let mut frame = vec![0; HEADERS_BYTES - 2];
+        frame.extend_from_slice(kind);
+        frame.extend_from_slice(packet);
+        frame
+    }
+
+    #[test]
+    fn receivers_are_found_behind_tags() {
+        let mut v4 = [0; 20];
+        v4[16..].copy_from_slice(&[10, 77, 0, 100]);
+        let ip = Some("10.77.0.100".parse().unwrap());
+        assert_eq!(receiver(&frame(&[8, 0], &v4)), ip);
+        let tagged = [&[0, 5, 8, 0], &v4[..]].concat();
+        assert_eq!(receiver(&frame(&[0x81, 0], &tagged)), ip);
+        let mut v6 = [0; 40];
+        v6[39] = 1;
+        assert_eq!(
+            receiver(&frame(&[0x86, 0xdd], &v6)),
+            Some("::1".parse().unwrap())
+        );
+    }
+
+    #[test]
+    fn what_is_cut_short_is_for_nobody() {
+        let whole = frame(&[0x81, 0], &[0, 5, 0x86, 0xdd]);
+        for cut in 0..whole.len() {
+            assert_eq!(receiver(&whole[..cut]), None);
+        }
+        assert_eq!(receiver(&frame(&[8, 6], &[0; 60])), None);
+    }
+}
