@@ -460,8 +460,10 @@ fn a_tmpfs_that_fills_up_rolls_back() {
     shell(&destination, mount);
     let remote = "env MIGRATE_IMAGE_DIR=/srv/img migrate";
     let mut running = Running::start(with_agent(&scene, remote, &["--json"]));
+    assert!(running.await_event(|event| event["event"] == "connected"));
+    let agent = agent(&destination);
     assert!(running.await_started(Phase::Freeze));
-    let held = Held::stop(agent(&destination));
+    let held = Held::stop(agent);
     // Checked, and not yet used.
     let full = "dd if=/dev/zero of=/srv/img/filler bs=1M 2>/dev/null; test -s /srv/img/filler";
     shell(&destination, full);
@@ -495,7 +497,7 @@ fn a_lost_agent_rolls_back() {
     ] {
         let destination = scene.destination();
         let mut running = Running::start(scene.to_destination(&["--json"]));
-        assert!(running.await_started(Phase::Track));
+        assert!(running.await_event(|event| event["event"] == "connected"));
         let agent = agent(&destination);
         if phase == Phase::Dump {
             assert!(running.await_started(Phase::Freeze));
@@ -537,10 +539,10 @@ fn a_killed_migrate_lets_the_source_run() {
         let (source, destination) = (scene.source(), scene.destination());
         let mut running = Running::start(scene.to_destination(&["--json"]));
         assert!(running.await_event(|event| event["event"] == "connected"));
-        let driver = driver(&source);
+        let (driver, agent) = (driver(&source), agent(&destination));
         if phase == Phase::Dump {
             assert!(running.await_started(Phase::Freeze));
-            let held = Held::stop(agent(&destination));
+            let held = Held::stop(agent);
             assert!(running.await_started(phase));
             kill(driver, Signal::SIGKILL).unwrap();
             drop(held);
@@ -584,8 +586,10 @@ fn an_interrupt_rolls_back_in_every_phase() {
                 _ => kill(driver, signal).unwrap(),
             };
             if phase == Phase::Dump {
+                assert!(running.await_event(|event| event["event"] == "connected"));
+                let agent = agent(&scene.destination());
                 assert!(running.await_started(Phase::Freeze));
-                let held = Held::stop(agent(&scene.destination()));
+                let held = Held::stop(agent);
                 assert!(running.await_started(phase));
                 interrupt();
                 drop(held);
@@ -623,8 +627,10 @@ fn a_cut_network_rolls_back_in_bounded_time() {
     let mut scene = big_redis("cut");
     let destination = scene.destination();
     let mut running = Running::start(scene.to_destination(&["--json", "--max-blackout", "2"]));
+    assert!(running.await_event(|event| event["event"] == "connected"));
+    let agent = agent(&destination);
     assert!(running.await_started(Phase::Freeze));
-    let held = Held::stop(agent(&destination));
+    let held = Held::stop(agent);
     assert!(running.await_started(Phase::Dump));
     let cut = Instant::now();
     shell(
