@@ -71,6 +71,22 @@ pub enum CriuError {
         /// What it wrote to its standard error.
         stderr: Vec<String>,
     },
+    /// CRIU runs without the library that it was to load.
+    #[error("the criu worker has not loaded the shim{}", first_of(stderr))]
+    ShimNotLoaded {
+        /// What it wrote to its standard error.
+        stderr: Vec<String>,
+    },
+    /// A tracked dump was asked of a worker that was started without the shim:
+    /// a programming error.
+    #[error("a tracked dump needs a criu worker with the shim")]
+    Untracked,
+    /// A tracked dump cannot be relied on here.
+    #[error("criu cannot be trusted to leave out clean pages here: {why}")]
+    SelfCheck {
+        /// Which part of the check went wrong, and how.
+        why: String,
+    },
     /// Talking to CRIU failed.
     #[error("could not talk to criu during the {action}")]
     Socket {
@@ -182,6 +198,18 @@ pub enum CriuError {
         /// Which rule was broken, with the object.
         what: String,
     },
+    /// A page that the dump has left out because it was copied before is not
+    /// among the copies.
+    #[error("the page of {owner:?} at {vaddr:#x} was left out of the dump and is not in store")]
+    PageMissing {
+        /// Whose page.
+        owner: PageOwner,
+        /// Its address.
+        vaddr: u64,
+        /// What the store says, if it says anything.
+        #[source]
+        source: Option<io::Error>,
+    },
     /// Pages of one owner did not come in ascending order.
     #[error("pages of {owner:?} out of order: {vaddr:#x} after {previous_end:#x}")]
     PageOrder {
@@ -221,6 +249,9 @@ impl CriuError {
                 "run `{} check` to see what this kernel lacks",
                 path.display()
             )),
+            Self::ShimNotLoaded { .. } | Self::SelfCheck { .. } => {
+                Some("choose another way to copy memory: `--engine full`".to_owned())
+            }
             Self::NotTmpfs { .. } => {
                 Some("name a directory on a tmpfs, such as /run or /dev/shm".to_owned())
             }
@@ -234,6 +265,8 @@ impl CriuError {
             | Self::Socket { .. }
             | Self::Silent { .. }
             | Self::OutOfTurn { .. }
+            | Self::Untracked
+            | Self::PageMissing { .. }
             | Self::PageStreamEnded { .. }
             | Self::PageStreamSilent { .. }
             | Self::PageStream { .. }

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use migrate_core::wire::{ImagePiece, PAGE_BYTES, PageOwner, PageRun};
@@ -16,11 +16,15 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use prost::Message;
 
 use crate::error::CriuError;
+use crate::pages::PARENT;
 
 /// `IMG_COMMON_MAGIC` of CRIU's `include/magic.h`: starts every image.
 const COMMON_MAGIC: u32 = 0x5456_4319;
 /// `PAGEMAP_MAGIC`, for tasks and shared segments alike.
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+
+/// `INVENTORY_MAGIC`, which alone stands at the start of an inventory.
+const INVENTORY_MAGIC: u32 = 0x5831_3116;
 
 /// Tasks and segments whose memory is accepted.
 const OWNERS_MAX: usize = 1 << 16;
@@ -45,6 +49,62 @@ struct PagemapEntry {
     /// The count for CRIU 4.2 and later.
     #[prost(uint64, optional, tag = "5")]
     nr_pages: Option<u64>,
+}
+
+/// The two fields that CRIU reads of the inventory of an earlier dump.
+#[derive(Clone, PartialEq, Message)]
+struct Inventory {
+    #[prost(uint32, required, tag = "1")]
+    img_version: u32,
+    /// When that was, as `/proc/uptime` has it, in microseconds.
+    #[prost(uint64, optional, tag = "8")]
+    dump_uptime: Option<u64>,
+}
+
+/// The inventory of an earlier dump that says no more than when it was.
+pub(crate) fn uptime_inventory(uptime_us: u64) -> Vec<u8> {
+    let mut out = INVENTORY_MAGIC.to_le_bytes().to_vec();
+    record(
+        &mut out,
+        &Inventory {
+            // As in the inventory of CRIU's own pre-dump.
+            img_version: 0,
+            dump_uptime: Some(uptime_us),
+        },
+    );
+    out
+}
+
+/// Has the pages that the dump has left out.
+pub trait Filler {
+    /// Writes `pages` pages of `owner` from `vaddr` on to `out`, in order.
+    ///
+    /// # Errors
+    ///
+    /// One of them is not there: what has been written by then stands before
+    /// it. Or `out` took no more, whose error must be passed on.
+    fn fill(
+        &mut self,
+        owner: PageOwner,
+        vaddr: u64,
+        pages: u64,
+        out: &mut dyn io::Write,
+    ) -> io::Result<()>;
+}
+
+impl<F> Filler for F
+where
+    F: FnMut(PageOwner, u64, u64, &mut dyn io::Write) -> io::Result<()>,
+{
+    fn fill(
+        &mut self,
+        owner: PageOwner,
+        vaddr: u64,
+        pages: u64,
+        out: &mut dyn io::Write,
+    ) -> io::Result<()> {
+        self(owner, vaddr, pages, out)
+    }
 }
 
 /// An image file that the source has to send.
@@ -115,6 +175,8 @@ fn carries_memory(name: &str) -> bool {
 pub struct ImageStats {
     /// Pages with data.
     pub pages: u64,
+    /// Pages that came without, as gaps.
+    pub pages_in_gaps: u64,
     /// Image files that came whole, without those for memory.
     pub images: u32,
     /// Bytes in them.
@@ -140,6 +202,18 @@ pub struct ImageDir {
 struct Memory {
     pages_id: u32,
     runs: Vec<Run>,
+    /// Pages in the file, gaps included.
+    pages: u64,
+    gaps: Vec<Gap>,
+}
+
+/// Pages whose content is still to come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Gap {
+    /// Where they are in the file, counted in pages.
+    at: u64,
+    vaddr: u64,
+    pages: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,29 +280,89 @@ impl ImageDir {
     /// The run is not above the last one of its owner, has no data, or cannot
     /// be written.
     pub fn pages(&mut self, run: PageRun, data: &[u8]) -> Result<(), CriuError> {
-        let bad = |what: &str| CriuError::ImageData {
-            what: format!("{what} ({run:?})"),
-        };
         self.still_open()?;
         if run.flags & PageRun::PRESENT == 0 {
-            return Err(bad("a run of pages without data"));
+            return Err(malformed("a run of pages without data", run));
         }
+        if run.data_bytes() != data.len() as u64 {
+            return Err(malformed("a malformed run of pages", run));
+        }
+        let at = self.append(run)?;
+        let (file, path) = self.pages_file(run.owner)?;
+        file.write_all_at(data, at * PAGE_BYTES as u64)
+            .map_err(|source| CriuError::image("write", path, source))?;
+        self.stats.pages += run.pages;
+        Ok(())
+    }
+
+    /// Takes a run of pages without data, with the flag [`PARENT`]: their
+    /// content is left open until [`fill`](Self::fill).
+    ///
+    /// # Errors
+    ///
+    /// The run is not above the last one of its owner, or has not that flag.
+    pub fn gap(&mut self, run: PageRun) -> Result<(), CriuError> {
+        self.still_open()?;
+        if run.flags & PARENT == 0 || run.flags & PageRun::PRESENT != 0 {
+            return Err(malformed("a run of pages that are nowhere", run));
+        }
+        // To CRIU they are pages like all others.
+        let flags = (run.flags & !PARENT) | PageRun::PRESENT;
+        let at = self.append(PageRun { flags, ..run })?;
+        if let Some(memory) = self.owners.get_mut(&run.owner) {
+            memory.gap(at, run);
+        }
+        self.stats.pages_in_gaps += run.pages;
+        Ok(())
+    }
+
+    /// Writes the content of all gaps, owner by owner in ascending order of
+    /// addresses. More may come afterwards; it may be called again.
+    ///
+    /// # Errors
+    ///
+    /// A page is not in store, or cannot be written. The directory can then
+    /// not be finished.
+    pub fn fill(&mut self, filler: &mut dyn Filler) -> Result<(), CriuError> {
+        self.still_open()?;
+        for (owner, memory) in &mut self.owners {
+            if memory.gaps.is_empty() {
+                continue;
+            }
+            let path = self.path.join(pages_name(memory.pages_id));
+            let file = open_pages(&path)?;
+            for gap in &memory.gaps {
+                fill_gap(&file, &path, *owner, *gap, filler)?;
+            }
+            memory.gaps.clear();
+        }
+        Ok(())
+    }
+
+    /// Finds the place of a run in its owner's file, counted in pages.
+    fn append(&mut self, run: PageRun) -> Result<u64, CriuError> {
         if run.pages == 0
             || !run.vaddr.is_multiple_of(PAGE_BYTES as u64)
-            || run.data_bytes() != data.len() as u64
-            || run.vaddr.checked_add(run.data_bytes()).is_none()
+            || run
+                .pages
+                .checked_mul(PAGE_BYTES as u64)
+                .and_then(|bytes| run.vaddr.checked_add(bytes))
+                .is_none()
         {
-            return Err(bad("a malformed run of pages"));
+            return Err(malformed("a malformed run of pages", run));
         }
         let next_id = self.owners.len() + 1;
         if next_id > OWNERS_MAX {
-            return Err(bad("too many owners of memory"));
+            return Err(malformed("too many owners of memory", run));
         }
         let memory = match self.owners.entry(run.owner) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => entry.insert(Memory {
-                pages_id: u32::try_from(next_id).map_err(|_| bad("too many owners of memory"))?,
+                pages_id: u32::try_from(next_id)
+                    .map_err(|_| malformed("too many owners of memory", run))?,
                 runs: Vec::new(),
+                pages: 0,
+                gaps: Vec::new(),
             }),
         };
         if let Some(previous_end) = memory.runs.last().map(|last| last.end())
@@ -240,23 +374,18 @@ impl ImageDir {
                 previous_end,
             });
         }
-        let path = self.path.join(format!("pages-{}.img", memory.pages_id));
-        let file = match &mut self.open_pages {
-            Some((owner, file)) if *owner == run.owner => file,
-            slot => {
-                let file = private()
-                    .append(true)
-                    .create(true)
-                    .open(&path)
-                    .map_err(|source| CriuError::image("open", &path, source))?;
-                &mut slot.insert((run.owner, file)).1
-            }
+        Ok(memory.add(run))
+    }
+
+    /// Opens the file for the pages of an owner that has some.
+    fn pages_file(&mut self, owner: PageOwner) -> Result<(&File, PathBuf), CriuError> {
+        let id = self.owners.get(&owner).map_or(0, |memory| memory.pages_id);
+        let path = self.path.join(pages_name(id));
+        let open = match self.open_pages.take() {
+            Some(open) if open.0 == owner => open,
+            _ => (owner, open_pages(&path)?),
         };
-        file.write_all(data)
-            .map_err(|source| CriuError::image("write", &path, source))?;
-        memory.add(run);
-        self.stats.pages += run.pages;
-        Ok(())
+        Ok((&self.open_pages.insert(open).1, path))
     }
 
     /// Takes a piece of another image; the pieces of one file come in order.
@@ -306,8 +435,8 @@ impl ImageDir {
     ///
     /// # Errors
     ///
-    /// An image is incomplete, there is no inventory, or a map cannot be
-    /// written.
+    /// An image is incomplete, there is no inventory, a gap has not been
+    /// filled, or a map cannot be written.
     pub fn finish(&mut self) -> Result<ImageStats, CriuError> {
         self.still_open()?;
         if let Some(name) = self.open_images.keys().next() {
@@ -318,6 +447,17 @@ impl ImageDir {
         if !self.whole_images.contains("inventory.img") {
             return Err(CriuError::ImageData {
                 what: "there is no inventory.img".to_owned(),
+            });
+        }
+        if let Some((owner, gap)) = self
+            .owners
+            .iter()
+            .find_map(|(owner, memory)| Some((owner, memory.gaps.first()?)))
+        {
+            return Err(CriuError::PageMissing {
+                owner: *owner,
+                vaddr: gap.vaddr,
+                source: None,
             });
         }
         self.open_pages = None;
@@ -381,7 +521,10 @@ impl Drop for ImageDir {
 }
 
 impl Memory {
-    fn add(&mut self, run: PageRun) {
+    /// Appends a run and returns its place in the file, counted in pages.
+    fn add(&mut self, run: PageRun) -> u64 {
+        let at = self.pages;
+        self.pages += run.pages;
         match self.runs.last_mut() {
             Some(last)
                 if last.end() == run.vaddr
@@ -395,6 +538,24 @@ impl Memory {
                 vaddr: run.vaddr,
                 pages: run.pages,
                 flags: run.flags,
+            }),
+        }
+        at
+    }
+
+    fn gap(&mut self, at: u64, run: PageRun) {
+        match self.gaps.last_mut() {
+            // Asked for at once.
+            Some(last)
+                if last.at + last.pages == at
+                    && last.vaddr + last.pages * PAGE_BYTES as u64 == run.vaddr =>
+            {
+                last.pages += run.pages;
+            }
+            _ => self.gaps.push(Gap {
+                at,
+                vaddr: run.vaddr,
+                pages: run.pages,
             }),
         }
     }
@@ -421,6 +582,84 @@ impl Memory {
             );
         }
         out
+    }
+}
+
+fn malformed(what: &str, run: PageRun) -> CriuError {
+    CriuError::ImageData {
+        what: format!("{what} ({run:?})"),
+    }
+}
+
+fn pages_name(id: u32) -> String {
+    format!("pages-{id}.img")
+}
+
+fn open_pages(path: &Path) -> Result<File, CriuError> {
+    private()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(|source| CriuError::image("open", path, source))
+}
+
+fn fill_gap(
+    file: &File,
+    path: &Path,
+    owner: PageOwner,
+    gap: Gap,
+    filler: &mut dyn Filler,
+) -> Result<(), CriuError> {
+    let mut out = GapWriter {
+        file,
+        at: gap.at * PAGE_BYTES as u64,
+        left: gap.pages * PAGE_BYTES as u64,
+        failure: None,
+    };
+    let filled = filler.fill(owner, gap.vaddr, gap.pages, &mut out);
+    if let Some(source) = out.failure {
+        return Err(CriuError::image("write", path, source));
+    }
+    if filled.is_ok() && out.left == 0 {
+        return Ok(());
+    }
+    let written = gap.pages - out.left.div_ceil(PAGE_BYTES as u64);
+    Err(CriuError::PageMissing {
+        owner,
+        vaddr: gap.vaddr + written * PAGE_BYTES as u64,
+        source: filled.err(),
+    })
+}
+
+/// Writes to one gap and not beyond it.
+struct GapWriter<'a> {
+    file: &'a File,
+    at: u64,
+    left: u64,
+    /// Why the file took no more, which the filler may keep to itself.
+    failure: Option<io::Error>,
+}
+
+impl io::Write for GapWriter<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        if data.len() as u64 > self.left {
+            let what = "more bytes than there are pages";
+            self.failure = Some(io::Error::new(io::ErrorKind::InvalidData, what));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
+        let written = self.file.write_at(data, self.at).inspect_err(|error| {
+            if error.kind() != io::ErrorKind::Interrupted {
+                self.failure = error.raw_os_error().map(io::Error::from_raw_os_error);
+            }
+        })?;
+        self.at += written as u64;
+        self.left -= written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

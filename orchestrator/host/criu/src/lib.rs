@@ -39,6 +39,13 @@
 //! child of the nearest reaper above the caller. CRIU's configuration files
 //! are not read.
 //!
+//! Memory that was copied before the dump need not travel again. A worker with
+//! a library of ours in it ([`WorkerOptions::shim`]) dumps with
+//! [`DumpOptions::track`]: pages that the tracker knows to be clean come as runs
+//! with the flag [`PARENT`] and without data, and [`ImageDir::gap`] and
+//! [`ImageDir::fill`] put there what the destination has in store.
+//! [`Criu::self_check_shim`] proves beforehand that this works.
+//!
 //! Images hold the memory of a process, so they only ever stand on a tmpfs, and
 //! an [`ImageDir`] removes itself.
 
@@ -49,13 +56,14 @@ mod log;
 mod pages;
 mod rpc;
 mod session;
+mod shim;
 pub mod stdio;
 mod worker;
 
 pub use error::{Action, CriuError};
-pub use images::{ImageDir, ImageStats, SmallImage, small_images};
+pub use images::{Filler, ImageDir, ImageStats, SmallImage, small_images};
 pub use locate::{Criu, OVERRIDE, PRIVATE_PATH, locate};
 pub use log::LogTail;
-pub use pages::{PIECE_PAGES_MAX, PageSink, PageStats, serve_pages};
+pub use pages::{PARENT, PIECE_PAGES_MAX, PageSink, PageSocket, PageStats, serve_pages};
 pub use session::{Notice, Outcome, Session};
-pub use worker::{DumpOptions, RestoreOptions, Worker, WorkerOptions};
+pub use worker::{DumpOptions, RestoreOptions, Track, Worker, WorkerOptions};

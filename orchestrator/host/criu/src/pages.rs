@@ -19,6 +19,7 @@
 //! addresses. At the end `CLOSE` or `FORCE_CLOSE` waits for a status; anything
 //! but zero makes the dump fail and the tree run on.
 
+use std::collections::BTreeSet;
 use std::error::Error as StdError;
 use std::future::Future;
 use std::io;
@@ -61,8 +62,27 @@ mod command {
     pub(super) const FORCE_CLOSE: u32 = 0x1024;
 }
 
-/// `PE_PARENT`: the page is in the parent image.
-const FLAG_PARENT: u32 = 1;
+/// Flag of a run whose pages are where an earlier copy is and carry no data
+/// (`PE_PARENT`, CRIU's `include/pagemap.h`).
+pub const PARENT: u32 = 1;
+
+/// Our end of CRIU's page stream.
+#[derive(Debug)]
+pub struct PageSocket {
+    pub(crate) stream: UnixStream,
+    /// Tasks of which an earlier copy exists.
+    pub(crate) precopied: BTreeSet<u32>,
+}
+
+impl PageSocket {
+    fn has(&self, owner: PageOwner) -> bool {
+        match owner {
+            PageOwner::Task(pid) => self.precopied.contains(&pid),
+            // CRIU does not track segments: they come whole.
+            PageOwner::Shared(_) => false,
+        }
+    }
+}
 
 /// Takes the pages of a dump.
 pub trait PageSink: Send {
@@ -70,7 +90,9 @@ pub trait PageSink: Send {
     type Error: StdError + Send + Sync + 'static;
 
     /// Takes a run of at most [`PIECE_PAGES_MAX`] pages, or a run of any length
-    /// without data. An error ends the dump, and the tree runs on.
+    /// without data: with the flag [`PARENT`], and only for tasks of which there
+    /// is a copy ([`Track`](crate::Track)). An error ends the dump, and the tree
+    /// runs on.
     fn pages(
         &mut self,
         run: PageRun,
@@ -149,7 +171,7 @@ impl Layout {
 
 /// The stream with what has been read ahead of it.
 struct Stream {
-    socket: UnixStream,
+    socket: PageSocket,
     buffer: BytesMut,
     idle: Duration,
 }
@@ -162,7 +184,7 @@ impl Stream {
             let missing = bytes - self.buffer.len();
             // Reuses the memory as soon as no piece of it is held any more.
             self.buffer.reserve(missing.max(READ_BYTES));
-            let read = timeout(self.idle, self.socket.read_buf(&mut self.buffer))
+            let read = timeout(self.idle, self.socket.stream.read_buf(&mut self.buffer))
                 .await
                 .map_err(|_| CriuError::PageStreamSilent { idle: self.idle })?
                 .or_else(|error| match error.kind() {
@@ -189,7 +211,7 @@ impl Stream {
     }
 
     async fn reply(&mut self, bytes: &[u8]) -> Result<(), CriuError> {
-        timeout(self.idle, self.socket.write_all(bytes))
+        timeout(self.idle, self.socket.stream.write_all(bytes))
             .await
             .map_err(|_| CriuError::PageStreamSilent { idle: self.idle })?
             .map_err(|source| CriuError::PageStream { source })
@@ -209,7 +231,7 @@ impl Stream {
 /// The stream ends early, stands still or does not follow the protocol; or the
 /// sink refused.
 pub async fn serve_pages<S: PageSink>(
-    socket: UnixStream,
+    socket: PageSocket,
     version: CriuVersion,
     sink: &mut S,
     idle: Duration,
@@ -230,24 +252,24 @@ pub async fn serve_pages<S: PageSink>(
         let command = layout.decode(stream.buffer.split_to(layout.bytes()));
         match command.code {
             command::OPEN2 => {
-                owner(command.owner)?;
+                let known = stream.socket.has(owner(command.owner)?);
                 stats.owners += 1;
-                // There is no parent: every page is wanted.
-                stream.reply(&[0]).await?;
+                // Without a parent every page is sent with its data.
+                stream.reply(&[u8::from(known)]).await?;
             }
             command::OPEN => {
                 owner(command.owner)?;
                 stats.owners += 1;
             }
             command::PARENT => {
-                owner(command.owner)?;
-                stream.reply(&0i32.to_ne_bytes()).await?;
+                let known = stream.socket.has(owner(command.owner)?);
+                stream.reply(&i32::from(known).to_ne_bytes()).await?;
             }
             command::ADD_F => run(&mut stream, sink, &mut stats, command, command.flags).await?,
             command::ADD => {
                 run(&mut stream, sink, &mut stats, command, PageRun::PRESENT).await?;
             }
-            command::HOLE => run(&mut stream, sink, &mut stats, command, FLAG_PARENT).await?,
+            command::HOLE => run(&mut stream, sink, &mut stats, command, PARENT).await?,
             command::CLOSE | command::FORCE_CLOSE => {
                 let closed = sink.close(stats).await;
                 let status = i32::from(closed.is_err());
@@ -288,6 +310,10 @@ async fn run<S: PageSink>(
     let bytes = pages * PAGE_BYTES as u64;
     if !vaddr.is_multiple_of(PAGE_BYTES as u64) || vaddr.checked_add(bytes).is_none() {
         return Err(protocol("address", vaddr));
+    }
+    if flags & PARENT != 0 && (flags & PageRun::PRESENT != 0 || !stream.socket.has(owner)) {
+        // Nobody has these pages.
+        return Err(protocol("flags", u64::from(flags)));
     }
     stats.runs += 1;
     let mut left = PageRun {
@@ -345,6 +371,14 @@ mod tests {
     };
     const IDLE: Duration = Duration::from_secs(10);
     const PID_7: u64 = 7 << 8 | 1;
+
+    /// Of task 7 there is a copy.
+    fn socket(stream: UnixStream) -> PageSocket {
+        PageSocket {
+            stream,
+            precopied: [7].into(),
+        }
+    }
 
     /// Keeps everything; refuses where told to.
     #[derive(Default)]
@@ -419,7 +453,7 @@ mod tests {
             drop(theirs);
             answers
         };
-        tokio::join!(serve_pages(ours, version, sink, IDLE), peer)
+        tokio::join!(serve_pages(socket(ours), version, sink, IDLE), peer)
     }
 
     #[tokio::test]
@@ -457,7 +491,8 @@ mod tests {
                     owners: 2
                 }
             );
-            assert_eq!(answers, vec![0; 4 + 1 + 1 + 4]);
+            let known = 1i32.to_ne_bytes().to_vec();
+            assert_eq!(answers, [known, vec![1, 0], vec![0; 4]].concat());
             assert!(sink.closed);
             let pieces: Vec<(u64, u64)> = sink
                 .runs
@@ -539,6 +574,10 @@ mod tests {
             encode(NEW, 6, 1, 1 << 44, !0xfff, PID_7),
             encode(NEW, 6, 4, 1, 0x1000, 7 << 8 | 3),
             encode(NEW, 4, 0, 0, 0, u64::MAX << 8 | 1),
+            // Left out, though there is no copy; left out and sent.
+            encode(NEW, 6, 1, 1, 0x1000, 8 << 8 | 1),
+            encode(NEW, 2, 0, 1, 0x1000, 7 << 8 | 2),
+            encode(NEW, 6, 5, 1, 0x1000, PID_7),
             // The other layout.
             encode(OLD, 6, 4, 1, 0x1000, PID_7)
                 .into_iter()
@@ -556,7 +595,13 @@ mod tests {
     #[tokio::test]
     async fn silence_has_a_limit() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let result = serve_pages(ours, NEW, &mut Kept::default(), Duration::from_millis(20)).await;
+        let result = serve_pages(
+            socket(ours),
+            NEW,
+            &mut Kept::default(),
+            Duration::from_millis(20),
+        )
+        .await;
         assert!(matches!(result, Err(CriuError::PageStreamSilent { .. })));
     }
 

@@ -67,6 +67,10 @@ pub(crate) struct Options {
     pub ps: Option<PageServerInfo>,
     #[prost(bool, optional, tag = "12")]
     pub notify_scripts: Option<bool>,
+    #[prost(string, optional, tag = "14")]
+    pub parent_img: Option<String>,
+    #[prost(bool, optional, tag = "15")]
+    pub track_mem: Option<bool>,
     #[prost(bool, optional, tag = "18")]
     pub link_remap: Option<bool>,
     #[prost(bool, optional, tag = "26")]
@@ -215,16 +219,19 @@ mod tests {
                 images_dir_fd: -1,
                 pid: Some(300),
                 ps: Some(PageServerInfo { fd: Some(7) }),
+                parent_img: Some("p".into()),
+                track_mem: Some(true),
                 network_lock: Some(NETWORK_LOCK_SKIP),
                 images_dir: Some("/i".into()),
                 ..Options::default()
             }),
             ..Request::default()
         };
-        let mut expected = vec![0x08, 1, 0x12, 26];
+        let mut expected = vec![0x08, 1, 0x12, 31];
         expected.extend([0x08, 255, 255, 255, 255, 255, 255, 255, 255, 255, 1]);
         expected.extend([0x10, 0xac, 0x02]);
         expected.extend([0x5a, 2, 0x20, 7]);
+        expected.extend([0x72, 1, b'p', 0x78, 1]);
         expected.extend([0x80, 0x04, 3]);
         expected.extend([0xa2, 0x04, 2, b'/', b'i']);
         assert_eq!(request.encode_to_vec(), expected);

@@ -5,11 +5,11 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::error::{Action, CriuError};
 use crate::log::LogTail;
+use crate::pages::PageSocket;
 use crate::rpc::{Request, Response, Socket, kind};
 use crate::worker::Process;
 
@@ -97,7 +97,7 @@ pub struct Session {
     action: Action,
     process: Process,
     socket: Socket,
-    page_socket: Option<UnixStream>,
+    page_socket: Option<PageSocket>,
     log: PathBuf,
     state: State,
     /// An answer was `false`.
@@ -109,7 +109,7 @@ impl Session {
         action: Action,
         process: Process,
         socket: Socket,
-        page_socket: Option<UnixStream>,
+        page_socket: Option<PageSocket>,
         log: PathBuf,
     ) -> Self {
         Self {
@@ -139,7 +139,7 @@ impl Session {
     /// Serve it with [`serve_pages`](crate::serve_pages) from the start, or
     /// drop it: CRIU waits there even when the dump has failed. So the stream
     /// may come to its end without a mistake in a dump that fails.
-    pub fn page_socket(&mut self) -> Option<UnixStream> {
+    pub fn page_socket(&mut self) -> Option<PageSocket> {
         self.page_socket.take()
     }
 

@@ -1,8 +1,10 @@
 //! A CRIU that has started and waits for one order.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Seek as _};
+use std::collections::BTreeSet;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -17,11 +19,14 @@ use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use crate::error::{Action, CriuError};
+use crate::images::{private, uptime_inventory};
 use crate::locate::Criu;
+use crate::pages::PageSocket;
 use crate::rpc::{
     CGROUPS_IGNORE, InheritFd, NETWORK_LOCK_SKIP, Options, PageServerInfo, Request, Socket, kind,
 };
 use crate::session::Session;
+use crate::shim;
 
 /// Limit for a new worker's first answer: loading it takes 5-10 ms.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
@@ -32,6 +37,10 @@ const PAGE_SOCKET_BYTES: usize = 4 << 20;
 
 /// How much of the worker's standard error is read for a message, in bytes.
 const STDERR_BYTES_MAX: u64 = 16 << 10;
+
+/// The directory beside the images of a tracked dump that CRIU takes for the
+/// images of the dump before it.
+const PARENT: &str = "before";
 
 /// CRIU's own default for the time it may need to stop a tree, in seconds.
 const FREEZE_LIMIT_S: u32 = 10;
@@ -50,6 +59,10 @@ pub struct WorkerOptions {
     /// joins the session of the worker. Otherwise the worker only gets a
     /// process group, so that a Ctrl-C on the terminal does not reach it.
     pub new_session: bool,
+    /// Start CRIU with the library that answers its question for soft-dirty
+    /// pages, for a dump with [`DumpOptions::track`]. Ask
+    /// [`Criu::self_check_shim`] first whether it works here.
+    pub shim: bool,
 }
 
 /// A started CRIU that has loaded its libraries and answered.
@@ -63,6 +76,8 @@ pub struct Worker {
     /// The number of CRIU's end of the page socket, inside the worker.
     page_fd: RawFd,
     inherited: Vec<RawFd>,
+    /// It has loaded the shim.
+    shim: bool,
 }
 
 /// The CRIU process and what it writes to its standard error.
@@ -157,6 +172,28 @@ pub struct DumpOptions {
     pub deleted_file_bytes_max: u32,
     /// How long CRIU may try to stop the tree, in seconds.
     pub freeze_limit_s: u32,
+    /// Leave out what has been copied before and not been written since. For
+    /// a worker with [`WorkerOptions::shim`].
+    pub track: Option<Track>,
+}
+
+/// A dump of a tree whose memory has been copied while it ran.
+///
+/// CRIU then sends a page without data
+/// ([`PARENT`](crate::PARENT)) when it is of a task named here, its
+/// mapping is registered with a userfaultfd for asynchronous write protection,
+/// and it has not been written since it was protected. So every page must be
+/// protected before it is copied, and the userfaultfd must stay open until
+/// CRIU has answered.
+///
+/// The task's `[vdso]` comes without data too, protected or not: it must be
+/// among what was copied.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Track {
+    /// PIDs of the tasks that were copied, as the tree itself sees them
+    /// ([`PageOwner::Task`](migrate_core::wire::PageOwner::Task)). All others
+    /// come whole.
+    pub precopied: BTreeSet<u32>,
 }
 
 impl DumpOptions {
@@ -174,6 +211,7 @@ impl DumpOptions {
             // CRIU's own default is 1 MiB; 64 MiB still fit a short blackout.
             deleted_file_bytes_max: 64 << 20,
             freeze_limit_s: FREEZE_LIMIT_S,
+            track: None,
         }
     }
 }
@@ -216,9 +254,10 @@ impl Criu {
     ///
     /// # Errors
     ///
-    /// It cannot be started, or does not answer as CRIU does.
+    /// It cannot be started, does not answer as CRIU does, or has not loaded
+    /// the shim.
     pub async fn worker(&self, options: WorkerOptions) -> Result<Worker, CriuError> {
-        let mut worker = start(&self.path, options).map_err(|source| CriuError::Start {
+        let mut worker = start(self, options).map_err(|source| CriuError::Start {
             path: self.path.clone(),
             source,
         })?;
@@ -239,11 +278,17 @@ impl Criu {
             let stderr = worker.process.stderr();
             return Err(CriuError::NoGreeting { stderr });
         }
+        // Without it a kernel that knows soft-dirty pages gives its own answer,
+        // which has nothing to do with the tracker's.
+        if worker.shim && !shim::loaded(worker.pid()) {
+            let stderr = worker.process.stderr();
+            return Err(CriuError::ShimNotLoaded { stderr });
+        }
         Ok(worker)
     }
 }
 
-fn start(path: &Path, options: WorkerOptions) -> io::Result<Worker> {
+fn start(criu: &Criu, options: WorkerOptions) -> io::Result<Worker> {
     let (ours, theirs) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -279,7 +324,7 @@ fn start(path: &Path, options: WorkerOptions) -> io::Result<Worker> {
         .transpose()?;
     let stderr = scratch()?;
 
-    let mut command = Command::new(path);
+    let mut command = Command::new(&criu.path);
     command
         .arg("--no-default-config")
         .arg("swrk")
@@ -292,6 +337,9 @@ fn start(path: &Path, options: WorkerOptions) -> io::Result<Worker> {
 
     let mut keep = inherited.clone();
     keep.extend([theirs.as_raw_fd(), page_fd]);
+    if options.shim {
+        keep.push(shim::preload(&mut command, criu.version)?);
+    }
     let cgroup_fd = cgroup.as_ref().map(|file| file.as_raw_fd());
     let new_session = options.new_session;
     // SAFETY: between fork and exec the closure only makes system calls on
@@ -318,6 +366,7 @@ fn start(path: &Path, options: WorkerOptions) -> io::Result<Worker> {
         page_socket: UnixStream::from_std(pages_ours)?,
         page_fd,
         inherited,
+        shim: options.shim,
     })
 }
 
@@ -362,13 +411,27 @@ fn become_worker(keep: &[RawFd], cgroup: Option<RawFd>, new_session: bool) -> io
 }
 
 /// Moves a descriptor out of 0, 1 and 2, which the child gets anew.
-fn above_standard(fd: OwnedFd) -> io::Result<OwnedFd> {
+pub(crate) fn above_standard(fd: OwnedFd) -> io::Result<OwnedFd> {
     if fd.as_raw_fd() > 2 {
         return Ok(fd);
     }
     let number = fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(3))?;
     // SAFETY: F_DUPFD_CLOEXEC returned a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Leaves a descriptor open in the command's process.
+pub(crate) fn keep_open(command: &mut Command, fd: RawFd) {
+    // SAFETY: one system call between fork and exec, on a descriptor that is
+    // open here until then.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::fcntl(fd, libc::F_SETFD, 0) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
 }
 
 /// A file without a name for the worker's standard error.
@@ -405,7 +468,8 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// The order could not be sent.
+    /// The order could not be sent; or the dump is tracked and this worker has
+    /// not loaded the shim.
     pub async fn dump(self, options: &DumpOptions) -> Result<Session, CriuError> {
         let opts = Options {
             pid: Some(options.pid),
@@ -419,9 +483,20 @@ impl Worker {
             external: options.external.clone(),
             timeout: Some(options.freeze_limit_s),
             tcp_skip_in_flight: Some(true),
+            track_mem: options.track.is_some().then_some(true),
+            parent_img: options.track.is_some().then(|| PARENT.to_owned()),
             ..common(&options.images, Action::Dump)?
         };
-        self.order(Action::Dump, &options.images, opts).await
+        let precopied = match &options.track {
+            None => BTreeSet::new(),
+            Some(_) if !self.shim => return Err(CriuError::Untracked),
+            Some(track) => {
+                write_parent(&options.images)?;
+                track.precopied.clone()
+            }
+        };
+        self.order(Action::Dump, &options.images, opts, precopied)
+            .await
     }
 
     /// Orders the restore. CRIU starts at once and asks before the tree may
@@ -447,7 +522,8 @@ impl Worker {
             external: options.external.clone(),
             ..common(&options.images, Action::Restore)?
         };
-        self.order(Action::Restore, &options.images, opts).await
+        self.order(Action::Restore, &options.images, opts, BTreeSet::new())
+            .await
     }
 
     async fn order(
@@ -455,6 +531,7 @@ impl Worker {
         action: Action,
         images: &Path,
         opts: Options,
+        precopied: BTreeSet<u32>,
     ) -> Result<Session, CriuError> {
         let request = Request {
             kind: match action {
@@ -470,7 +547,10 @@ impl Worker {
             .map_err(|source| CriuError::Socket { action, source })?;
         self.process.expendable = false;
         // CRIU leaves a restore's page socket alone, so nothing is lost there.
-        let page_socket = (action == Action::Dump).then_some(self.page_socket);
+        let page_socket = (action == Action::Dump).then(|| PageSocket {
+            stream: self.page_socket,
+            precopied,
+        });
         Ok(Session::new(
             action,
             self.process,
@@ -491,6 +571,43 @@ fn log_name(action: Action) -> &'static str {
         Action::Dump => "dump.log",
         Action::Restore => "restore.log",
     }
+}
+
+/// Writes what CRIU wants to see of a dump before this one: when that was. A
+/// task that is younger is none that could have been in it. Since tasks are
+/// told apart by their memory's registration, only the format is of use here.
+fn write_parent(images: &Path) -> Result<(), CriuError> {
+    let directory = images.join(PARENT);
+    DirBuilder::new()
+        .mode(0o700)
+        .create(&directory)
+        .map_err(|source| CriuError::image("create", &directory, source))?;
+    let uptime = Path::new("/proc/uptime");
+    let text =
+        fs::read_to_string(uptime).map_err(|source| CriuError::image("read", uptime, source))?;
+    let uptime_us = parse_uptime_us(&text).ok_or_else(|| CriuError::ImageData {
+        what: format!("uptime {text:?}"),
+    })?;
+    let path = directory.join("inventory.img");
+    private()
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .and_then(|mut file| file.write_all(&uptime_inventory(uptime_us)))
+        .map_err(|source| CriuError::image("write", &path, source))
+}
+
+/// Reads `350735.47 234388.90`: seconds, with two digits behind the point.
+fn parse_uptime_us(text: &str) -> Option<u64> {
+    let (seconds, hundredths) = text.split_ascii_whitespace().next()?.split_once('.')?;
+    if hundredths.len() != 2 {
+        return None;
+    }
+    let seconds: u64 = seconds.parse().ok()?;
+    let hundredths: u64 = hundredths.parse().ok()?;
+    seconds
+        .checked_mul(1_000_000)?
+        .checked_add(hundredths * 10_000)
 }
 
 /// What dump and restore have in common.
@@ -520,4 +637,29 @@ fn common(images: &Path, action: Action) -> Result<Options, CriuError> {
         link_remap: Some(false),
         ..Options::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uptimes_as_the_kernel_prints_them() {
+        assert_eq!(
+            parse_uptime_us("350735.47 234388.90\n"),
+            Some(350_735_470_000)
+        );
+        assert_eq!(parse_uptime_us("0.05 0.00\n"), Some(50_000));
+        for bad in [
+            "",
+            "\n",
+            "1",
+            "1.5 2.00",
+            "x.00",
+            "18446744073709.99",
+            "-1.00",
+        ] {
+            assert_eq!(parse_uptime_us(bad), None, "{bad}");
+        }
+    }
 }

@@ -92,6 +92,7 @@ impl Destination {
                 cgroup: home.directory().map(ToOwned::to_owned),
                 inherit,
                 new_session: true,
+                ..WorkerOptions::default()
             })
             .await?;
         self.streams = streams;
