@@ -1,9 +1,10 @@
 //! What a migration is, without the machine it runs on.
 //!
-//! Phases and their legal transitions, the messages between source and
+//! Phases and their legal transitions, when pre-copy ends, the messages between source and
 //! destination, the facts that preflight compares, and the report a user
 //! reads. Nothing here makes a system call, reads a clock or knows an adapter.
 
+pub mod convergence;
 pub mod facts;
 pub mod flow;
 pub mod journal;
