@@ -26,6 +26,7 @@
 //! mark. Processes that show signs of that are not tracked at all
 //! ([`UntrackedReason::Pinned`]).
 
+mod digests;
 mod error;
 #[cfg(target_arch = "x86_64")]
 mod inject;
@@ -42,6 +43,7 @@ mod sys;
 mod trace;
 mod tree;
 
+pub use digests::digests;
 pub use error::{MemoryError, RoundError, StoreError, Unsupported, UntrackedReason};
 pub use inject::Injection;
 pub use probe::{Support, probe};
@@ -56,39 +58,3 @@ pub(crate) const PAGE: u64 = migrate_core::wire::PAGE_BYTES as u64;
 /// A page of zeros, to compare with.
 pub(crate) static ZERO_PAGE: [u8; migrate_core::wire::PAGE_BYTES] =
     [0; migrate_core::wire::PAGE_BYTES];
-
-/// Digest of each task's memory as CRIU's final list names it, read from the
-/// frozen tree. Shared segments are left out: they come whole.
-///
-/// # Errors
-///
-/// A page cannot be read.
-pub fn digests(listed: &[PageRun]) -> Result<Vec<(u32, [u8; 32])>, MemoryError> {
-    let mut by_task: BTreeMap<u32, Vec<PageRun>> = BTreeMap::new();
-    for run in listed {
-        if let PageOwner::Task(pid) = run.owner {
-            by_task.entry(pid).or_default().push(*run);
-        }
-    }
-    let mut digests = Vec::new();
-    for (pid, mut runs) in by_task {
-        runs.sort_by_key(|run| run.vaddr);
-        let path = format!("/proc/{pid}/mem");
-        let failed = |source| MemoryError::ReadFrozen { pid, source };
-        let memory = File::open(path).map_err(failed)?;
-        let mut digest = MemoryDigest::new();
-        let mut buffer = vec![0; DIGEST_PIECE_BYTES];
-        for run in runs {
-            let (mut at, end) = (run.vaddr, run.vaddr + run.pages * PAGE);
-            while at < end {
-                let bytes = usize::try_from(end - at).map_or(buffer.len(), |n| n.min(buffer.len()));
-                let piece = &mut buffer[..bytes];
-                memory.read_exact_at(piece, at).map_err(failed)?;
-                digest.add(at, piece);
-                at += bytes as u64;
-            }
-        }
-        digests.push((pid, digest.finish()));
-    }
-    Ok(digests)
-}
