@@ -14,7 +14,7 @@ use migrate_core::Flow;
 use nix::mount::{MsFlags, mount};
 use nix::net::if_::if_nametoindex;
 
-use super::network::{Host, PATIENCE, Pair, SILENCE, ip, options, read_one, tun};
+use super::network::{Host, PATIENCE, Pair, SILENCE, detach, ip, options, read_one, tun};
 use super::packets::{ACK, Packet};
 use super::{flow, listener};
 use crate::{
@@ -172,7 +172,7 @@ fn question_and_answer(address: &str) {
     assert_eq!(read_one(&server, PATIENCE), Ok(b'x'));
     assert_eq!(retransmissions(&pair), before);
 
-    pair.server.run(|| gate.detach().unwrap());
+    pair.server.run(|| detach(gate));
     assert_eq!(next(&mut held), None, "the gate is gone");
     pair.assert_nothing_left();
 }
@@ -292,7 +292,7 @@ fn bulk(from_client: bool) {
         "the order is kept"
     );
     assert_all_went_through(gate.counters().unwrap(), &all);
-    pair.server.run(|| gate.detach().unwrap());
+    pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
 }
 
@@ -339,7 +339,7 @@ fn a_connection_begun_while_closed_is_answered_after() {
     let (gate, mut held, index) = attach(&pair, HoldOptions::default());
     held_syn(&pair, &gate, &mut held, index, "10.9.0.1:7000");
     held_syn(&pair, &gate, &mut held, index, "[fd00:9::1]:7000");
-    pair.server.run(|| gate.detach().unwrap());
+    pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
 }
 
@@ -362,7 +362,7 @@ fn a_tag_that_the_interface_takes_out_comes_back() {
     assert_eq!(packet.frame[10..], frame);
     gate.inject_ingress(index, &packet.frame).unwrap();
     assert_all_went_through(gate.counters().unwrap(), &[packet]);
-    pair.server.run(|| gate.detach().unwrap());
+    pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
 }
 
@@ -452,8 +452,8 @@ fn what_one_host_holds_another_one_answers() {
     });
     let counters = destination.counters().unwrap();
     assert!(counters.injected >= 1, "{counters:?}");
-    other.run(|| destination.detach().unwrap());
-    pair.server.run(|| source.detach().unwrap());
+    other.run(|| detach(destination));
+    pair.server.run(|| detach(source));
     pair.assert_nothing_left();
 }
 
@@ -489,7 +489,7 @@ fn what_finds_no_room_is_dropped_and_counted() {
     assert!(stats.dropped_frames > 0 && stats.dropped_bytes > 0);
     assert_eq!(counters.hold_dropped, stats.dropped_frames);
     assert_eq!(counters.ingress_dropped_packets, 0);
-    pair.server.run(|| gate.detach().unwrap());
+    pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
 }
 
@@ -522,7 +522,7 @@ fn what_the_kernel_has_no_room_for_is_counted() {
     let counters = gate.counters().unwrap();
     assert!(counters.hold_dropped > 0, "{counters:?}");
     assert_eq!(counters.hold_dropped + dropped, FRAMES, "{counters:?}");
-    pair.server.run(|| gate.detach().unwrap());
+    pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
 }
 
@@ -590,7 +590,7 @@ fn without_tun_the_gate_drops_and_says_why() {
     assert_eq!(counters.held_ingress_packets, 0);
     gate.open().unwrap();
     assert_eq!(read_one(&server, PATIENCE), Ok(b'x'));
-    pair.server.run(|| gate.detach().unwrap());
+    pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
 }
 
@@ -608,7 +608,7 @@ fn without_an_ethernet_header_the_gate_drops() {
         let gate = Gate::attach(&[if_nametoindex("gate2").unwrap()], &options).unwrap();
         assert!(!gate.holds());
         assert!(gate.drop_reason().unwrap().contains("Ethernet"));
-        gate.detach().unwrap();
+        detach(gate);
     });
     pair.assert_nothing_left();
 }
@@ -640,6 +640,20 @@ fn only_the_workloads_sound_frames_go_back() {
     assert!(matches!(refused, Err(GateError::NotHeld { .. })));
     let counters = gate.counters().unwrap();
     assert_eq!((counters.injected, counters.emitted), (1, 1));
-    pair.server.run(|| gate.detach().unwrap());
+    pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
+}
+
+/// The owner moves them between threads and tasks.
+#[test]
+fn the_handles_can_be_sent() {
+    fn sent<T: Send + Sync>() {}
+    fn future<T: Send>(_: impl FnOnce(T) -> Box<dyn Future<Output = ()> + Send>) {}
+    sent::<Gate>();
+    sent::<HeldPackets>();
+    future(|mut held: HeldPackets| {
+        Box::new(async move {
+            held.next().await;
+        })
+    });
 }

@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aya::programs::{SchedClassifier, TcAttachType};
@@ -173,8 +174,23 @@ pub(super) fn options(directory: &Path) -> GateOptions {
     }
 }
 
+/// Held while a process is started or a gate is removed: a new process has all
+/// open files of this one for a moment, the gates of other tests included, and
+/// they stay for as long.
+fn starting() -> MutexGuard<'static, ()> {
+    static STARTING: Mutex<()> = Mutex::new(());
+    STARTING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes a gate, in the calling thread's namespaces.
+pub(super) fn detach(gate: Gate) {
+    let _starting = starting();
+    gate.detach().unwrap();
+}
+
 /// Runs iproute2, which a test may use although the product does not.
 pub(super) fn ip(arguments: &str) {
+    let _starting = starting();
     let output = Command::new("ip")
         .args(arguments.split(' '))
         .output()
@@ -251,7 +267,7 @@ fn through_all_states(listen: &str, connect: &str) {
     let counters = gate.counters().unwrap();
     assert_eq!((counters.rst_dropped, counters.rst_sent), (1, 0));
 
-    pair.server.run(|| gate.detach().unwrap());
+    pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
     // What the gate has kept from happening.
     assert_eq!(
@@ -316,6 +332,7 @@ fn killed_owner(holds: bool) {
     let listening = pair.listen("10.9.0.1:7000");
     let address = listening.local_addr().unwrap();
     let mut owner = pair.server.run(|| {
+        let _starting = starting();
         Command::new(std::env::current_exe().unwrap())
             .args([
                 "--exact",
@@ -362,8 +379,10 @@ fn killed_owner(holds: bool) {
     assert_eq!(found[0].deadline_in, Some(Duration::ZERO));
     assert_eq!(pair.programs(), 2);
 
-    pair.server
-        .run(|| unlock(&pair.directory, "test-1", Role::Source).unwrap());
+    pair.server.run(|| {
+        let _starting = starting();
+        unlock(&pair.directory, "test-1", Role::Source).unwrap();
+    });
     pair.assert_nothing_left();
 }
 
@@ -425,7 +444,7 @@ fn a_dropped_gate_is_adopted_and_detached() {
         let gate = adopt(directory, "test-1", Role::Source).unwrap();
         assert!(gate.counters().unwrap().ingress_dropped_packets > 0);
         gate.open().unwrap();
-        gate.detach().unwrap();
+        detach(gate);
     });
     drop(pair.connect(address, PATIENCE).unwrap());
     pair.assert_nothing_left();
@@ -444,11 +463,11 @@ fn two_gates_share_a_device_and_a_directory() {
     });
     assert_eq!(pair.programs(), 4);
     pair.server.run(|| {
-        first.detach().unwrap();
+        detach(first);
         let found = leftovers(&pair.directory).unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].mode, LeftoverMode::Open);
-        second.detach().unwrap();
+        detach(second);
     });
     pair.assert_nothing_left();
 }
@@ -471,7 +490,7 @@ fn a_staged_address_is_not_found_until_it_is_unstaged() {
     assert!(gate.counters().unwrap().staged_dropped_packets > 0);
     gate.unstage_addresses(&[staged]).unwrap();
     drop(pair.connect(address, PATIENCE).unwrap());
-    pair.server.run(|| gate.detach().unwrap());
+    pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
 }
 
@@ -500,7 +519,7 @@ fn a_device_without_ethernet_header_is_gated() {
             tun.write_all(&frame[14..]).unwrap();
         }
         assert_eq!(gate.counters().unwrap().ingress_dropped_packets, 1);
-        gate.detach().unwrap();
+        detach(gate);
     });
     pair.assert_nothing_left();
 }
