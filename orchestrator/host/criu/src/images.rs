@@ -770,6 +770,158 @@ mod tests {
         assert_eq!(images.stats().pages, 2);
     }
 
+    fn gap(owner: PageOwner, vaddr: u64, pages: u64) -> PageRun {
+        PageRun {
+            flags: PARENT,
+            ..run(owner, vaddr, pages)
+        }
+    }
+
+    /// A store in which the page at `vaddr` is full of one byte.
+    fn stored(vaddr: u64) -> u8 {
+        u8::try_from(vaddr / PAGE_BYTES as u64 % 251).unwrap()
+    }
+
+    fn from_store(_: PageOwner, vaddr: u64, pages: u64, out: &mut dyn io::Write) -> io::Result<()> {
+        for page in 0..pages {
+            out.write_all(&filled(1, stored(vaddr + page * PAGE_BYTES as u64)))?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gaps_are_filled_where_they_are() {
+        let (_parent, mut images) = directory();
+        let task = PageOwner::Task(7);
+        let other = PageOwner::Task(8);
+        images.gap(gap(task, 0x1000, 2)).unwrap();
+        images
+            .pages(run(task, 0x3000, 1), &filled(1, 0xee))
+            .unwrap();
+        images.gap(gap(task, 0x4000, 1)).unwrap();
+        images.gap(gap(task, 0x5000, 1)).unwrap();
+        images.gap(gap(other, 0x9000, 1)).unwrap();
+        inventory(&mut images);
+
+        let error = images.finish().unwrap_err();
+        assert!(
+            matches!(
+                &error,
+                CriuError::PageMissing {
+                    owner: PageOwner::Task(7),
+                    vaddr: 0x1000,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        let mut asked = Vec::new();
+        images
+            .fill(
+                &mut |owner, vaddr, pages, out: &mut dyn io::Write| -> io::Result<()> {
+                    asked.push((owner, vaddr, pages));
+                    from_store(owner, vaddr, pages, out)
+                },
+            )
+            .unwrap();
+        // Neighbours are asked for at once.
+        assert_eq!(
+            asked,
+            [(task, 0x1000, 2), (task, 0x4000, 2), (other, 0x9000, 1)]
+        );
+        let stats = images.finish().unwrap();
+        assert_eq!((stats.pages, stats.pages_in_gaps), (1, 5));
+        let pages = fs::read(images.path().join("pages-1.img")).unwrap();
+        let expected = [
+            stored(0x1000),
+            stored(0x2000),
+            0xee,
+            stored(0x4000),
+            stored(0x5000),
+        ];
+        assert_eq!(pages, expected.map(|byte| filled(1, byte)).concat());
+        // To CRIU it is one run of pages.
+        let (_, entries) = decode(&fs::read(images.path().join("pagemap-7.img")).unwrap());
+        assert_eq!(entries.len(), 1);
+        assert_eq!(
+            (entries[0].nr_pages, entries[0].flags),
+            (Some(5), Some(PageRun::PRESENT))
+        );
+    }
+
+    #[test]
+    fn what_the_store_lacks_is_named() {
+        type Fill = fn(PageOwner, u64, u64, &mut dyn io::Write) -> io::Result<()>;
+        let cases: [(Fill, u64, bool); 4] = [
+            (|_, _, _, _| Ok(()), 0x1000, false),
+            (|_, _, _, _| Err(io::Error::other("no")), 0x1000, true),
+            (|_, _, _, out| out.write_all(&filled(2, 1)), 0x3000, false),
+            // Half a page is none.
+            (
+                |_, _, _, out| out.write_all(&filled(2, 1)[..PAGE_BYTES + 9]),
+                0x2000,
+                false,
+            ),
+        ];
+        for (mut fill, missing, explained) in cases {
+            let (_parent, mut images) = directory();
+            images.gap(gap(PageOwner::Task(7), 0x1000, 3)).unwrap();
+            inventory(&mut images);
+            let error = images.fill(&mut fill).unwrap_err();
+            let CriuError::PageMissing {
+                owner,
+                vaddr,
+                source,
+            } = error
+            else {
+                panic!("{error}");
+            };
+            assert_eq!(
+                (owner, vaddr, source.is_some()),
+                (PageOwner::Task(7), missing, explained)
+            );
+            assert!(images.finish().is_err());
+            // Another store may have it.
+            images.fill(&mut from_store).unwrap();
+            images.finish().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_gap_takes_no_more_than_its_pages() {
+        let (_parent, mut images) = directory();
+        let task = PageOwner::Task(7);
+        images.gap(gap(task, 0x1000, 1)).unwrap();
+        images.pages(run(task, 0x2000, 1), &filled(1, 9)).unwrap();
+        let result = images.fill(&mut |_, _, _, out: &mut dyn io::Write| -> io::Result<()> {
+            let _ = out.write_all(&filled(2, 1));
+            Ok(())
+        });
+        assert!(matches!(result, Err(CriuError::Image { .. })), "{result:?}");
+        for run in [
+            run(task, 0x8000, 1),
+            PageRun {
+                flags: 2,
+                ..run(task, 0x8000, 1)
+            },
+        ] {
+            assert!(images.gap(run).is_err(), "{run:?}");
+        }
+        assert!(
+            images.gap(gap(task, 0x1000, 1)).is_err(),
+            "below the last one"
+        );
+    }
+
+    #[test]
+    fn the_inventory_of_an_earlier_dump() {
+        // From `images/inventory.proto`: img_version 0, dump_uptime 300.
+        let expected = [
+            0x16, 0x31, 0x31, 0x58, 5, 0, 0, 0, 0x08, 0, 0x40, 0xac, 0x02,
+        ];
+        assert_eq!(uptime_inventory(300), expected);
+    }
+
     #[test]
     fn images_are_complete_or_refused() {
         let (_parent, mut images) = directory();
@@ -863,21 +1015,27 @@ mod tests {
     proptest! {
         /// What is written says the same as what came, however it was cut.
         #[test]
-        fn runs_survive(cuts in prop::collection::vec((0u64..3, 1u64..4, any::<bool>(), any::<u8>()), 1..40)) {
+        fn runs_survive(cuts in prop::collection::vec((0u64..3, 1u64..4, any::<bool>(), any::<u8>(), any::<bool>()), 1..40)) {
             let (_parent, mut images) = directory();
             let mut at = [0x1000u64, 0];
             let mut expected: [Vec<(u64, u8)>; 2] = [Vec::new(), Vec::new()];
-            for (gap, pages, shared, byte) in cuts {
+            for (distance, pages, shared, byte, known) in cuts {
                 let which = usize::from(shared);
                 let owner = if shared { PageOwner::Shared(3) } else { PageOwner::Task(3) };
-                let vaddr = at[which] + gap * PAGE_BYTES as u64;
-                images.pages(run(owner, vaddr, pages), &filled(pages, byte)).unwrap();
+                let vaddr = at[which] + distance * PAGE_BYTES as u64;
+                if known {
+                    images.gap(gap(owner, vaddr, pages)).unwrap();
+                } else {
+                    images.pages(run(owner, vaddr, pages), &filled(pages, byte)).unwrap();
+                }
                 for page in 0..pages {
-                    expected[which].push((vaddr + page * PAGE_BYTES as u64, byte));
+                    let vaddr = vaddr + page * PAGE_BYTES as u64;
+                    expected[which].push((vaddr, if known { stored(vaddr) } else { byte }));
                 }
                 at[which] = vaddr + pages * PAGE_BYTES as u64;
             }
             inventory(&mut images);
+            images.fill(&mut from_store).unwrap();
             images.finish().unwrap();
             for (name, expected) in ["pagemap-3.img", "pagemap-shmem-3.img"].iter().zip(expected) {
                 let path = images.path().join(name);

@@ -294,8 +294,6 @@ struct Dumped {
     session: Session,
     seen: BTreeMap<(PageOwner, u64), bool>,
     bytes: u64,
-    /// From the first question after the freeze to the last one.
-    frozen: Duration,
 }
 
 impl Dumped {
@@ -308,19 +306,43 @@ impl Dumped {
             .collect()
     }
 
-    async fn finish(mut self, commit: bool) {
-        self.session.answer(commit).await.unwrap();
-        let end = self.session.next(LIMIT).await.unwrap();
-        let expected = if commit {
-            Outcome::Dumped
-        } else {
-            Outcome::Refused
-        };
-        assert_eq!(end, Notice::Finished(expected));
+    async fn finish(self, commit: bool) {
+        finish(self.session, commit).await;
     }
 }
 
+async fn finish(mut session: Session, commit: bool) {
+    session.answer(commit).await.unwrap();
+    let end = session.next(LIMIT).await.unwrap();
+    let expected = if commit {
+        Outcome::Dumped
+    } else {
+        Outcome::Refused
+    };
+    assert_eq!(end, Notice::Finished(expected));
+}
+
 async fn dump(criu: &Criu, options: &DumpOptions, to: &mut ImageDir) -> Dumped {
+    let mut sink = ToImages {
+        images: to,
+        seen: BTreeMap::new(),
+        bytes: 0,
+    };
+    let (session, _) = dump_to(criu, options, &mut sink).await;
+    Dumped {
+        session,
+        seen: sink.seen,
+        bytes: sink.bytes,
+    }
+}
+
+/// Dumps up to the commit; also says how long that took from the first
+/// question after the freeze on.
+async fn dump_to(
+    criu: &Criu,
+    options: &DumpOptions,
+    sink: &mut impl PageSink,
+) -> (Session, Duration) {
     let worker = criu
         .worker(WorkerOptions {
             shim: options.track.is_some(),
@@ -330,12 +352,7 @@ async fn dump(criu: &Criu, options: &DumpOptions, to: &mut ImageDir) -> Dumped {
         .unwrap();
     let mut session = worker.dump(options).await.unwrap();
     let socket = session.page_socket().unwrap();
-    let mut sink = ToImages {
-        images: to,
-        seen: BTreeMap::new(),
-        bytes: 0,
-    };
-    let serve = serve_pages(socket, criu.version, &mut sink, LIMIT);
+    let serve = serve_pages(socket, criu.version, sink, LIMIT);
     let drive = async {
         let mut frozen = Instant::now();
         loop {
@@ -353,12 +370,7 @@ async fn dump(criu: &Criu, options: &DumpOptions, to: &mut ImageDir) -> Dumped {
     };
     let (stats, frozen) = tokio::join!(serve, drive);
     stats.unwrap();
-    Dumped {
-        seen: sink.seen,
-        bytes: sink.bytes,
-        session,
-        frozen,
-    }
+    (session, frozen)
 }
 
 fn image_dirs(scratch: &Path, name: &str) -> (ImageDir, ImageDir) {
@@ -575,9 +587,7 @@ async fn the_cache_of_every_other_criu_is_left_alone() {
         })
         .await
         .unwrap();
-    // What it runs finds no trace, and neither does CRIU hold the file open.
-    let environment = fs::read(format!("/proc/{}/environ", worker.pid())).unwrap();
-    drop(environment);
+    // It has closed what the library was loaded from.
     for fd in fs::read_dir(format!("/proc/{}/fd", worker.pid())).unwrap() {
         let target = fs::read_link(fd.unwrap().path()).unwrap_or_default();
         assert!(
@@ -589,7 +599,62 @@ async fn the_cache_of_every_other_criu_is_left_alone() {
     assert_eq!(fs::read(cache).ok(), before);
 }
 
-/// `cargo test -p migrate-criu --test tracked -- --ignored --nocapture`
+#[tokio::test]
+async fn what_criu_runs_finds_no_trace_of_the_shim() {
+    let Some(criu) = criu().await else { return };
+    let scratch = scratch();
+    let environment = scratch.path().join("environment");
+    let wrapper = scratch.path().join("criu");
+    let script = format!(
+        "#!/bin/sh\nenv > {}\nexec {} \"$@\"\n",
+        environment.display(),
+        criu.path.display()
+    );
+    fs::write(&wrapper, script).unwrap();
+    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
+    let wrapped = Criu {
+        path: wrapper,
+        version: criu.version,
+    };
+    // The shell has loaded it, so that what the shell runs has not: a CRIU that
+    // answers, and would believe what the kernel says.
+    let shim = WorkerOptions {
+        shim: true,
+        ..WorkerOptions::default()
+    };
+    let error = wrapped.worker(shim).await.unwrap_err();
+    assert!(matches!(error, CriuError::ShimNotLoaded { .. }), "{error}");
+    let environment = fs::read_to_string(environment).unwrap();
+    assert!(environment.contains("PATH="));
+    assert!(!environment.contains("PRELOAD") && !environment.contains("MIGRATE_SHIM"));
+    let error = wrapped.self_check_shim().await.unwrap_err();
+    assert!(matches!(error, CriuError::SelfCheck { .. }), "{error}");
+}
+
+/// Counts, so that nothing but CRIU takes time.
+#[derive(Default)]
+struct Counted {
+    bytes: u64,
+    pages: u64,
+    left_out: u64,
+}
+
+impl PageSink for Counted {
+    type Error = io::Error;
+
+    async fn pages(&mut self, run: PageRun, data: Bytes) -> io::Result<()> {
+        self.bytes += data.len() as u64;
+        self.pages += run.pages;
+        self.left_out += if data.is_empty() { run.pages } else { 0 };
+        Ok(())
+    }
+
+    async fn close(&mut self, _: PageStats) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// `cargo test --release -p migrate-criu --test tracked -- --ignored --nocapture`
 #[tokio::test]
 #[ignore = "a measurement"]
 async fn measure() {
@@ -599,22 +664,27 @@ async fn measure() {
         let mut tracked = Tracked::start(scratch.path(), mib);
         tracked.write((0..1000).map(|page| page * 13));
         tracked.hang_up();
-        for (name, track) in [("tracked", true), ("full", false), ("tracked again", true)] {
-            let (source, mut destination) = image_dirs(scratch.path(), name);
-            let mut options = tracked.options(source.path());
-            if !track {
-                options.track = None;
+        for round in 0..3 {
+            for track in [true, false] {
+                let name = format!("{round}-{track}");
+                let images = ImageDir::create(scratch.path().join(&name)).unwrap();
+                let mut options = tracked.options(images.path());
+                if !track {
+                    options.track = None;
+                }
+                let mut sink = Counted::default();
+                let (session, frozen) = dump_to(&criu, &options, &mut sink).await;
+                println!(
+                    "{mib} MiB, {}: {} bytes sent, {} of {} pages left out, {} us from the \
+                     freeze to post-dump",
+                    if track { "tracked" } else { "full" },
+                    sink.bytes,
+                    sink.left_out,
+                    sink.pages,
+                    frozen.as_micros()
+                );
+                finish(session, false).await;
             }
-            let dumped = dump(&criu, &options, &mut destination).await;
-            let pages = dumped.seen.len();
-            let left_out = dumped.left_out(tracked.task()).len();
-            println!(
-                "{mib} MiB, {name}: {} bytes, {left_out} of {pages} pages left out, {} us from \
-                 the freeze to post-dump",
-                dumped.bytes,
-                dumped.frozen.as_micros()
-            );
-            dumped.finish(false).await;
         }
     }
 }
