@@ -356,19 +356,38 @@ impl Running {
         .is_some()
     }
 
-    /// Kills it, and not only what stands for it outside of the host.
+    /// Sends it a signal, and not to what stands for it outside of the host.
+    ///
+    /// # Panics
+    ///
+    /// When it is not there.
+    #[track_caller]
+    pub fn signal(&self, host: &Host, name: &str) {
+        let all = match processes(host) {
+            Ok(all) => all,
+            Err(error) => panic!("{}: {error}", host.name()),
+        };
+        let it = all
+            .iter()
+            .filter(|process| process.command_line.starts_with("migrate --json"));
+        for process in it.clone() {
+            signal(host, name, process.pid);
+        }
+        assert_eq!(it.count(), 1, "{all:#?}");
+    }
+
+    /// Kills it.
     ///
     /// # Errors
     ///
-    /// When it cannot be killed.
+    /// When its end cannot be awaited.
+    ///
+    /// # Panics
+    ///
+    /// When it is not there.
+    #[track_caller]
     pub fn kill(mut self, host: &Host) -> io::Result<()> {
-        let it = processes(host)?
-            .into_iter()
-            .filter(|process| process.command_line.starts_with("migrate --json"));
-        for process in it {
-            host.exec(["kill", "-KILL", &process.pid.to_string()])
-                .map_err(io::Error::other)?;
-        }
+        self.signal(host, "KILL");
         self.child.wait()?;
         Ok(())
     }

@@ -5,10 +5,12 @@
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
 use std::collections::BTreeSet;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixListener;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
@@ -25,6 +27,7 @@ use migrate_tests::migration::{
 };
 use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload};
+use sha2::{Digest as _, Sha256};
 
 const PYTHON: &str = "/usr/bin/python3";
 
@@ -820,12 +823,13 @@ fn a_client_moves_with_the_connections_it_has_opened() {
     signal(&client, "KILL", server);
 }
 
-/// A server whose connections stand in every way a connection can stand:
-/// the first byte tells how.
+/// A server whose connections stand in every way a connection can stand: the
+/// first byte tells how.
 const STANDS: &str = r"
-import hashlib, signal, socket, struct, sys, threading
+import hashlib, signal, socket, struct, sys, threading, time
 go = threading.Event()
 signal.signal(signal.SIGUSR1, lambda *_: go.set())
+ballast = b'x' * int(sys.argv[2])
 PATTERN = b''.join(struct.pack('>Q', n) for n in range(1 << 17))
 def digest(c):
     total, hash = 0, hashlib.sha256()
@@ -845,6 +849,14 @@ def serve(c):
         c.shutdown(socket.SHUT_WR)
         text = digest(c)
         with open(sys.argv[1], 'w') as f: f.write(text)
+    elif mode == b'u':                  # reads all the time
+        c.sendall(digest(c).encode())
+    elif mode == b'd':                  # writes all the time
+        n = 0
+        while not go.is_set():
+            c.sendall(struct.pack('>100Q', *range(n, n + 100)))
+            n += 100
+            time.sleep(0.0005)
     c.close()
 def accept(s):
     while True:
@@ -858,6 +870,122 @@ threading.Thread(target=accept, args=(s,)).start()
 while True:
     signal.pause()
 ";
+
+/// That server, and the way to it.
+struct Stands {
+    pid: i32,
+    client: Host,
+}
+
+/// Longer than any blackout, and than a peer's patience with one.
+const STREAM_WAIT: Duration = Duration::from_secs(40);
+
+impl Stands {
+    fn start(lab: &Lab, shared: &Shared, ballast_bytes: usize) -> Self {
+        let (host1, client) = (lab.host(HostName::Host1), lab.host(HostName::Client));
+        let (half, ballast) = (shared.text_path("half"), ballast_bytes.to_string());
+        let pid = host1
+            .spawn_detached([PYTHON, "-c", STANDS, &half, &ballast], "/dev/null")
+            .unwrap();
+        assert!(eventually(SOON, || listens(&host1, 7100)));
+        Self { pid, client }
+    }
+
+    fn connect(&self, mode: u8) -> TcpStream {
+        let address = SocketAddr::new(WORKLOAD_V4.into(), 7100);
+        let mut stream = self
+            .client
+            .in_network(|| TcpStream::connect_timeout(&address, SOON))
+            .unwrap()
+            .unwrap();
+        stream.set_read_timeout(Some(STREAM_WAIT)).unwrap();
+        stream.set_write_timeout(Some(STREAM_WAIT)).unwrap();
+        stream.write_all(&[mode]).unwrap();
+        stream
+    }
+}
+
+/// One connection that is written to and one that is read from all the time.
+/// Nobody waits for a reply: whatever the kernel takes and then forgets is
+/// missed.
+struct Streams {
+    stop: Arc<AtomicBool>,
+    up: thread::JoinHandle<(u64, String, String)>,
+    down: thread::JoinHandle<u64>,
+    /// Bytes that came down so far.
+    received: Arc<AtomicU64>,
+}
+
+impl Streams {
+    fn start(server: &Stands) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let received = Arc::new(AtomicU64::new(0));
+        let mut stream = server.connect(b'u');
+        let up = {
+            let stop = Arc::clone(&stop);
+            thread::spawn(move || {
+                let (mut number, mut hash) = (0_u64, Sha256::new());
+                while !stop.load(Ordering::Relaxed) {
+                    let block: Vec<u8> =
+                        (number..number + 100).flat_map(u64::to_be_bytes).collect();
+                    stream.write_all(&block).unwrap();
+                    hash.update(&block);
+                    number += 100;
+                    thread::sleep(Duration::from_micros(500));
+                }
+                stream.shutdown(Shutdown::Write).unwrap();
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer).unwrap();
+                (number, hex(&hash.finalize()), answer)
+            })
+        };
+        let stream = server.connect(b'd');
+        let down = {
+            let received = Arc::clone(&received);
+            thread::spawn(move || {
+                let mut stream = BufReader::new(stream);
+                let mut expected = 0_u64;
+                loop {
+                    let mut number = [0; 8];
+                    match stream.read_exact(&mut number) {
+                        Ok(()) => assert_eq!(u64::from_be_bytes(number), expected),
+                        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return expected,
+                        Err(error) => panic!("after {expected} numbers: {error}"),
+                    }
+                    expected += 1;
+                    received.store(expected * 8, Ordering::Relaxed);
+                }
+            })
+        };
+        Self {
+            stop,
+            up,
+            down,
+            received,
+        }
+    }
+
+    /// Waits until more has come down.
+    #[track_caller]
+    fn flow(&self) {
+        let before = self.received.load(Ordering::Relaxed);
+        let more = || self.received.load(Ordering::Relaxed) > before + 100_000;
+        assert!(eventually(STREAM_WAIT, more) || self.down.is_finished());
+    }
+
+    /// Ends both; the server has to have been told to.
+    #[track_caller]
+    fn end(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let (numbers, due, answer) = self.up.join().unwrap();
+        assert_eq!(answer, format!("{} {due}\n", numbers * 8), "what went up");
+        assert!(self.down.join().unwrap() > 0, "what came down");
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
 
 /// Bytes in the send and the receive queues of a host's connections to a port.
 fn queued(host: &Host, port: u16) -> (u64, u64) {
@@ -884,36 +1012,14 @@ fn queued(host: &Host, port: u16) -> (u64, u64) {
 #[test]
 fn half_closed_connections_and_full_queues_move_byte_for_byte() {
     require!("half_closed_connections_and_full_queues_move_byte_for_byte": root, tcx, criu, migrate, python);
-    const WAIT: Duration = Duration::from_secs(30);
     const BYTES: usize = 1 << 20;
     let (lab, host1, host2, shared) = set_up("queues");
-    let client = lab.host(HostName::Client);
-    let pid = host1
-        .spawn_detached(
-            [PYTHON, "-c", STANDS, &shared.text_path("half")],
-            "/dev/null",
-        )
-        .unwrap();
-    assert!(eventually(SOON, || listens(&host1, 7100)));
+    let server = Stands::start(&lab, &shared, 0);
+    let pid = server.pid;
     let pattern: Vec<u8> = (0..BYTES as u64 / 8).flat_map(u64::to_be_bytes).collect();
-    let due = {
-        use sha2::Digest as _;
-        let hash = sha2::Sha256::digest(&pattern);
-        let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("{BYTES} {hex}\n")
-    };
-    let connect = |mode: u8| {
-        let address = SocketAddr::new(WORKLOAD_V4.into(), 7100);
-        let mut stream = client
-            .in_network(|| TcpStream::connect_timeout(&address, WAIT))
-            .unwrap()
-            .unwrap();
-        stream.set_read_timeout(Some(WAIT)).unwrap();
-        stream.set_write_timeout(Some(WAIT)).unwrap();
-        stream.write_all(&[mode]).unwrap();
-        stream
-    };
-    let mut unread = connect(b'r');
+    let due = format!("{BYTES} {}\n", hex(&Sha256::digest(&pattern)));
+    let streams = Streams::start(&server);
+    let mut unread = server.connect(b'r');
     let writer = {
         let (mut stream, pattern) = (unread.try_clone().unwrap(), pattern.clone());
         thread::spawn(move || {
@@ -921,11 +1027,11 @@ fn half_closed_connections_and_full_queues_move_byte_for_byte() {
             stream.shutdown(Shutdown::Write).unwrap();
         })
     };
-    let mut unsent = connect(b'w');
-    let mut closed_here = connect(b'c');
+    let mut unsent = server.connect(b'w');
+    let mut closed_here = server.connect(b'c');
     closed_here.shutdown(Shutdown::Write).unwrap();
     closed_here.read_exact(&mut [0]).unwrap();
-    let mut closed_there = connect(b's');
+    let mut closed_there = server.connect(b's');
     assert_eq!(closed_there.read(&mut [0]).unwrap(), 0);
     closed_there.write_all(&pattern[..1000]).unwrap();
     let half = BYTES as u64 / 2;
@@ -935,12 +1041,15 @@ fn half_closed_connections_and_full_queues_move_byte_for_byte() {
     };
     assert!(eventually(SOON, full), "queued: {:?}", queued(&host1, 7100));
 
+    streams.flow();
     let migration = moved(&host1, &host2, pid, &[]);
-    assert_eq!(migration.expect_committed().connections, 4);
+    assert_eq!(migration.expect_committed().connections, 6);
+    streams.flow();
     // It asks the peer's window anew.
     closed_there.write_all(&pattern[1000..]).unwrap();
     closed_there.shutdown(Shutdown::Write).unwrap();
     signal(&host2, "USR1", pid);
+    streams.end();
 
     let mut text = String::new();
     writer.join().unwrap();
@@ -1351,4 +1460,56 @@ fn a_gate_that_its_dead_owner_left_closed_opens_by_itself() {
     serves_old_connections(&mut client);
     let verdict = client.stop().unwrap();
     assert!(verdict.is_clean(), "{verdict:?}");
+}
+
+#[test]
+fn a_gate_that_opened_by_itself_is_no_way_to_a_commit() {
+    require!("a_gate_that_opened_by_itself_is_no_way_to_a_commit": root, tcx, criu, migrate, python, tcpdump);
+    /// Longer than the lease of the gate.
+    const STOPPED: Duration = Duration::from_secs(5);
+    let (lab, host1, host2, shared) = set_up("expired");
+    let server = Stands::start(&lab, &shared, 120_000_000);
+    let pid = server.pid;
+    let client = lab.host(HostName::Client);
+    let streams = Streams::start(&server);
+    let mut unsent = server.connect(b'w');
+    assert!(eventually(SOON, || queued(&host1, 7100).0 > 500_000));
+    // Whatever the other host would say in the name of the tree.
+    let filter = format!(
+        "tcp and ether src {} and (src host {WORKLOAD_V4} or dst port 9)",
+        hardware_address(&host2)
+    );
+    let mut spoken = Capture::start(&client, &filter).unwrap();
+
+    let arguments = ["--to", "host2", "--max-blackout", "60", &pid.to_string()];
+    let mut migration = Running::start(&host1, &[], arguments).unwrap();
+    assert!(migration.saw("ended", "freeze"), "{:?}", migration.events);
+    migration.signal(&host1, "STOP");
+    // The lease itself is under test, so time must pass.
+    thread::sleep(STOPPED);
+    migration.signal(&host1, "CONT");
+    let (code, events, stderr) = migration.end().unwrap();
+    assert_eq!(code, Some(6), "{events:#?} {stderr}");
+    assert!(
+        events.iter().any(|event| event.contains("lease")),
+        "{events:#?}"
+    );
+    assert!(runs(&host1, pid));
+    no_gate_left(&host1);
+    no_gate_left(&host2);
+    streams.flow();
+
+    let of_host2 = SocketAddr::new(client.ipv4().into(), 9);
+    let outcome = host2.in_network(|| TcpStream::connect(of_host2)).unwrap();
+    assert!(outcome.is_err());
+    let said = spoken.up_to("10.77.0.1.9: ").unwrap();
+    assert_eq!(said, Vec::<String>::new());
+
+    signal(&host1, "USR1", pid);
+    streams.end();
+    let mut bytes = Vec::new();
+    unsent.read_to_end(&mut bytes).unwrap();
+    let pattern: Vec<u8> = (0..1_u64 << 17).flat_map(u64::to_be_bytes).collect();
+    assert!(bytes.starts_with(&pattern) && bytes.ends_with(b"end"));
+    assert_eq!(bytes.len(), pattern.len() + 3);
 }
