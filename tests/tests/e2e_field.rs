@@ -31,11 +31,13 @@ use sha2::{Digest as _, Sha256};
 
 const PYTHON: &str = "/usr/bin/python3";
 
-/// A lab and a directory that all its hosts see.
-fn set_up(test: &str) -> (LabGuard, Host, Host, Shared) {
+/// A directory that all hosts of a lab see, and the lab, which ends first: its
+/// processes write to the directory.
+fn set_up(test: &str) -> (Shared, LabGuard, Host, Host) {
+    let shared = Shared::new(test).unwrap();
     let lab = Lab::scoped(&format!("field-{test}-{}", std::process::id())).unwrap();
     let (host1, host2) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
-    (lab, host1, host2, Shared::new(test).unwrap())
+    (shared, lab, host1, host2)
 }
 
 /// Starts a shell script as a daemon on a host.
@@ -100,7 +102,7 @@ fn refused(from: &Host, to: &Host, pid: i32, more: &[&str], words: &[&str]) {
 #[test]
 fn a_log_on_shared_storage_is_appended_to_without_a_gap() {
     require!("a_log_on_shared_storage_is_appended_to_without_a_gap": root, tcx, criu, migrate);
-    let (_lab, host1, host2, shared) = set_up("append");
+    let (shared, _lab, host1, host2) = set_up("append");
     let log = shared.path("log");
     let pid = shell(&host1, &format!("exec >>{} 2>&1; {COUNT}", log.display()));
     assert!(grows(&log, 10));
@@ -113,7 +115,7 @@ fn a_log_on_shared_storage_is_appended_to_without_a_gap() {
 #[test]
 fn a_log_that_is_not_appended_to_keeps_its_place() {
     require!("a_log_that_is_not_appended_to_keeps_its_place": root, tcx, criu, migrate);
-    let (_lab, host1, host2, shared) = set_up("truncate");
+    let (shared, _lab, host1, host2) = set_up("truncate");
     let log = shared.path("log");
     let pid = shell(&host1, &format!("exec >{} 2>&1; {COUNT}", log.display()));
     assert!(grows(&log, 10));
@@ -126,7 +128,7 @@ fn a_log_that_is_not_appended_to_keeps_its_place() {
 #[test]
 fn a_log_that_only_the_source_has_is_led_elsewhere() {
     require!("a_log_that_only_the_source_has_is_led_elsewhere": root, tcx, criu, migrate);
-    let (_lab, host1, host2, _shared) = set_up("elsewhere");
+    let (_shared, _lab, host1, host2) = set_up("elsewhere");
     let (here, there) = ("/srv/log", "/srv/other");
     let pid = shell(&host1, &format!("exec >{here} 2>&1; {COUNT}"));
     assert!(grows(&host1.path(here), 10));
@@ -168,7 +170,7 @@ fn on_a_terminal(host: &Host, shared: &Shared) -> i32 {
 #[test]
 fn a_tree_on_a_terminal_needs_to_be_told_where_its_output_goes() {
     require!("a_tree_on_a_terminal_needs_to_be_told_where_its_output_goes": root, tcx, criu, migrate, script);
-    let (_lab, host1, host2, shared) = set_up("terminal");
+    let (shared, _lab, host1, host2) = set_up("terminal");
     let pid = on_a_terminal(&host1, &shared);
     refused(&host1, &host2, pid, &[], &["terminal", "--stdio"]);
 
@@ -200,7 +202,7 @@ fn read_terminal(shared: &Shared) -> String {
 #[test]
 fn a_tree_on_a_terminal_moves_to_no_output() {
     require!("a_tree_on_a_terminal_moves_to_no_output": root, tcx, criu, migrate, script);
-    let (_lab, host1, host2, shared) = set_up("null");
+    let (shared, _lab, host1, host2) = set_up("null");
     let pid = on_a_terminal(&host1, &shared);
     moved(&host1, &host2, pid, &["--stdio", "null"]);
     for fd in 0..3 {
@@ -219,7 +221,7 @@ fn a_tree_on_a_terminal_moves_to_no_output() {
 #[test]
 fn a_job_of_an_interactive_shell_is_not_supervised() {
     require!("a_job_of_an_interactive_shell_is_not_supervised": root, tcx, criu, migrate, script);
-    let (_lab, host1, host2, shared) = set_up("job");
+    let (shared, _lab, host1, host2) = set_up("job");
     let count = shared.file("count.sh", COUNT).unwrap();
     let mut terminal = host1.command("script");
     terminal
@@ -251,7 +253,7 @@ fn a_job_of_an_interactive_shell_is_not_supervised() {
 #[test]
 fn one_end_of_a_pipe_moves_when_told_where_to_write() {
     require!("one_end_of_a_pipe_moves_when_told_where_to_write": root, tcx, criu, migrate);
-    let (_lab, host1, host2, shared) = set_up("pipe");
+    let (shared, _lab, host1, host2) = set_up("pipe");
     let count = shared.file("count.sh", COUNT).unwrap();
     let log = shared.path("log");
     shell(
@@ -297,7 +299,7 @@ fn journal(host: &Host) -> std::sync::mpsc::Receiver<String> {
 #[test]
 fn a_stream_into_the_journal_leads_into_the_other_journal() {
     require!("a_stream_into_the_journal_leads_into_the_other_journal": root, tcx, criu, migrate, python);
-    let (_lab, host1, host2, shared) = set_up("journal");
+    let (_shared, _lab, host1, host2) = set_up("journal");
     let here = journal(&host1);
     // What systemd does for `StandardOutput=journal`.
     let start = "import os, socket, sys\n\
@@ -336,7 +338,6 @@ fn a_stream_into_the_journal_leads_into_the_other_journal() {
         .map(|line| line.parse().unwrap())
         .collect();
     let before = here.try_iter().last();
-    drop(shared);
     assert!(
         after.windows(2).all(|pair| pair[0] + 1 == pair[1]),
         "{after:?}"
@@ -349,7 +350,7 @@ fn a_stream_into_the_journal_leads_into_the_other_journal() {
 #[test]
 fn a_place_for_output_that_cannot_be_is_refused() {
     require!("a_place_for_output_that_cannot_be_is_refused": root, tcx, criu, migrate);
-    let (_lab, host1, host2, shared) = set_up("places");
+    let (shared, _lab, host1, host2) = set_up("places");
     let count = shared.file("count.sh", COUNT).unwrap();
     shell(
         &host1,
@@ -387,7 +388,7 @@ fn a_place_for_output_that_cannot_be_is_refused() {
 #[test]
 fn a_tree_keeps_its_shape_and_the_pipes_in_it() {
     require!("a_tree_keeps_its_shape_and_the_pipes_in_it": root, tcx, criu, migrate);
-    let (_lab, host1, host2, shared) = set_up("shape");
+    let (shared, _lab, host1, host2) = set_up("shape");
     let log = shared.path("log");
     // Nothing in it comes and goes.
     let count = "exec 9<> <(:); i=0; while :; do i=$((i+1)); echo $i; read -t 0.02 -u 9; done";
@@ -530,7 +531,7 @@ fn counts(host: &Host, pid: i32, shared: &Shared, name: &str, least: u64) -> u64
 #[test]
 fn memory_shared_within_the_tree_stays_shared() {
     require!("memory_shared_within_the_tree_stays_shared": root, tcx, criu, migrate, python);
-    let (_lab, host1, host2, shared) = set_up("memory");
+    let (shared, _lab, host1, host2) = set_up("memory");
     for (name, program) in [("regions", SHARED_MEMORY), ("workers", WORKERS)] {
         let answer = shared.text_path(name);
         let pid = host1
@@ -565,7 +566,7 @@ fn caught(host: &Host, pid: i32, signal: nix::sys::signal::Signal) -> bool {
 #[test]
 fn system_v_shared_memory_is_refused_by_name() {
     require!("system_v_shared_memory_is_refused_by_name": root, tcx, criu, migrate, python);
-    let (_lab, host1, host2, _shared) = set_up("sysv");
+    let (_shared, _lab, host1, host2) = set_up("sysv");
     let program = "import ctypes, signal\n\
         libc = ctypes.CDLL(None)\n\
         libc.shmat.restype = ctypes.c_void_p\n\
@@ -591,7 +592,7 @@ fn system_v_shared_memory_is_refused_by_name() {
 #[test]
 fn a_shell_loop_that_would_start_it_again_is_named() {
     require!("a_shell_loop_that_would_start_it_again_is_named": root, tcx, criu, migrate);
-    let (_lab, host1, host2, shared) = set_up("loop");
+    let (shared, _lab, host1, host2) = set_up("loop");
     let log = shared.path("log");
     let stop = shared.text_path("stop");
     let count = shared
@@ -653,7 +654,7 @@ fn a_shell_loop_that_would_start_it_again_is_named() {
 #[test]
 fn a_runit_service_is_named_with_its_way_out() {
     require!("a_runit_service_is_named_with_its_way_out": root, tcx, criu, migrate, runsv);
-    let (_lab, host1, host2, shared) = set_up("runit");
+    let (shared, _lab, host1, host2) = set_up("runit");
     let log = shared.path("log");
     std::fs::create_dir(shared.path("count")).unwrap();
     let run = format!(
@@ -698,7 +699,7 @@ fn a_runit_service_is_named_with_its_way_out() {
 #[test]
 fn a_moved_tree_is_its_own_and_nothing_else_is_left() {
     require!("a_moved_tree_is_its_own_and_nothing_else_is_left": root, tcx, criu, migrate);
-    let (lab, host1, host2, _shared) = set_up("own");
+    let (_shared, lab, host1, host2) = set_up("own");
     let workload = Workload::start(Kind::Echo, &lab).unwrap();
     let pid = workload.pid;
     let mut client = workload.client(&lab, 2, &[]).unwrap();
@@ -768,7 +769,7 @@ fn a_moved_tree_is_its_own_and_nothing_else_is_left() {
 #[test]
 fn a_client_moves_with_the_connections_it_has_opened() {
     require!("a_client_moves_with_the_connections_it_has_opened": root, tcx, criu, migrate);
-    let (lab, host1, host2, shared) = set_up("outgoing");
+    let (shared, lab, host1, host2) = set_up("outgoing");
     let client = lab.host(HostName::Client);
     let server = program("echo-server").display().to_string();
     let server = client
@@ -1013,7 +1014,7 @@ fn queued(host: &Host, port: u16) -> (u64, u64) {
 fn half_closed_connections_and_full_queues_move_byte_for_byte() {
     require!("half_closed_connections_and_full_queues_move_byte_for_byte": root, tcx, criu, migrate, python);
     const BYTES: usize = 1 << 20;
-    let (lab, host1, host2, shared) = set_up("queues");
+    let (shared, lab, host1, host2) = set_up("queues");
     let server = Stands::start(&lab, &shared, 0);
     let pid = server.pid;
     let pattern: Vec<u8> = (0..BYTES as u64 / 8).flat_map(u64::to_be_bytes).collect();
@@ -1124,7 +1125,7 @@ fn addresses_are_on(host: &Host, and_not_on: &Host) {
 #[test]
 fn several_listeners_and_both_addresses_move() {
     require!("several_listeners_and_both_addresses_move": root, tcx, criu, migrate, memcached);
-    let (lab, host1, host2, _shared) = set_up("several");
+    let (_shared, lab, host1, host2) = set_up("several");
     let (pid, mut clients) = several_listeners(&lab);
     for (from, to) in [(&host1, &host2), (&host2, &host1)] {
         clients.iter_mut().for_each(serves_old_connections);
@@ -1224,7 +1225,7 @@ fn standing_agent(host2: &Host, options: &[String], criu: Option<&str>) -> i32 {
 #[test]
 fn a_standing_agent_takes_trees_from_its_own_authority_only() {
     require!("a_standing_agent_takes_trees_from_its_own_authority_only": root, tcx, criu, migrate, openssl);
-    let (lab, host1, host2, shared) = set_up("standing");
+    let (shared, lab, host1, host2) = set_up("standing");
     let (ours, theirs) = (
         Authority::new(&shared, "ours"),
         Authority::new(&shared, "theirs"),
@@ -1295,7 +1296,7 @@ fn hardware_address(host: &Host) -> String {
 #[test]
 fn the_destination_is_silent_until_the_tree_is_its_own() {
     require!("the_destination_is_silent_until_the_tree_is_its_own": root, tcx, criu, migrate, memcached, openssl, tcpdump);
-    let (lab, host1, host2, shared) = set_up("silent");
+    let (shared, lab, host1, host2) = set_up("silent");
     let client = lab.host(HostName::Client);
     let authority = Authority::new(&shared, "ours");
     let criu = waiting_criu(&shared, "go").unwrap();
@@ -1387,7 +1388,7 @@ fn the_destination_is_silent_until_the_tree_is_its_own() {
 #[test]
 fn a_killed_owner_leaves_an_open_gate_that_unlock_removes() {
     require!("a_killed_owner_leaves_an_open_gate_that_unlock_removes": root, tcx, criu, migrate);
-    let (lab, host1, host2, shared) = set_up("killed");
+    let (shared, lab, host1, host2) = set_up("killed");
     let workload = Workload::start(Kind::Echo, &lab).unwrap();
     let mut client = workload.client(&lab, 3, &[]).unwrap();
     let pid = workload.pid.to_string();
@@ -1425,7 +1426,7 @@ fn a_killed_owner_leaves_an_open_gate_that_unlock_removes() {
 #[test]
 fn a_gate_that_its_dead_owner_left_closed_opens_by_itself() {
     require!("a_gate_that_its_dead_owner_left_closed_opens_by_itself": root, tcx, criu, migrate, redis);
-    let (lab, host1, host2, _shared) = set_up("lease");
+    let (_shared, lab, host1, host2) = set_up("lease");
     let workload = Workload::start(Kind::Redis, &lab).unwrap();
     // Enough memory to be caught while it is written.
     output(
@@ -1467,7 +1468,7 @@ fn a_gate_that_opened_by_itself_is_no_way_to_a_commit() {
     require!("a_gate_that_opened_by_itself_is_no_way_to_a_commit": root, tcx, criu, migrate, python, tcpdump);
     /// Longer than the lease of the gate.
     const STOPPED: Duration = Duration::from_secs(5);
-    let (lab, host1, host2, shared) = set_up("expired");
+    let (shared, lab, host1, host2) = set_up("expired");
     let server = Stands::start(&lab, &shared, 120_000_000);
     let pid = server.pid;
     let client = lab.host(HostName::Client);
