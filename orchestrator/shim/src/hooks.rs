@@ -427,7 +427,7 @@ mod tests {
     use std::ffi::CString;
     use std::fs::File;
     use std::io::Error;
-    use std::os::fd::AsRawFd as _;
+    use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
     use std::vec;
     use std::vec::Vec;
 
@@ -507,6 +507,63 @@ mod tests {
         );
         // CRIU finds its argument as it was.
         assert_eq!(scan.return_mask, PRESENT | SOFT_DIRTY);
+    }
+
+    /// Protects pages by a userfaultfd with these features; `None` where the
+    /// kernel has none such.
+    fn protect(at: *mut u8, count: usize, features: u64) -> Option<OwnedFd> {
+        let (start, length) = (at.addr() as u64, (count * PAGE) as u64);
+        let requests: [(u64, [u64; 4]); 3] = [
+            (0xc018_aa3f, [0xaa, features, 0, 0]),
+            (0xc020_aa00, [start, length, 2, 0]),
+            (0xc018_aa06, [start, length, 1, 0]),
+        ];
+        // SAFETY: a descriptor of our own, arguments of each request's size.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | 1);
+            let fd = OwnedFd::from_raw_fd(c_int::try_from(fd).ok().filter(|fd| *fd >= 0)?);
+            for (request, mut argument) in requests {
+                if libc::ioctl(fd.as_raw_fd(), request, &raw mut argument) < 0 {
+                    return None;
+                }
+            }
+            Some(fd)
+        }
+    }
+
+    #[test]
+    fn only_what_a_tracker_protects_is_clean() {
+        const WP_ASYNC: u64 = 1 << 15;
+        let at = pages(8, 8);
+        let Some(_tracker) = protect(at, 8, WP_ASYNC) else {
+            std::println!("SKIP userfaultfd: {}", Error::last_os_error());
+            return;
+        };
+        let mut regions = vec![
+            scan::Region {
+                start: 0,
+                end: 0,
+                categories: 0
+            };
+            8
+        ];
+        assert_eq!(run(&mut scan_of(at, 8, &mut regions)), 1);
+        assert_eq!(regions[0].categories, PRESENT);
+        // SAFETY: of the mapping above.
+        unsafe { at.add(2 * PAGE).write_volatile(2) };
+        assert_eq!(run(&mut scan_of(at, 8, &mut regions)), 3);
+        let found: Vec<u64> = regions[..3]
+            .iter()
+            .map(|region| region.categories)
+            .collect();
+        assert_eq!(found, [PRESENT, PRESENT | SOFT_DIRTY, PRESENT]);
+
+        // Protected, though not by a tracker: whoever does that may lift the
+        // protection and write without a trace.
+        let at = pages(8, 8);
+        let _other = protect(at, 8, 0).unwrap();
+        assert_eq!(run(&mut scan_of(at, 8, &mut regions)), 1);
+        assert_eq!(regions[0].categories, PRESENT | SOFT_DIRTY);
     }
 
     #[test]
