@@ -48,6 +48,10 @@ use crate::trace::{self, Registers, Resume, Stop, WaitError};
 /// thread let go before it has stopped may see `EINTR`.
 const STOP_WAIT: Duration = Duration::from_secs(2);
 
+/// How long to look for a thread that can be stopped. All of them may wait for
+/// a disk, or for a child after `vfork`, at one moment.
+const STOPPABLE_WAIT: Duration = Duration::from_millis(100);
+
 /// How long a system call inside may take; neither can block.
 const CALL_WAIT: Duration = Duration::from_secs(10);
 
@@ -179,39 +183,48 @@ fn thread_of(pid: i32, tid: i32) -> Option<Thread> {
 
 /// Runs on a thread of its own.
 fn inject(pid: i32, syscall: u64) -> Result<(OwnedFd, Duration), InjectError> {
-    let tids: Vec<i32> = fs::read_dir(format!("/proc/{pid}/task"))
+    const PAUSE: Duration = Duration::from_millis(1);
+    let deadline = Instant::now() + STOPPABLE_WAIT;
+    loop {
+        let threads = threads_of(pid)?;
+        if let Some(traced) = threads.iter().find(|thread| thread.tracer != 0) {
+            return Err(UntrackedReason::Traced {
+                tracer: traced.tracer,
+            }
+            .into());
+        }
+        for thread in threads
+            .iter()
+            .filter(|thread| thread.stoppable)
+            .take(THREADS_MAX)
+        {
+            match inject_by(thread, syscall) {
+                // It ended or would not stop; another one may do.
+                Err(InjectError::Gone | InjectError::Refused(UntrackedReason::Busy { .. })) => {}
+                done => return done,
+            }
+        }
+        if Instant::now() >= deadline {
+            return Err(UntrackedReason::Busy {
+                threads: threads.len(),
+                waited: deadline.elapsed() + STOPPABLE_WAIT,
+            }
+            .into());
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+fn threads_of(pid: i32) -> Result<Vec<Thread>, InjectError> {
+    let threads: Vec<Thread> = fs::read_dir(format!("/proc/{pid}/task"))
         .map_err(|_| InjectError::Gone)?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter_map(|tid| thread_of(pid, tid))
         .collect();
-    let threads: Vec<Thread> = tids.iter().filter_map(|&tid| thread_of(pid, tid)).collect();
     if threads.is_empty() {
         return Err(InjectError::Gone);
     }
-    if let Some(traced) = threads.iter().find(|thread| thread.tracer != 0) {
-        return Err(UntrackedReason::Traced {
-            tracer: traced.tracer,
-        }
-        .into());
-    }
-    for thread in threads
-        .iter()
-        .filter(|thread| thread.stoppable)
-        .take(THREADS_MAX)
-    {
-        match inject_by(thread, syscall) {
-            // It ended or would not stop; another one may do.
-            Err(InjectError::Gone | InjectError::Refused(UntrackedReason::Busy { .. })) => {}
-            done => return done,
-        }
-    }
-    if fs::metadata(format!("/proc/{pid}")).is_err() {
-        return Err(InjectError::Gone);
-    }
-    Err(UntrackedReason::Busy {
-        threads: threads.len(),
-        waited: STOP_WAIT,
-    }
-    .into())
+    Ok(threads)
 }
 
 fn inject_by(thread: &Thread, syscall: u64) -> Result<(OwnedFd, Duration), InjectError> {

@@ -23,6 +23,10 @@ const REGIONS_PER_SCAN: usize = 8192;
 pub(crate) struct Watch {
     pid: i32,
     uffd: Uffd,
+    /// Ranges that this descriptor has registered, ascending. Marks in memory
+    /// that another userfaultfd watches must not be trusted: what they call
+    /// clean was handed to somebody else.
+    registered: Vec<Range<u64>>,
 }
 
 /// Why a part of a process could not be watched this time.
@@ -35,12 +39,66 @@ pub(crate) enum Unwatched {
     OtherMemory,
 }
 
+/// See [`Unwatched::OtherMemory`].
+#[derive(Debug)]
+pub(crate) struct OtherMemory;
+
 impl Watch {
     /// Starts to watch a process; none of its memory is registered yet.
     pub(crate) fn begin(pid: i32) -> Result<(Self, Injection), InjectError> {
         let (fd, injection) = inject::userfaultfd(pid)?;
         let uffd = Uffd::set_up(fd).map_err(|source| UntrackedReason::Api { source })?;
-        Ok((Self { pid, uffd }, injection))
+        let watch = Self {
+            pid,
+            uffd,
+            registered: Vec::new(),
+        };
+        Ok((watch, injection))
+    }
+
+    /// Registers what of these mappings is not registered yet, and forgets what
+    /// is not among them. Returns the mappings that cannot be watched.
+    pub(crate) fn adopt<'v>(
+        &mut self,
+        vmas: impl Iterator<Item = &'v Vma>,
+    ) -> Result<Vec<Range<u64>>, OtherMemory> {
+        let mut now: Vec<Range<u64>> = Vec::new();
+        let mut refused = Vec::new();
+        for vma in vmas {
+            let at = self
+                .registered
+                .partition_point(|range| range.end < vma.range.end);
+            let known = self
+                .registered
+                .get(at)
+                .is_some_and(|range| range.start <= vma.range.start);
+            if !known {
+                match self.register(&vma.range) {
+                    Ok(()) => {}
+                    Err(Unwatched::Part) => {
+                        refused.push(vma.range.clone());
+                        continue;
+                    }
+                    Err(Unwatched::OtherMemory) => return Err(OtherMemory),
+                }
+            }
+            match now.last_mut() {
+                Some(last) if last.end == vma.range.start => last.end = vma.range.end,
+                _ => now.push(vma.range.clone()),
+            }
+        }
+        self.registered = now;
+        Ok(refused)
+    }
+
+    fn register(&self, range: &Range<u64>) -> Result<(), Unwatched> {
+        self.uffd
+            .register(range)
+            .map_err(|error| match error.raw_os_error() {
+                // The memory that belongs to this descriptor is gone.
+                Some(libc::ESRCH | libc::ENOMEM) => Unwatched::OtherMemory,
+                _ => Unwatched::Part,
+            })
     }
 
     /// Finds populated pages of a mapping from `range.start` on and marks the
@@ -56,13 +114,7 @@ impl Watch {
             Ok(scan) => Ok(scan),
             Err(_) => {
                 // A new mapping, or one that has changed its shape.
-                self.uffd
-                    .register(range)
-                    .map_err(|error| match error.raw_os_error() {
-                        // The memory that belongs to this descriptor is gone.
-                        Some(libc::ESRCH | libc::ENOMEM) => Unwatched::OtherMemory,
-                        _ => Unwatched::Part,
-                    })?;
+                self.register(range)?;
                 self.scan_once(pagemap, range, guards).map_err(|error| {
                     if error.raw_os_error() == Some(libc::EPERM) {
                         Unwatched::OtherMemory

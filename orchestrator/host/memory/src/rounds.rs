@@ -259,15 +259,21 @@ impl Precopy {
             let pagemap = process::open_pagemap(pid)?;
             let guards = self.support.guard_pages;
             let process = track(&mut self.processes, member, &vmas, stats)?;
-            let Some(watch) = &process.watch else {
+            let Some(watch) = &mut process.watch else {
                 for vma in vmas.iter().filter(|vma| vma.private()) {
                     stats.pages_untracked += process::populated_pages(pid, &pagemap, vma, guards)?;
                 }
                 return Ok(());
             };
+            let trackable = vmas.iter().filter(|vma| vma.trackable());
+            let Ok(refused) = watch.adopt(trackable) else {
+                process.watch = None;
+                continue;
+            };
             let mut pass = Pass {
                 pid,
-                watch,
+                watch: &*watch,
+                refused,
                 pagemap: &pagemap,
                 guards,
                 buffer: &mut self.buffer,
@@ -349,6 +355,8 @@ fn track<'p>(
 struct Pass<'a, S> {
     pid: i32,
     watch: &'a Watch,
+    /// Mappings that cannot be watched now.
+    refused: Vec<Range<u64>>,
     pagemap: &'a File,
     guards: bool,
     buffer: &'a mut BytesMut,
@@ -384,7 +392,7 @@ impl<S: PageSink> Pass<'_, S> {
     /// Copies what changed in one mapping. `false` when the process has called
     /// exec since it is watched.
     async fn mapping(&mut self, vma: &Vma) -> Result<bool, RoundError<S::Error>> {
-        if !vma.trackable() {
+        if !vma.trackable() || self.refused.contains(&vma.range) {
             if vma.private() && vma.name != "[vdso]" {
                 self.untracked(vma)?;
             }
