@@ -20,6 +20,8 @@ pub enum Exit {
     Refused = 3,
     /// The destination was not reached or did not let us in.
     Connect = 4,
+    /// Pre-copy did not converge; the source was not frozen.
+    NotConverged = 5,
     /// Failed and rolled back; the source runs.
     RolledBack = 6,
     /// Undecided, or failed after the commit.
@@ -41,6 +43,7 @@ impl Exit {
     pub fn of(error: &Error) -> Self {
         match error {
             Error::Refused(_) | Error::Proc(_) | Error::Busy { .. } => Self::Refused,
+            Error::NotConverged { .. } => Self::NotConverged,
             Error::Connect(_) => Self::Connect,
             Error::Cancelled | Error::Stopped => Self::Interrupted,
             Error::DumpRefused(_) => Self::DumpRefused,

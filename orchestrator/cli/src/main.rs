@@ -20,7 +20,7 @@ use crate::exit::Exit;
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     after_help = "Exit codes: 0 moved; 1 internal; 2 usage; 3 preflight refused; 4 connect or \
-                  authentication; 6 failed and rolled back, the source runs; 7 undecided or failed \
+                  authentication; 5 did not converge, source untouched; 6 failed and rolled back, the source runs; 7 undecided or failed \
                   after the commit; 8 CRIU refused the dump, the source runs; 130 interrupted and \
                   rolled back."
 )]

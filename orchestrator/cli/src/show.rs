@@ -95,6 +95,28 @@ impl Show {
                 )
                 .trim_end());
             }
+            Progress::Round {
+                round,
+                pages_scanned,
+                pages_written,
+                skipped_percent,
+                bytes,
+                took_us,
+                blackout_us_predicted,
+                ..
+            } => {
+                let mut text = format!(
+                    "    round {round:<4} {:>10}  {} of {} pages sent, {skipped_percent} % unchanged, {}",
+                    ms(*took_us),
+                    thousands(*pages_written),
+                    thousands(*pages_scanned),
+                    mib(*bytes)
+                );
+                if let Some(predicted) = blackout_us_predicted {
+                    text += &format!(", blackout now {}", ms(*predicted));
+                }
+                self.line(&text);
+            }
             Progress::Failed { phase, error } => {
                 self.told = true;
                 let text = self.paint("31", &format!("{} failed", phase.name()));
@@ -232,6 +254,8 @@ impl Show {
 fn block(report: &Report) -> String {
     let Report {
         pages,
+        frozen_pages,
+        rounds,
         bytes,
         frozen_us,
         blackout,
@@ -251,9 +275,13 @@ fn block(report: &Report) -> String {
     ]
     .map(|(part, us)| format!("{part} {}", tenths_of_ms(us)))
     .join(" + ");
+    let while_it_ran = match rounds {
+        0 => String::new(),
+        _ => format!(", all but {} while it ran", thousands(*frozen_pages)),
+    };
     format!(
         "
-  moved        {} pages, {} sent, in {}
+  moved        {} pages{while_it_ran}, {} sent, in {}
   frozen       {}, in which the tree did not run
   blackout     {}, in which no peer was served:
     {parts}
@@ -315,6 +343,8 @@ mod tests {
             source: "host1".into(),
             destination: "host2".into(),
             pages: 5_387,
+            frozen_pages: 87,
+            rounds: 3,
             bytes: 22_020_096,
             frozen_us: 196_500,
             blackout: Blackout {
@@ -335,7 +365,7 @@ mod tests {
             text.lines().collect::<Vec<_>>(),
             [
                 "",
-                "  moved        5,387 pages, 21.0 MiB sent, in 1235.3 ms",
+                "  moved        5,387 pages, all but 87 while it ran, 21.0 MiB sent, in 1235.3 ms",
                 "  frozen       196.5 ms, in which the tree did not run",
                 "  blackout     1197.4 ms, in which no peer was served:",
                 "    freeze 1.1 + dump 1079.9 + transfer 0.3 + restore 48.3 + takeover 67.8",

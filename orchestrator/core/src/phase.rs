@@ -1,11 +1,11 @@
 //! The phases of a migration and the only place that says which may follow which.
 //!
 //! ```text
-//! preflight -> track -> prepare -> freeze -> dump -> restore -> handover -> takeover -> finish
-//!     |          |         |          |        |        |          |
-//!     +----------+---------+----------+--------+--------+          +--> undecided
-//!                          v
-//!                     rolled back
+//! preflight -> track -> prepare -> precopy -> freeze -> dump -> restore -> handover -> takeover -> finish
+//!     |          |         |          |          |        |        |          |
+//!     +----------+---------+----------+----------+--------+--------+          +--> undecided
+//!                          v                                                  |
+//!                     rolled back <------ the destination does not own it ----+
 //! ```
 
 use std::fmt;
@@ -23,6 +23,8 @@ pub enum Phase {
     Track,
     /// The destination stages the address behind a closed gate.
     Prepare,
+    /// Memory goes over while the tree runs, round after round.
+    Precopy,
     /// The gate is closed and CRIU seizes the tree.
     Freeze,
     /// Pages and images leave while the tree stands still.
@@ -52,6 +54,8 @@ pub enum Event {
     Tracked,
     /// The destination is ready for the tree.
     Prepared,
+    /// More rounds would not shorten the blackout.
+    Converged,
     /// The gate is closed and the tree no longer runs.
     Frozen,
     /// All pages and images have left.
@@ -83,10 +87,11 @@ pub struct IllegalTransition {
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Preflight,
         Self::Track,
         Self::Prepare,
+        Self::Precopy,
         Self::Freeze,
         Self::Dump,
         Self::Restore,
@@ -107,7 +112,8 @@ impl Phase {
         Ok(match (self, event) {
             (Self::Preflight, Event::Checked) => Self::Track,
             (Self::Track, Event::Tracked) => Self::Prepare,
-            (Self::Prepare, Event::Prepared) => Self::Freeze,
+            (Self::Prepare, Event::Prepared) => Self::Precopy,
+            (Self::Precopy, Event::Converged) => Self::Freeze,
             (Self::Freeze, Event::Frozen) => Self::Dump,
             (Self::Dump, Event::Dumped) => Self::Restore,
             (Self::Restore, Event::Restored) => Self::HandedOver,
@@ -138,6 +144,7 @@ impl Phase {
             Self::Preflight => "preflight",
             Self::Track => "track",
             Self::Prepare => "prepare",
+            Self::Precopy => "precopy",
             Self::Freeze => "freeze",
             Self::Dump => "dump",
             Self::Restore => "restore",
@@ -161,10 +168,11 @@ impl fmt::Display for Phase {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 11] = [
+    const EVENTS: [Event; 12] = [
         Event::Checked,
         Event::Tracked,
         Event::Prepared,
+        Event::Converged,
         Event::Frozen,
         Event::Dumped,
         Event::Restored,

@@ -70,6 +70,10 @@ pub struct Report {
     pub destination: String,
     /// Pages whose content was moved.
     pub pages: u64,
+    /// Those of them that moved while the tree stood still.
+    pub frozen_pages: u64,
+    /// Rounds of pre-copy; zero when all memory moved while the tree stood still.
+    pub rounds: u32,
     /// Bytes sent over the channel, pages and images together.
     pub bytes: u64,
     /// How long the tree did not run, in microseconds.

@@ -13,6 +13,8 @@
 //!                    <------------------  Findings
 //!   Prepare          ------------------>  gate closed, address staged, CRIU warm
 //!                    <------------------  Prepared
+//!   Pages ...        ------------------>  rounds, while the tree runs
+//!   Frozen           ------------------>
 //!   Pages ...        ------------------>  as CRIU writes them
 //!   Image ...        ------------------>
 //!   Flows            ------------------>
@@ -172,9 +174,14 @@ pub enum Message {
     Prepare {
         /// How long the tree may stand still, in milliseconds.
         blackout_limit_ms: u64,
+        /// `Dumped` will come with digests to compare with.
+        verify: bool,
     },
     /// Gate closed, address staged, CRIU warm.
     Prepared,
+    /// The rounds are over: pages that come from here on are CRIU's final
+    /// list, and what it leaves out is in store.
+    Frozen,
     /// Connections found when the tree stood still, the earlier ones among
     /// them; they replace the list of `Preflight`.
     Flows(Vec<Flow>),
@@ -182,8 +189,13 @@ pub enum Message {
     Dumped {
         /// Pages with data that were sent, for the receiver to compare.
         pages: u64,
+        /// Pages without data that were sent: in store, unchanged.
+        in_store: u64,
         /// Image files that were sent.
         images: u32,
+        /// With `--verify`, what the frozen tree's memory amounts to, task by
+        /// task: SHA-256 over addresses and content.
+        digests: Vec<(u32, [u8; 32])>,
     },
     /// The copy is complete and has not run.
     Restored {

@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use migrate_channel::ChannelError;
+use migrate_core::convergence::StopReason;
 use migrate_core::phase::IllegalTransition;
 use migrate_core::wire::WireError;
 use migrate_criu::CriuError;
 use migrate_gate::GateError;
+use migrate_memory::{MemoryError, StoreError};
 use migrate_net::NetError;
 use migrate_proc::ProcError;
 use thiserror::Error;
@@ -77,6 +79,24 @@ pub enum Error {
     /// Preflight found a reason; the findings have been shown.
     #[error("{}", .0.join("; "))]
     Refused(Vec<String>),
+    /// The memory of the tree and how it is followed.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Rounds ended without their goal, and the user wanted no freeze then.
+    #[error("pre-copy has not reached its goal: {reason}")]
+    NotConverged {
+        /// Why rounds ended.
+        reason: StopReason,
+    },
+    /// The copy's memory is not the tree's.
+    #[error("the copy's memory of task {pid} is not the tree's")]
+    NotTheSame {
+        /// The task.
+        pid: u32,
+    },
+    /// The store of pages that came in rounds.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The user asked to stop.
     #[error("interrupted")]
     Cancelled,
@@ -143,6 +163,10 @@ impl Error {
             Self::Net(error) => error.help(),
             Self::Criu(error) | Self::DumpRefused(error) => error.help(),
             Self::Gate(error) => error.help(),
+            Self::Memory(error) => error.help().map(str::to_owned),
+            Self::Store(error) => error.help().map(str::to_owned),
+            Self::NotConverged { .. } => Some("lower --goal, raise --max-iterations, or allow the freeze with --on-timeout freeze".to_owned()),
+            Self::NotTheSame { .. } => Some("this is a defect of migrate: please report it; `--engine full` moves the tree without pre-copy".to_owned()),
             Self::Connect(error) => error.help(),
             Self::Channel { peer, source } => source.help().or_else(|| Some(check(peer))),
             Self::Peer(error) => error.help.clone().or_else(|| Some(see_log(&error.host))),

@@ -1,5 +1,6 @@
 //! `migrate check`: preflight as a table, nothing moved.
 
+use migrate_core::convergence::Policy;
 use migrate_core::preflight::refused;
 use migrate_session::Reporter;
 use migrate_session::source::{self, Choices};
@@ -40,6 +41,9 @@ pub async fn run(args: Args, output: &Output) -> Exit {
         stdio: args.tree.stdio,
         addresses: args.tree.addresses,
         max_blackout: Choices::MAX_BLACKOUT,
+        engine: args.tree.engine.into(),
+        policy: Policy::default(),
+        verify: false,
         ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
     };
     match source::check(

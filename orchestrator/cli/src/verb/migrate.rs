@@ -3,8 +3,9 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use migrate_core::convergence::{OnTimeout, Policy};
 use migrate_core::wire::StdioChoice;
-use migrate_session::source::{self, Choices, Request};
+use migrate_session::source::{self, Choices, EngineChoice, MemoryEngine, Request};
 use migrate_session::{Cancel, Reporter};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -24,6 +25,8 @@ pub struct Args {
     pub to: Option<String>,
     #[command(flatten)]
     pub tree: TreeArgs,
+    #[command(flatten)]
+    pub rounds: RoundArgs,
     /// Roll back when the tree has stood still for this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = Choices::MAX_BLACKOUT.as_secs_f64(), value_parser = seconds)]
     pub max_blackout: f64,
@@ -44,6 +47,80 @@ pub struct TreeArgs {
     /// ignore it because you have seen to it
     #[arg(long, value_name = "refuse|ignore", value_enum, default_value_t = SupervisorChoice::Refuse)]
     pub supervisor: SupervisorChoice,
+    /// How memory moves: in rounds while the tree runs (uffd), or all of it while the tree
+    /// stands still (full); auto takes the best that works
+    #[arg(long, value_name = "auto|uffd|full", value_enum, default_value_t = EngineName::Auto)]
+    pub engine: EngineName,
+}
+
+/// When rounds of pre-copy end.
+#[derive(Debug, Clone, clap::Args)]
+pub struct RoundArgs {
+    /// Freeze when a round finds this many percent of the memory unchanged
+    #[arg(long, value_name = "PERCENT", default_value_t = 90, value_parser = clap::value_parser!(u8).range(0..=101))]
+    pub goal: u8,
+    /// And when the blackout would be no longer than this many milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 100)]
+    pub downtime_limit: u64,
+    /// At most so many rounds
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub max_iterations: u32,
+    /// At most so many seconds of rounds
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub timeout: Option<f64>,
+    /// When rounds end without their goal: freeze all the same, or cancel
+    #[arg(long, value_name = "freeze|cancel", value_enum, default_value_t = OnTimeoutName::Freeze)]
+    pub on_timeout: OnTimeoutName,
+    /// Compare the copy's memory with the frozen tree's before the commit; takes its time
+    #[arg(long)]
+    pub verify: bool,
+}
+
+impl RoundArgs {
+    fn policy(&self) -> Policy {
+        Policy {
+            goal_percent: self.goal,
+            downtime_limit_us: Some(self.downtime_limit.saturating_mul(1000)),
+            max_iterations: self.max_iterations,
+            timeout_us: self
+                .timeout
+                .map(|s| u64::try_from(Duration::from_secs_f64(s).as_micros()).unwrap_or(u64::MAX)),
+            on_timeout: match self.on_timeout {
+                OnTimeoutName::Freeze => OnTimeout::Freeze,
+                OnTimeoutName::Cancel => OnTimeout::Cancel,
+            },
+        }
+    }
+}
+
+/// Names of engines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum EngineName {
+    /// The best that works.
+    Auto,
+    /// Rounds, tracked by userfaultfd.
+    Uffd,
+    /// Everything while the tree stands still.
+    Full,
+}
+
+impl From<EngineName> for EngineChoice {
+    fn from(name: EngineName) -> Self {
+        match name {
+            EngineName::Auto => Self::Auto,
+            EngineName::Uffd => Self::Only(MemoryEngine::Uffd),
+            EngineName::Full => Self::Only(MemoryEngine::Full),
+        }
+    }
+}
+
+/// What to do when rounds end without their goal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnTimeoutName {
+    /// Freeze; the blackout is longer.
+    Freeze,
+    /// Give up; the tree runs on.
+    Cancel,
 }
 
 /// What to do about a supervisor that cannot be told to wait.
@@ -98,6 +175,9 @@ pub async fn run(args: Args, output: &Output) -> Exit {
             stdio: args.tree.stdio,
             addresses: args.tree.addresses,
             max_blackout: Duration::from_secs_f64(args.max_blackout),
+            engine: args.tree.engine.into(),
+            policy: args.rounds.policy(),
+            verify: args.rounds.verify,
             ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
         },
     };

@@ -175,12 +175,15 @@ impl Destination {
                     return Ok(Served::Asked);
                 }
                 Message::Abort { .. } => return Ok(Served::Asked),
-                Message::Prepare { blackout_limit_ms } => {
+                Message::Prepare {
+                    blackout_limit_ms,
+                    verify,
+                } => {
                     let blackout_limit = Duration::from_millis(blackout_limit_ms);
                     self.phase = Phase::Prepare;
                     self.prepare().await?;
                     self.phase = Phase::Dump;
-                    self.receive(blackout_limit).await?;
+                    self.receive(blackout_limit, verify).await?;
                     self.phase = Phase::Restore;
                     self.restore().await?;
                     self.phase = Phase::HandedOver;

@@ -1,41 +1,167 @@
 //! Receive and restore: pages and images come in, the copy is built and held
 //! before its first instruction.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use migrate_channel::Frame;
-use migrate_core::wire::{ImagePiece, Message};
-use migrate_criu::{Notice, RestoreOptions};
+use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageOwner, PageRun};
+use migrate_criu::{ImageDir, Notice, RestoreOptions};
+use migrate_memory::{Content, PageStore};
 
 use super::{Destination, Engine, Incoming, SILENCE};
 use crate::error::Error;
 use crate::inbox::Inbox;
 
-/// What the source has counted must have come.
+/// What the source has counted and must have come.
+#[derive(PartialEq, Eq)]
 struct Announced {
     pages: u64,
+    in_store: u64,
     images: u32,
+}
+
+/// Memory that comes in.
+struct Memory {
+    /// What came in rounds, the latest of each page.
+    store: PageStore,
+    /// The rounds are over: what comes is CRIU's final list.
+    frozen: bool,
+    /// The final list, when somebody wants to compare.
+    listed: Option<Vec<PageRun>>,
+}
+
+impl Memory {
+    /// A store may hold this many times the memory that preflight saw, for the
+    /// tree may grow meanwhile; what is beyond ends the migration.
+    const GROWTH_MAX: u64 = 2;
+
+    /// And this much more, for small trees.
+    const SPARE_BYTES: u64 = 256 << 20;
+
+    fn new(resident_bytes: u64, verify: bool) -> Self {
+        Self {
+            store: PageStore::new(resident_bytes * Self::GROWTH_MAX + Self::SPARE_BYTES),
+            frozen: false,
+            listed: verify.then(Vec::new),
+        }
+    }
+
+    fn take(&mut self, images: &mut ImageDir, run: PageRun, data: &[u8]) -> Result<(), Error> {
+        if !self.frozen {
+            return Ok(self.store.put(run, data)?);
+        }
+        if let Some(listed) = &mut self.listed {
+            listed.push(run);
+            if !data.is_empty() {
+                self.store.put(run, data)?;
+            }
+        }
+        if data.is_empty() {
+            images.gap(run)?;
+        } else {
+            images.pages(run, data)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the pages in store where the final list names them.
+    fn fill(&self, images: &mut ImageDir) -> Result<(), Error> {
+        let store = &self.store;
+        images.fill(
+            &mut |owner, vaddr: u64, pages: u64, out: &mut dyn io::Write| {
+                let end = vaddr + pages * PAGE_BYTES as u64;
+                let mut at = vaddr;
+                for piece in store.range(owner, vaddr..end) {
+                    if piece.vaddr != at {
+                        break;
+                    }
+                    match piece.content {
+                        Content::Data(data) => out.write_all(data)?,
+                        Content::Zero(pages) => {
+                            for _ in 0..pages {
+                                out.write_all(&[0; PAGE_BYTES])?;
+                            }
+                        }
+                    }
+                    at += piece.content.pages() * PAGE_BYTES as u64;
+                }
+                if at == end {
+                    Ok(())
+                } else {
+                    Err(io::Error::new(io::ErrorKind::NotFound, "not in store"))
+                }
+            },
+        )?;
+        Ok(())
+    }
+
+    /// Compares with what the frozen tree's memory amounts to.
+    fn verify(&mut self, digests: &[(u32, [u8; 32])]) -> Result<(), Error> {
+        let Some(mut listed) = self.listed.take() else {
+            return Ok(());
+        };
+        listed.sort_by_key(|run| (run.owner, run.vaddr));
+        for &(pid, digest) in digests {
+            let owner = PageOwner::Task(pid);
+            self.store.retain(owner, &listed);
+            if self.store.digest(owner) != digest {
+                return Err(Error::NotTheSame { pid });
+            }
+        }
+        tracing::info!(tasks = digests.len(), "the copy's memory is the tree's");
+        Ok(())
+    }
 }
 
 impl Destination {
     /// Takes frames until `Dumped`.
-    pub(super) async fn receive(&mut self, blackout_limit: Duration) -> Result<(), Error> {
-        let announced = self.take_frames(SILENCE.max(blackout_limit)).await?;
+    pub(super) async fn receive(
+        &mut self,
+        blackout_limit: Duration,
+        verify: bool,
+    ) -> Result<(), Error> {
+        let resident_bytes = self
+            .order
+            .as_ref()
+            .map_or(0, |order| order.tree.resident_bytes);
+        let mut memory = Memory::new(resident_bytes, verify);
+        let (announced, digests) = self
+            .take_frames(SILENCE.max(blackout_limit), &mut memory)
+            .await?;
         self.dumped_at = Some(Instant::now());
         let Some(images) = &mut self.images else {
             return Err(nothing("the image directory"));
         };
+        memory.fill(images)?;
+        memory.verify(&digests)?;
+        // Giving back the store's memory takes a while, and nothing waits for it.
+        tokio::task::spawn_blocking(move || drop(memory));
         let stats = images.finish()?;
-        if (stats.pages, stats.images) != (announced.pages, announced.images) {
+        let came = Announced {
+            pages: stats.pages,
+            in_store: stats.pages_in_gaps,
+            images: stats.images,
+        };
+        if came != announced {
             return Err(Error::Changed(format!(
-                "{} pages and {} images came, {} and {} were sent",
-                stats.pages, stats.images, announced.pages, announced.images
+                "{} pages, {} in store and {} images came; {}, {} and {} were sent",
+                came.pages,
+                came.in_store,
+                came.images,
+                announced.pages,
+                announced.in_store,
+                announced.images
             )));
         }
         Ok(())
     }
 
-    async fn take_frames(&mut self, limit: Duration) -> Result<Announced, Error> {
+    async fn take_frames(
+        &mut self,
+        limit: Duration,
+        memory: &mut Memory,
+    ) -> Result<(Announced, Vec<(u32, [u8; 32])>), Error> {
         const AWAITED: &str = "pages and images";
         loop {
             let Incoming::Frames(receiver) = &mut self.incoming else {
@@ -60,7 +186,7 @@ impl Destination {
                 }
             };
             match frame {
-                Frame::Pages { run, data } => images.pages(run, &data)?,
+                Frame::Pages { run, data } => memory.take(images, run, &data)?,
                 Frame::Image { name, last, data } => images.image_piece(&ImagePiece {
                     name: &name,
                     last,
@@ -73,13 +199,24 @@ impl Destination {
                         awaited: AWAITED,
                     });
                 }
+                Frame::Control(Message::Frozen) => memory.frozen = true,
                 Frame::Control(Message::Flows(flows)) => {
                     if let Some(gate) = &self.gate {
                         gate.add_flows(&flows)?;
                     }
                 }
-                Frame::Control(Message::Dumped { pages, images }) => {
-                    return Ok(Announced { pages, images });
+                Frame::Control(Message::Dumped {
+                    pages,
+                    in_store,
+                    images,
+                    digests,
+                }) => {
+                    let announced = Announced {
+                        pages,
+                        in_store,
+                        images,
+                    };
+                    return Ok((announced, digests));
                 }
                 Frame::Control(Message::Abort { reason }) => return Err(Error::Aborted(reason)),
                 Frame::Control(other) => return Err(self.unexpected(&other, AWAITED)),

@@ -40,6 +40,7 @@ impl Migration {
             shell_job: plan.facts.shell_job,
             external: externals(&plan.facts.stdio),
             external_unix: true,
+            track: self.precopied(),
             ..DumpOptions::new(self.request.pid, images)
         };
         let Engine::Ready(worker) = std::mem::replace(&mut self.engine, Engine::None) else {
@@ -92,6 +93,7 @@ impl Migration {
                 stranger.ip
             )));
         }
+        self.announce_frozen().await?;
         if let Some(link) = self.link.as_mut() {
             link.sender
                 .control(&Message::Flows(sockets.flows.clone()))
@@ -124,7 +126,7 @@ impl Migration {
     /// Lets CRIU write; pages go to the destination as they come, the small
     /// images after them.
     pub(super) async fn dump(&mut self) -> Result<String, Error> {
-        let version = self.plan()?.criu.version;
+        let version = self.criu()?.version;
         let Engine::Dumping(session) = &mut self.engine else {
             return Err(not_yet("CRIU's dump"));
         };
@@ -137,10 +139,8 @@ impl Migration {
             .ok_or_else(|| not_yet("the page socket"))?;
         session.answer(true).await.map_err(Error::DumpRefused)?;
 
-        let mut sink = Outgoing {
-            sender: &mut link.sender,
-            pages: 0,
-        };
+        let mut sink = Outgoing::new(&mut link.sender);
+        sink.listed = self.request.choices.verify.then(Vec::new);
         let dumped = {
             let pages = serve_pages(socket, version, &mut sink, DUMP_LIMIT);
             tokio::pin!(pages);
@@ -171,19 +171,26 @@ impl Migration {
             }
         };
         self.pages = sink.pages;
+        self.in_store = sink.in_store;
+        let listed = sink.listed.take();
         dumped?;
         self.moments.dumped = Some(Instant::now());
-        self.send_images().await
+        // The tree stands still, so its memory is what the copy's has to be.
+        let digests = match listed {
+            Some(listed) => migrate_memory::digests(&listed)?,
+            None => Vec::new(),
+        };
+        self.send_images(digests).await
     }
 
     /// Sends what CRIU has written to tmpfs beside the pages.
-    async fn send_images(&mut self) -> Result<String, Error> {
+    async fn send_images(&mut self, digests: Vec<(u32, [u8; 32])>) -> Result<String, Error> {
         let directory = self
             .images
             .clone()
             .ok_or_else(|| not_yet("the image directory"))?;
         let images = migrate_criu::small_images(&directory)?;
-        let pages = self.pages;
+        let (pages, in_store) = (self.pages, self.in_store);
         let link = self.link()?;
         let broken = |peer: &str| {
             let peer = peer.to_owned();
@@ -208,6 +215,8 @@ impl Migration {
         }
         let end = Message::Dumped {
             pages,
+            in_store,
+            digests,
             images: u32::try_from(images.len()).unwrap_or(u32::MAX),
         };
         link.sender
@@ -217,9 +226,8 @@ impl Migration {
         self.sent_bytes = link.sender.sent_bytes();
         self.moments.sent = Some(Instant::now());
         Ok(format!(
-            "{pages} pages, {}, {} MiB",
-            counted(images.len(), "image"),
-            self.sent_bytes >> 20
+            "{pages} pages sent, {in_store} unchanged, {}",
+            counted(images.len(), "image")
         ))
     }
 
@@ -272,17 +280,42 @@ pub(super) fn out_of_order(notice: &Notice, awaited: &'static str) -> Error {
 }
 
 /// Pages on their way to the destination.
-struct Outgoing<'a> {
+pub(super) struct Outgoing<'a> {
     sender: &'a mut Sender,
     pages: u64,
+    in_store: u64,
+    /// What CRIU has listed, when somebody wants to compare.
+    listed: Option<Vec<PageRun>>,
+}
+
+impl<'a> Outgoing<'a> {
+    pub(super) fn new(sender: &'a mut Sender) -> Self {
+        Self {
+            sender,
+            pages: 0,
+            in_store: 0,
+            listed: None,
+        }
+    }
+
+    pub(super) async fn send(&mut self, run: PageRun, data: &[u8]) -> Result<(), ChannelError> {
+        if data.is_empty() {
+            self.in_store += run.pages;
+        } else {
+            self.pages += run.pages;
+        }
+        if let Some(listed) = &mut self.listed {
+            listed.push(run);
+        }
+        self.sender.pages(&run, data).await
+    }
 }
 
 impl PageSink for Outgoing<'_> {
     type Error = ChannelError;
 
     async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), ChannelError> {
-        self.pages += (data.len() / migrate_core::wire::PAGE_BYTES) as u64;
-        self.sender.pages(&run, &data).await
+        self.send(run, &data).await
     }
 
     async fn close(&mut self, _stats: PageStats) -> Result<(), ChannelError> {

@@ -8,6 +8,7 @@
 mod carry;
 mod dump;
 mod handover;
+mod precopy;
 mod preflight;
 mod prepare;
 
@@ -17,12 +18,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migrate_channel::{Destination, Sender};
+use migrate_core::convergence::Policy;
 use migrate_core::facts::{HostFacts, TreeFacts};
 use migrate_core::phase::{Event, Phase};
 use migrate_core::report::{Blackout, Report};
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_criu::{Criu, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
+use migrate_memory::Precopy;
 use migrate_net::{Net, Withdrawn};
 use migrate_proc::{Fence, HoldDown, Tree};
 use tokio::sync::watch;
@@ -35,6 +38,7 @@ use crate::journal::Journal;
 use crate::progress::{Progress, Reporter};
 use crate::state::{State, TreeLock};
 
+pub use precopy::{Engine as MemoryEngine, EngineChoice};
 pub use preflight::check;
 
 /// What the user asked for.
@@ -59,6 +63,13 @@ pub struct Choices {
     pub max_blackout: Duration,
     /// A supervisor that would start a second copy has been dealt with.
     pub ignore_supervisor: bool,
+    /// How memory is moved.
+    pub engine: EngineChoice,
+    /// When rounds of pre-copy end.
+    pub policy: Policy,
+    /// Compare the copy's memory with the frozen tree's before the commit.
+    /// Takes as long as hashing all of it twice.
+    pub verify: bool,
 }
 
 impl Choices {
@@ -174,7 +185,9 @@ struct Plan {
     facts: TreeFacts,
     host: HostFacts,
     interfaces: Vec<u32>,
-    criu: Criu,
+    /// None only where preflight has refused for want of it.
+    criu: Option<Criu>,
+    engine: MemoryEngine,
 }
 
 /// CRIU's part, which changes from a waiting worker to a running dump.
@@ -223,7 +236,13 @@ struct Migration {
     /// What the gate had counted when it closed, and at the end.
     counted_before: Counters,
     counted: Counters,
+    /// Pages sent while the tree stood still, and in rounds before.
     pages: u64,
+    round_pages: u64,
+    rounds: u32,
+    /// Pages that CRIU left out, because they are in store.
+    in_store: u64,
+    link_bytes_per_s: u64,
     sent_bytes: u64,
     running: migrate_core::wire::RunningReport,
     /// What is known about who may run the tree once `HandedOver` is on record.
@@ -243,6 +262,8 @@ struct Migration {
     supervisor: Option<HoldDown>,
     fence: Option<Fence>,
     images: Option<PathBuf>,
+    /// The tracking; it has to last until CRIU has dumped the tree.
+    precopy: Option<Precopy>,
     engine: Engine,
     withdrawn: Vec<Withdrawn>,
 }
@@ -268,6 +289,10 @@ impl Migration {
             counted_before: Counters::default(),
             counted: Counters::default(),
             pages: 0,
+            round_pages: 0,
+            rounds: 0,
+            in_store: 0,
+            link_bytes_per_s: 0,
             sent_bytes: 0,
             running: migrate_core::wire::RunningReport::default(),
             go: Go::NotSent,
@@ -282,6 +307,7 @@ impl Migration {
             supervisor: None,
             fence: None,
             images: None,
+            precopy: None,
             engine: Engine::None,
             withdrawn: Vec::new(),
         })
@@ -296,6 +322,8 @@ impl Migration {
         self.advance(Event::Tracked, detail)?;
         let detail = self.prepare().await?;
         self.advance(Event::Prepared, detail)?;
+        let detail = self.precopy().await?;
+        self.advance(Event::Converged, detail)?;
         let detail = self.freeze().await?;
         self.advance(Event::Frozen, detail)?;
         let detail = self.dump().await?;
@@ -326,6 +354,10 @@ impl Migration {
 
     fn plan(&self) -> Result<&Plan, Error> {
         self.plan.as_ref().ok_or_else(|| not_yet("the plan"))
+    }
+
+    fn criu(&self) -> Result<&Criu, Error> {
+        self.plan()?.criu.as_ref().ok_or_else(|| not_yet("CRIU"))
     }
 
     /// The gate; none where the tree has no address that peers reach.
@@ -415,6 +447,7 @@ impl Migration {
                 note("thaw the tree", thaw(session).await.map_err(|e| e.chain()));
             }
         }
+        self.precopy = None;
         if let Some(lease) = self.lease.take() {
             lease.abort();
             // The renewer holds the gate until it has ended.
@@ -494,7 +527,9 @@ impl Migration {
                 .link
                 .as_ref()
                 .map_or_else(String::new, |link| link.peer.clone()),
-            pages: self.pages,
+            pages: self.round_pages + self.pages,
+            frozen_pages: self.pages,
+            rounds: self.rounds,
             bytes: self.sent_bytes,
             frozen_us: span(m.frozen, m.running),
             blackout: Blackout {

@@ -8,7 +8,10 @@ use migrate_core::wire::{Message, StdioChoice};
 use migrate_net::{Net, SurveyOptions, TreeSockets};
 use migrate_proc::{Supervisor, Tree};
 
-use super::{CONNECT_LIMIT, Choices, Link, Migration, Plan, STEP_LIMIT, migration_id};
+use super::precopy::choose;
+use super::{
+    CONNECT_LIMIT, Choices, Link, MemoryEngine, Migration, Plan, STEP_LIMIT, migration_id,
+};
 use crate::error::Error;
 use crate::inbox::Inbox;
 use crate::progress::{Progress, Reporter};
@@ -177,8 +180,16 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
         shell_job: tree.shell_job(),
         cgroup: tree.cgroup().to_owned(),
     };
+    let engine = match &criu {
+        Some(criu) => {
+            let (engine, finding) = choose(choices.engine, criu).await;
+            findings.push(finding);
+            engine
+        }
+        None => MemoryEngine::Full,
+    };
     let still = facts.resident_bytes / EXPECTED_BYTES_PER_SECOND;
-    if still >= choices.max_blackout.as_secs() {
+    if engine == MemoryEngine::Full && still >= choices.max_blackout.as_secs() {
         findings.push(Finding::note(
             "memory",
             format!(
@@ -189,13 +200,6 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
             "allow more with --max-blackout SECONDS",
         ));
     }
-    let criu = criu.ok_or(()).or_else(|()| {
-        // Refused below; every finding is still shown.
-        Ok::<_, Error>(migrate_criu::Criu {
-            path: "criu".into(),
-            version: migrate_core::facts::CriuVersion::OLDEST_SUPPORTED,
-        })
-    })?;
     Ok(Examined {
         plan: Plan {
             tree,
@@ -203,6 +207,7 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
             host,
             interfaces: sockets.interfaces,
             criu,
+            engine,
         },
         findings,
         supervisor,

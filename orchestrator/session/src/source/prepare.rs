@@ -10,7 +10,7 @@ use migrate_criu::WorkerOptions;
 use migrate_gate::{Gate, GateOptions, HoldOptions, Role};
 use migrate_proc::{Fence, FenceRecord};
 
-use super::{Engine, Migration, STEP_LIMIT, not_yet};
+use super::{Engine, MemoryEngine, Migration, STEP_LIMIT, not_yet};
 use crate::error::Error;
 use crate::journal::Journal;
 use crate::state::make_private;
@@ -83,6 +83,7 @@ impl Migration {
         let prepare = Message::Prepare {
             blackout_limit_ms: u64::try_from(self.request.choices.max_blackout.as_millis())
                 .unwrap_or(u64::MAX),
+            verify: self.request.choices.verify,
         };
         self.send(&prepare).await?;
 
@@ -109,8 +110,14 @@ impl Migration {
         }
         self.images = Some(images.clone());
         make_private(&images)?;
-        let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
-        let worker = plan.criu.worker(WorkerOptions::default()).await?;
+        let shim = self.plan()?.engine == MemoryEngine::Uffd;
+        let worker = self
+            .criu()?
+            .worker(WorkerOptions {
+                shim,
+                ..WorkerOptions::default()
+            })
+            .await?;
         self.engine = Engine::Ready(worker);
 
         let link = self.link()?;

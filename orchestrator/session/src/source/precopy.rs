@@ -1,0 +1,229 @@
+//! Pre-copy: memory goes over while the tree runs, round after round, until
+//! another round would not shorten the blackout.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use migrate_channel::ChannelError;
+use migrate_core::convergence::{Convergence, Decision, OnTimeout, Round, StopReason};
+use migrate_core::preflight::Finding;
+use migrate_core::wire::{Message, PageRun};
+use migrate_criu::{Criu, Track};
+use migrate_memory::{Limits, Precopy, RoundError, RoundStats, TrackingState};
+
+use super::dump::Outgoing;
+use super::{Migration, micros, not_yet};
+use crate::error::Error;
+use crate::progress::Progress;
+
+/// How memory is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// Rounds while the tree runs, tracked by userfaultfd; CRIU's final dump
+    /// leaves out what has not changed since.
+    Uffd,
+    /// Everything while the tree stands still.
+    Full,
+}
+
+/// What the user wants of [`Engine`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EngineChoice {
+    /// The best that works here.
+    #[default]
+    Auto,
+    /// This one or none.
+    Only(Engine),
+}
+
+/// What the blackout costs whatever the memory, in microseconds: CRIU's own
+/// steps, handover and takeover of a tree with some ten connections, measured
+/// on two cores.
+const FIXED_US: u64 = 40_000;
+
+/// What a populated page costs CRIU's final dump although it is not sent, in
+/// nanoseconds: 25 ms for a GiB, measured with CRIU 4.2.
+const POPULATED_PAGE_NS: u64 = 100;
+
+/// Chooses the engine and says why.
+///
+/// # Errors
+///
+/// The finding, when the wanted engine does not work here.
+pub(super) async fn choose(wanted: EngineChoice, criu: &Criu) -> (Engine, Finding) {
+    let subject = "memory engine";
+    if wanted == EngineChoice::Only(Engine::Full) {
+        let finding = Finding::ok(
+            subject,
+            "full: all memory moves while the tree stands still",
+        );
+        return (Engine::Full, finding);
+    }
+    let obstacle = match migrate_memory::probe() {
+        Err(error) => Some(crate::error::chain(&error)),
+        Ok(_) => criu
+            .self_check_shim()
+            .await
+            .err()
+            .map(|error| crate::error::chain(&error)),
+    };
+    match (obstacle, wanted) {
+        (None, _) => (
+            Engine::Uffd,
+            Finding::ok(subject, "uffd: memory moves while the tree runs"),
+        ),
+        (Some(why), EngineChoice::Only(_)) => (
+            Engine::Uffd,
+            Finding::refused(subject, why, "use --engine full, or --engine auto"),
+        ),
+        (Some(why), EngineChoice::Auto) => (
+            Engine::Full,
+            Finding::note(
+                subject,
+                format!("full, all memory moves while the tree stands still: {why}"),
+                "",
+            ),
+        ),
+    }
+}
+
+impl Migration {
+    /// Makes rounds until they have done their work.
+    pub(super) async fn precopy(&mut self) -> Result<String, Error> {
+        let detail = match self.plan()?.engine {
+            Engine::Full => "none: everything moves while the tree stands still".to_owned(),
+            Engine::Uffd => self.rounds().await?,
+        };
+        Ok(detail)
+    }
+
+    async fn rounds(&mut self) -> Result<String, Error> {
+        const AWAITED: &str = "a round";
+        let begun = Instant::now();
+        self.precopy = Some(Precopy::new(self.request.pid, Limits::default())?);
+        let mut convergence = Convergence::new(self.request.choices.policy);
+        loop {
+            let link = self
+                .link
+                .as_mut()
+                .ok_or_else(|| not_yet("the connection"))?;
+            let precopy = self
+                .precopy
+                .as_mut()
+                .ok_or_else(|| not_yet("the tracker"))?;
+            let mut sink = Outgoing::new(&mut link.sender);
+            let stats = tokio::select! {
+                stats = precopy.round(&mut sink) => match stats {
+                    Ok(stats) => stats,
+                    Err(RoundError::Memory { source }) => return Err(source.into()),
+                    Err(RoundError::Sink { source }) => {
+                        return Err(Error::Channel { peer: link.peer.clone(), source });
+                    }
+                },
+                // Nothing is due from the destination now but its giving up.
+                message = link.inbox.next(AWAITED) => {
+                    let message = message?;
+                    return Err(link.inbox.unexpected(&message, AWAITED));
+                }
+            };
+            let flushing = Instant::now();
+            link.sender.flush().await.map_err(|source| Error::Channel {
+                peer: link.peer.clone(),
+                source,
+            })?;
+            self.round_pages += stats.pages_written;
+            let sending = Duration::from_micros(stats.sink_us) + flushing.elapsed();
+            let round = Round {
+                pages_written: stats.pages_written,
+                pages_skipped: stats.pages_skipped,
+                pages_untracked: stats.pages_untracked,
+                since_previous_us: stats.since_previous_us,
+                took_us: stats.took_us,
+                elapsed_us: micros(begun.elapsed()),
+                link_bytes_per_s: self.link_rate(stats.bytes, sending),
+                fixed_us: FIXED_US,
+                populated_page_ns: POPULATED_PAGE_NS,
+            };
+            let verdict = convergence.after_round(&round);
+            self.rounds = verdict.iteration;
+            let stopped = match verdict.decision {
+                Decision::Another => None,
+                Decision::Stop { reason, .. } => Some(reason),
+            };
+            self.reporter.tell(Progress::Round {
+                round: verdict.iteration,
+                pages_scanned: stats.pages_scanned,
+                pages_written: stats.pages_written,
+                pages_skipped: stats.pages_skipped,
+                skipped_percent: verdict.skipped_percent,
+                bytes: stats.bytes,
+                took_us: stats.took_us,
+                dirty_bytes_per_s: verdict.dirty_bytes_per_s,
+                link_bytes_per_s: round.link_bytes_per_s,
+                blackout_us_predicted: verdict.blackout_us_predicted,
+                stopped,
+            });
+            match verdict.decision {
+                Decision::Another => {}
+                Decision::Stop {
+                    then: OnTimeout::Cancel,
+                    reason,
+                } if reason != StopReason::Converged => {
+                    return Err(Error::NotConverged { reason });
+                }
+                Decision::Stop { reason, .. } => {
+                    return Ok(summary(verdict.iteration, reason, &stats));
+                }
+            }
+        }
+    }
+
+    /// Rate of the page stream: of this round when it sent enough to tell, or
+    /// the best seen before.
+    fn link_rate(&mut self, bytes: u64, sending: Duration) -> u64 {
+        /// Less than this is gone in one write and tells nothing.
+        const TELLING_BYTES: u64 = 4 << 20;
+        if bytes >= TELLING_BYTES || self.link_bytes_per_s == 0 {
+            let sending_us = micros(sending).max(1);
+            let rate = u128::from(bytes) * 1_000_000 / u128::from(sending_us);
+            self.link_bytes_per_s = u64::try_from(rate).unwrap_or(u64::MAX);
+        }
+        self.link_bytes_per_s
+    }
+
+    /// For the final dump: whose clean pages have gone over.
+    pub(super) fn precopied(&self) -> Option<Track> {
+        let precopy = self.precopy.as_ref()?;
+        Some(Track {
+            precopied: precopy
+                .processes()
+                .filter(|process| matches!(process.state, TrackingState::Tracked { .. }))
+                .filter_map(|process| u32::try_from(process.pid).ok())
+                .collect(),
+        })
+    }
+
+    /// Tells the destination that the rounds are over.
+    pub(super) async fn announce_frozen(&mut self) -> Result<(), Error> {
+        self.send(&Message::Frozen).await
+    }
+}
+
+fn summary(rounds: u32, reason: StopReason, last: &RoundStats) -> String {
+    let rounds = match rounds {
+        1 => "1 round".to_owned(),
+        rounds => format!("{rounds} rounds"),
+    };
+    format!(
+        "{rounds}, {reason}; the last found {} of {} pages changed",
+        last.pages_written, last.pages_scanned
+    )
+}
+
+impl migrate_memory::PageSink for Outgoing<'_> {
+    type Error = ChannelError;
+
+    async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), ChannelError> {
+        self.send(run, &data).await
+    }
+}
