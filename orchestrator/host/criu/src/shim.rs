@@ -363,15 +363,18 @@ impl Target {
             .kill_on_drop(true);
         let fd = preload(&mut command, criu.version).map_err(&starting)?;
         command.env(PROBE, theirs.as_raw_fd().to_string());
-        keep_open(&mut command, fd);
-        keep_open(&mut command, theirs.as_raw_fd());
-        // SAFETY: one system call between fork and exec.
+        // SAFETY: two system calls between fork and exec.
         unsafe {
             command.pre_exec(|| {
                 libc::setsid();
+                // What this process was given by whoever started it is nothing
+                // that CRIU should have to dump. Before Linux 5.11 it may have to.
+                libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
                 Ok(())
             });
         }
+        keep_open(&mut command, fd);
+        keep_open(&mut command, theirs.as_raw_fd());
         let process = command.spawn().map_err(&starting)?;
         drop(theirs);
         let pid = process.id().and_then(|pid| i32::try_from(pid).ok());

@@ -111,10 +111,12 @@ impl Tracked {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        // SAFETY: one system call between fork and exec.
+        // SAFETY: two system calls between fork and exec.
         unsafe {
             command.pre_exec(|| {
                 libc::setsid();
+                // Whatever this test was started with.
+                libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
                 Ok(())
             });
         }
