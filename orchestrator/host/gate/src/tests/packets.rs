@@ -85,6 +85,11 @@ impl Packet {
         self
     }
 
+    pub(crate) fn with_data(mut self, bytes: usize) -> Self {
+        self.payload.extend(vec![0; bytes]);
+        self
+    }
+
     /// With the length that an IP header states, which the kernel's own tests
     /// of packets do not look at.
     pub(crate) fn with_lengths(mut self) -> Self {
