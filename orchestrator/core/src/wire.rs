@@ -196,6 +196,9 @@ pub enum Message {
         /// With `--verify`, what the frozen tree's memory amounts to, task by
         /// task: SHA-256 over addresses and content.
         digests: Vec<(u32, [u8; 32])>,
+        /// Areas that do not count for them, as address and length in bytes:
+        /// the kernel writes there while CRIU is at work.
+        masks: Vec<(u64, u32)>,
     },
     /// The copy is complete and has not run.
     Restored {

@@ -81,7 +81,11 @@ mod tests {
         image.extend_from_slice(&u32::try_from(core.len()).unwrap().to_le_bytes());
         image.extend_from_slice(&core);
         fs::write(directory.path().join("core-7.img"), &image).unwrap();
-        fs::write(directory.path().join("core-8.img"), &image[..image.len() - 1]).unwrap();
+        fs::write(
+            directory.path().join("core-8.img"),
+            &image[..image.len() - 1],
+        )
+        .unwrap();
         fs::write(directory.path().join("mm-7.img"), &image).unwrap();
         assert_eq!(rseq_areas(directory.path()).unwrap(), [(0x7000, 32)]);
     }

@@ -67,6 +67,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     for _ in 0..3 {
         print("unchanged", &precopy.round(&mut Nowhere).await?);
     }
+    // Two trackers cannot watch the same memory.
+    drop(precopy);
     let mut precopy = Precopy::new(pid, Limits::default())?;
     let mut store = Store(PageStore::new(u64::MAX));
     print(
@@ -81,10 +83,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     );
     for owner in store.0.owners().collect::<Vec<_>>() {
         let began = Instant::now();
-        let _digest = store.0.digest(owner);
+        let _digest = store.0.digest(owner, &[]);
         println!("digest: {:?}", began.elapsed());
     }
 
+    drop(precopy);
     let mut stopped = Vec::new();
     let mut took = Vec::new();
     for _ in 0..100 {

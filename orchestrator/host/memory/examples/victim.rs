@@ -6,6 +6,7 @@
 //! `victim sparse GIB`: maps so much, touches three pages, waits.
 //! `victim blocked CALL`: waits in a system call, for ever; ends with status 3
 //! when the call returns `EINTR`. A line on standard input is answered.
+//! `victim filtered`: is killed by the kernel when it calls `userfaultfd`.
 //! `victim signals`: a timer's signals all the while; answers with their number.
 //! `victim fork`: for each line forks a child that writes; answers its PID.
 //! `victim exec`: at the next line becomes `victim write 4`.
@@ -52,6 +53,7 @@ fn main() -> io::Result<()> {
             wait_for_end()
         }
         ["blocked", call] => blocked(call),
+        ["filtered"] => filtered(),
         ["signals"] => signals(),
         ["fork"] => fork(),
         ["exec"] => {
@@ -310,6 +312,50 @@ fn timeouts() -> io::Result<()> {
             process::exit(3);
         }
     }
+}
+
+fn filtered() -> io::Result<()> {
+    let step = |code: u32, jt, jf, k| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    // The number of a system call comes first in `struct seccomp_data`.
+    let mut steps = [
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        step(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            0,
+            1,
+            libc::SYS_userfaultfd as u32,
+        ),
+        step(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            0,
+            libc::SECCOMP_RET_KILL_PROCESS,
+        ),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: 4,
+        filter: steps.as_mut_ptr(),
+    };
+    // SAFETY: the program and its steps live until the call has copied them.
+    let result = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        libc::prctl(
+            libc::PR_SET_SECCOMP,
+            libc::SECCOMP_MODE_FILTER,
+            &raw const program,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    ready()?;
+    wait_for_end()
 }
 
 static SIGNALS: AtomicU64 = AtomicU64::new(0);

@@ -14,12 +14,16 @@ use crate::store::MemoryDigest;
 const DIGEST_PIECE_BYTES: usize = 1 << 20;
 
 /// Digest of each task's memory as CRIU's final list names it, read from the
-/// frozen tree. Shared segments are left out: they come whole.
+/// frozen tree, without the areas of `masks`. Shared segments are left out:
+/// they come whole.
 ///
 /// # Errors
 ///
 /// A page cannot be read.
-pub fn digests(listed: &[PageRun]) -> Result<Vec<(u32, [u8; 32])>, MemoryError> {
+pub fn digests(
+    listed: &[PageRun],
+    masks: &[(u64, u32)],
+) -> Result<Vec<(u32, [u8; 32])>, MemoryError> {
     let mut by_task: BTreeMap<u32, Vec<PageRun>> = BTreeMap::new();
     for run in listed {
         if let PageOwner::Task(pid) = run.owner {
@@ -35,7 +39,7 @@ pub fn digests(listed: &[PageRun]) -> Result<Vec<(u32, [u8; 32])>, MemoryError> 
             source,
         };
         let memory = File::open(&path).map_err(failed)?;
-        let mut digest = MemoryDigest::new();
+        let mut digest = MemoryDigest::without(masks);
         let mut buffer = vec![0; DIGEST_PIECE_BYTES];
         for run in runs {
             let (mut at, end) = (run.vaddr, run.vaddr + run.pages * PAGE);

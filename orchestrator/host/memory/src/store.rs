@@ -316,8 +316,8 @@ impl PageStore {
 
     /// Digest of all that is held of an owner; see [`MemoryDigest`].
     #[must_use]
-    pub fn digest(&self, owner: PageOwner) -> [u8; 32] {
-        let mut digest = MemoryDigest::new();
+    pub fn digest(&self, owner: PageOwner, masks: &[(u64, u32)]) -> [u8; 32] {
+        let mut digest = MemoryDigest::without(masks);
         for piece in self.pages(owner) {
             if let Content::Data(data) = piece.content {
                 digest.add(piece.vaddr, data);
@@ -450,13 +450,37 @@ fn page_at(offset: u64) -> usize {
 /// address and content of each page, in order of addresses, pages of zeros left
 /// out, since absent anonymous memory reads as zeros.
 #[derive(Debug, Clone, Default)]
-pub struct MemoryDigest(Sha256);
+pub struct MemoryDigest {
+    hash: Sha256,
+    /// Areas that do not count, by the page they lie in.
+    masks: BTreeMap<u64, Vec<Range<usize>>>,
+}
 
 impl MemoryDigest {
     /// Of no memory.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Of no memory; areas in `masks` (address and length) will not count. They
+    /// are what the kernel writes by itself, whether the task runs or not.
+    #[must_use]
+    pub fn without(masks: &[(u64, u32)]) -> Self {
+        let mut digest = Self::new();
+        for &(address, length) in masks {
+            let mut at = address;
+            let end = address.saturating_add(u64::from(length));
+            while at < end {
+                let base = at / PAGE * PAGE;
+                let stop = end.min(base + PAGE);
+                let inside = |address: u64| usize::try_from(address - base).unwrap_or(PAGE_BYTES);
+                let areas = digest.masks.entry(base).or_default();
+                areas.push(inside(at)..inside(stop));
+                at = stop;
+            }
+        }
+        digest
     }
 
     /// Adds pages side by side; addresses ascend from call to call. A part of a
@@ -466,9 +490,20 @@ impl MemoryDigest {
             .chunks_exact(PAGE_BYTES)
             .zip((vaddr..).step_by(PAGE_BYTES))
         {
+            let mut masked = [0; PAGE_BYTES];
+            let page = match self.masks.get(&at) {
+                Some(areas) => {
+                    masked.copy_from_slice(page);
+                    for area in areas {
+                        masked[area.clone()].fill(0);
+                    }
+                    &masked
+                }
+                None => page,
+            };
             if page != ZERO_PAGE {
-                self.0.update(at.to_le_bytes());
-                self.0.update(page);
+                self.hash.update(at.to_le_bytes());
+                self.hash.update(page);
             }
         }
     }
@@ -476,6 +511,6 @@ impl MemoryDigest {
     /// The digest.
     #[must_use]
     pub fn finish(self) -> [u8; 32] {
-        self.0.finalize().into()
+        self.hash.finalize().into()
     }
 }

@@ -193,7 +193,13 @@ pub(crate) fn scan(
     regions: &mut [Region],
 ) -> io::Result<(usize, u64)> {
     let guard = if guards { PAGE_IS_GUARD } else { 0 };
-    let not = PAGE_IS_FILE | PAGE_IS_PFNZERO | guard;
+    // What is watched is anonymous, and asking whether a page belongs to a file
+    // costs a cache miss for each of them: 20 ms for a GiB.
+    let file = match mode {
+        ScanMode::Protect => 0,
+        ScanMode::Look => PAGE_IS_FILE,
+    };
+    let not = PAGE_IS_PFNZERO | file | guard;
     let mut argument = PmScanArg {
         size: size_of::<PmScanArg>() as u64,
         flags: match mode {

@@ -415,6 +415,18 @@ async fn signals_are_neither_lost_nor_in_the_way() {
 }
 
 #[tokio::test]
+async fn a_seccomp_filter_neither_kills_nor_is_lost() {
+    require_tracking!("a_seccomp_filter_neither_kills_nor_is_lost");
+    let mut victim = Victim::start(&["filtered"]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    precopy.round(&mut Direct::new()).await.unwrap();
+    assert_tracked(&precopy);
+    assert_eq!(victim.ask(), "here");
+    let status = fs::read_to_string(format!("/proc/{}/status", victim.pid())).unwrap();
+    assert!(status.contains("Seccomp:\t2"), "{status}");
+}
+
+#[tokio::test]
 async fn a_stopped_process_stays_stopped() {
     require_tracking!("a_stopped_process_stays_stopped");
     let mut victim = Victim::start(&["idle", "1"]);
@@ -483,7 +495,9 @@ async fn exec_between_rounds_is_noticed() {
 #[tokio::test]
 async fn mappings_of_every_shape_are_copied_exactly() {
     require_tracking!("mappings_of_every_shape_are_copied_exactly");
-    for seed in 1..=4 {
+    // A longer run: MIGRATE_TEST_SEEDS=20.
+    let seeds = std::env::var("MIGRATE_TEST_SEEDS").map_or(4, |seeds| seeds.parse().unwrap());
+    for seed in 1..=seeds {
         let mut victim = Victim::start(&["shape", &seed.to_string()]);
         let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
         let mut sink = Direct::new();

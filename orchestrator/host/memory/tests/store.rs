@@ -188,7 +188,7 @@ proptest! {
             for (&(_, page), &byte) in model.range((owner, 0)..=(owner, u64::MAX)) {
                 digest.add(page * PAGE, &content(&[byte]));
             }
-            prop_assert_eq!(store.digest(owner), digest.finish());
+            prop_assert_eq!(store.digest(owner, &[]), digest.finish());
             store.drop_owner(owner);
         }
         check(&store, &Model::new());
@@ -284,10 +284,47 @@ fn a_digest_knows_addresses_and_content_only() {
         .put(run(owner, 511, 1, PageRun::PRESENT), &content(&[1]))
         .unwrap();
     pieces.put(run(owner, 900, 4, PageRun::ZERO), &[]).unwrap();
-    assert_eq!(once.digest(owner), pieces.digest(owner));
+    assert_eq!(once.digest(owner, &[]), pieces.digest(owner, &[]));
     pieces
         .put(run(owner, 512, 1, PageRun::PRESENT), &content(&[3]))
         .unwrap();
-    assert_ne!(once.digest(owner), pieces.digest(owner));
-    assert_ne!(once.digest(owner), once.digest(PageOwner::Task(2)));
+    assert_ne!(once.digest(owner, &[]), pieces.digest(owner, &[]));
+    assert_ne!(
+        once.digest(owner, &[]),
+        once.digest(PageOwner::Task(2), &[])
+    );
+}
+
+#[test]
+fn masked_areas_do_not_count() {
+    let owner = PageOwner::Task(1);
+    let at = |vaddr| PageRun {
+        owner,
+        vaddr,
+        pages: 1,
+        flags: PageRun::PRESENT,
+    };
+    let digest = |bytes: &[(usize, u8)], masks: &[(u64, u32)]| {
+        let mut store = PageStore::new(1 << 20);
+        let mut page = [7; PAGE_BYTES];
+        for &(offset, byte) in bytes {
+            page[offset] = byte;
+        }
+        store.put(at(0x1000), &page).unwrap();
+        store.put(at(0x2000), &page).unwrap();
+        store.digest(owner, masks)
+    };
+    // Across the end of the first page.
+    let masks = [(0x1ff8, 16)];
+    let plain = digest(&[], &masks);
+    assert_eq!(
+        digest(
+            &[(0xff8, 1), (0xfff, 2), (0, 3), (7, 4)],
+            &[(0x1ff8, 16), (0x1000, 8), (0x2ff8, 8)]
+        ),
+        digest(&[], &[(0x1ff8, 16), (0x1000, 8), (0x2ff8, 8)])
+    );
+    assert_ne!(digest(&[(0xff7, 1)], &masks), plain);
+    assert_ne!(digest(&[(8, 1)], &masks), plain);
+    assert_ne!(digest(&[], &[]), plain);
 }

@@ -97,7 +97,7 @@ impl Memory {
     }
 
     /// Compares with what the frozen tree's memory amounts to.
-    fn verify(&mut self, digests: &[(u32, [u8; 32])]) -> Result<(), Error> {
+    fn verify(&mut self, digests: &[(u32, [u8; 32])], masks: &[(u64, u32)]) -> Result<(), Error> {
         let Some(mut listed) = self.listed.take() else {
             return Ok(());
         };
@@ -105,7 +105,7 @@ impl Memory {
         for &(pid, digest) in digests {
             let owner = PageOwner::Task(pid);
             self.store.retain(owner, &listed);
-            if self.store.digest(owner) != digest {
+            if self.store.digest(owner, masks) != digest {
                 return Err(Error::NotTheSame { pid });
             }
         }
@@ -126,7 +126,7 @@ impl Destination {
             .as_ref()
             .map_or(0, |order| order.tree.resident_bytes);
         let mut memory = Memory::new(resident_bytes, verify);
-        let (announced, digests) = self
+        let (announced, digests, masks) = self
             .take_frames(SILENCE.max(blackout_limit), &mut memory)
             .await?;
         self.dumped_at = Some(Instant::now());
@@ -134,7 +134,7 @@ impl Destination {
             return Err(nothing("the image directory"));
         };
         memory.fill(images)?;
-        memory.verify(&digests)?;
+        memory.verify(&digests, &masks)?;
         // Giving back the store's memory takes a while, and nothing waits for it.
         tokio::task::spawn_blocking(move || drop(memory));
         let stats = images.finish()?;
@@ -161,7 +161,7 @@ impl Destination {
         &mut self,
         limit: Duration,
         memory: &mut Memory,
-    ) -> Result<(Announced, Vec<(u32, [u8; 32])>), Error> {
+    ) -> Result<(Announced, Vec<(u32, [u8; 32])>, Vec<(u64, u32)>), Error> {
         const AWAITED: &str = "pages and images";
         loop {
             let Incoming::Frames(receiver) = &mut self.incoming else {
@@ -210,13 +210,14 @@ impl Destination {
                     in_store,
                     images,
                     digests,
+                    masks,
                 }) => {
                     let announced = Announced {
                         pages,
                         in_store,
                         images,
                     };
-                    return Ok((announced, digests));
+                    return Ok((announced, digests, masks));
                 }
                 Frame::Control(Message::Abort { reason }) => return Err(Error::Aborted(reason)),
                 Frame::Control(other) => return Err(self.unexpected(&other, AWAITED)),

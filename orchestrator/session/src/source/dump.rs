@@ -177,14 +177,19 @@ impl Migration {
         self.moments.dumped = Some(Instant::now());
         // The tree stands still, so its memory is what the copy's has to be.
         let digests = match listed {
-            Some(listed) => migrate_memory::digests(&listed)?,
-            None => Vec::new(),
+            Some(listed) => {
+                let directory = self.images.as_ref();
+                let directory = directory.ok_or_else(|| not_yet("the image directory"))?;
+                let masks = migrate_criu::rseq_areas(directory)?;
+                (migrate_memory::digests(&listed, &masks)?, masks)
+            }
+            None => Default::default(),
         };
         self.send_images(digests).await
     }
 
     /// Sends what CRIU has written to tmpfs beside the pages.
-    async fn send_images(&mut self, digests: Vec<(u32, [u8; 32])>) -> Result<String, Error> {
+    async fn send_images(&mut self, (digests, masks): Digests) -> Result<String, Error> {
         let directory = self
             .images
             .clone()
@@ -217,6 +222,7 @@ impl Migration {
             pages,
             in_store,
             digests,
+            masks,
             images: u32::try_from(images.len()).unwrap_or(u32::MAX),
         };
         link.sender
@@ -278,6 +284,9 @@ pub(super) fn out_of_order(notice: &Notice, awaited: &'static str) -> Error {
         awaited,
     }
 }
+
+/// Digests of tasks, and areas that do not count for them.
+type Digests = (Vec<(u32, [u8; 32])>, Vec<(u64, u32)>);
 
 /// Pages on their way to the destination.
 pub(super) struct Outgoing<'a> {
