@@ -136,9 +136,11 @@ impl Session {
 
     /// Our end of the page stream; once, and for a dump only.
     ///
-    /// Serve it with [`serve_pages`](crate::serve_pages) from the start, or
-    /// drop it: CRIU waits there even when the dump has failed. So the stream
-    /// may come to its end without a mistake in a dump that fails.
+    /// Serve it with [`serve_pages`](crate::serve_pages) before the answer to
+    /// [`Notice::QueryExtFiles`], or drop it: CRIU waits there even when the
+    /// dump has failed, the tree still frozen. So the stream may come to its
+    /// end without a mistake in a dump that fails. One that was not taken is
+    /// dropped when CRIU first says something there.
     pub fn page_socket(&mut self) -> Option<PageSocket> {
         self.page_socket.take()
     }
@@ -153,7 +155,7 @@ impl Session {
     pub async fn next(&mut self, within: Duration) -> Result<Notice, CriuError> {
         self.must_be(State::Working, "next")?;
         let action = self.action;
-        let response = match timeout(within, self.socket.receive()).await {
+        let response = match timeout(within, self.response()).await {
             Err(_) => return Err(CriuError::Silent { action, within }),
             Ok(Err(source)) => return Err(CriuError::Socket { action, source }),
             Ok(Ok(None)) => return Err(self.died().await),
@@ -169,6 +171,19 @@ impl Session {
         }
         self.state = State::Over;
         self.finished(response)
+    }
+
+    /// The next response. CRIU that gives up before anybody serves its pages
+    /// says farewell to the page server first and waits for the answer.
+    async fn response(&mut self) -> io::Result<Option<Response>> {
+        if let Some(pages) = &self.page_socket {
+            tokio::select! {
+                response = self.socket.receive() => return response,
+                _ = pages.stream.readable() => {}
+            }
+            self.page_socket = None;
+        }
+        self.socket.receive().await
     }
 
     fn finished(&mut self, response: Response) -> Result<Notice, CriuError> {

@@ -475,6 +475,21 @@ async fn whatever_breaks_before_the_commit_the_tree_runs_on() {
         advances(&file);
     }
 
+    // Refused when the tree is frozen and nobody has asked for its pages.
+    let images = Images::new(scratch.path(), "frozen");
+    let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+    let mut session = worker.dump(&images.dump_options(tree.0)).await.unwrap();
+    loop {
+        match session.next(LIMIT).await.unwrap() {
+            Notice::QueryExtFiles => break,
+            _ => session.answer(true).await.unwrap(),
+        }
+    }
+    session.answer(false).await.unwrap();
+    let ended = session.next(LIMIT).await.unwrap();
+    assert_eq!(ended, Notice::Finished(Outcome::Refused));
+    advances(&file);
+
     // The destination refuses pages in the middle, or the whole at the end.
     for (name, refuse_after_pages, refuse_close) in
         [("middle", 500, false), ("end", u64::MAX, true)]
