@@ -61,8 +61,8 @@ pub struct Connection {
 /// Every call fails with [`ChannelError::Deadline`] when the peer takes
 /// nothing for the stall limit. A call that was cancelled or failed may leave
 /// half a frame behind; every later call then fails with
-/// [`ChannelError::HalfWritten`], and what is left is to drop the connection,
-/// which tells the peer as much as a message would.
+/// [`ChannelError::HalfWritten`], and what is left is [`Sender::close`], which
+/// tells the peer as much as a message would.
 pub struct Sender(FrameWriter<WriteHalf<TlsStream<TcpStream>>>);
 
 impl Sender {

@@ -171,9 +171,12 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         }
     }
 
-    /// Says goodbye: the peer then knows that nothing was cut off.
+    /// Says goodbye: the peer then knows that nothing was cut off. Where a
+    /// frame was, the peer hears of the end in the middle of it.
     pub(crate) async fn close(&mut self) -> Result<(), ChannelError> {
-        self.flush().await?;
+        if !self.half_written {
+            self.flush().await?;
+        }
         match timeout(self.stall_limit, self.stream.shutdown()).await {
             Ok(Ok(())) => Ok(()),
             // The peer was faster.

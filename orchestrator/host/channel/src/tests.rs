@@ -331,7 +331,7 @@ async fn a_slow_peer_is_not_a_dead_one() {
 
 #[tokio::test]
 async fn a_cancelled_send_poisons_the_sender() {
-    let (mut writer, _reader) = pipe(1000);
+    let (mut writer, mut reader) = pipe(1000);
     let (run, data) = (run(1000), vec![0; 1000 * PAGE_BYTES]);
     tokio::select! {
         biased;
@@ -340,6 +340,10 @@ async fn a_cancelled_send_poisons_the_sender() {
     }
     let error = writer.control(&Message::Go).await.unwrap_err();
     assert!(matches!(error, ChannelError::HalfWritten { .. }));
+    // The peer hears of the end although this end keeps the connection.
+    writer.close().await.unwrap();
+    let error = reader.next(SOON).await.unwrap_err();
+    assert!(error.is_disconnect(), "{error}");
 }
 
 async fn introduce_both(source: Hello, destination: Hello) -> [Result<Hello, ChannelError>; 2] {
