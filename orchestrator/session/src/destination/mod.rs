@@ -16,7 +16,7 @@ use migrate_core::facts::TreeFacts;
 use migrate_core::journal::Stage;
 use migrate_core::phase::Phase;
 use migrate_core::wire::{Message, StdioChoice, WireError};
-use migrate_criu::{Criu, ImageDir, Session, Worker};
+use migrate_criu::{Criu, CriuError, ImageDir, Notice, Session, Worker};
 use migrate_gate::{Gate, HeldPackets};
 use migrate_net::{Net, Placement, Staged};
 use migrate_proc::Home;
@@ -322,7 +322,8 @@ async fn give_up(mut session: Session) -> Result<(), Error> {
     let ended = tokio::time::timeout(limit, async {
         loop {
             match session.next(limit).await {
-                Ok(migrate_criu::Notice::Finished(_)) | Err(_) => return,
+                Err(CriuError::Silent { .. }) => std::future::pending().await,
+                Ok(Notice::Finished(_)) | Err(_) => return,
                 Ok(_) => {
                     let _ = session.answer(false).await;
                 }
@@ -330,5 +331,8 @@ async fn give_up(mut session: Session) -> Result<(), Error> {
         }
     })
     .await;
-    ended.map_err(|_| Error::Changed(format!("CRIU has not ended within {} s", limit.as_secs())))
+    if ended.is_err() {
+        session.kill().await?;
+    }
+    Ok(())
 }

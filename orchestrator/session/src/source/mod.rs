@@ -23,7 +23,7 @@ use migrate_core::facts::{HostFacts, TreeFacts};
 use migrate_core::phase::{Event, Phase};
 use migrate_core::report::{Blackout, Report};
 use migrate_core::wire::{Message, StdioChoice};
-use migrate_criu::{Criu, Notice, Session, Worker};
+use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
 use migrate_memory::Precopy;
 use migrate_net::{Net, Withdrawn};
@@ -406,6 +406,10 @@ impl Migration {
     /// stops waiting for it. The source's tree runs again before that.
     const PEER_UNDO_LIMIT: Duration = Duration::from_secs(10);
 
+    /// How long the word that it is over may take to be handed to the kernel,
+    /// which is all that is waited for while the tree still stands.
+    const FAREWELL_LIMIT: Duration = Duration::from_millis(100);
+
     /// How long CRIU may take to put the tree back on its feet.
     const THAW_LIMIT: Duration = Duration::from_secs(20);
 
@@ -419,10 +423,13 @@ impl Migration {
         };
         // The destination undoes its side when the connection ends. It can not
         // run the copy: `Go` was not sent, or it has disowned the tree.
-        if let Some(link) = &mut self.link {
-            // A peer that is gone needs no farewell.
-            let _ = link.sender.close().await;
-        }
+        // A peer that takes nothing must not keep the tree frozen meanwhile.
+        let told = match &mut self.link {
+            Some(link) => tokio::time::timeout(Self::FAREWELL_LIMIT, link.sender.close())
+                .await
+                .is_ok_and(|closed| closed.is_ok()),
+            None => false,
+        };
         if let Some(net) = &self.net {
             for withdrawn in self.withdrawn.drain(..).rev() {
                 let what = format!("put {} back", withdrawn.ip);
@@ -487,7 +494,9 @@ impl Migration {
         if let Some(journal) = self.journal.take() {
             journal.discard();
         }
-        if let Some(mut link) = self.link.take() {
+        if let Some(mut link) = self.link.take()
+            && told
+        {
             link.inbox.closed(Self::PEER_UNDO_LIMIT).await;
         }
         leftovers
@@ -557,7 +566,12 @@ async fn thaw(mut session: Session) -> Result<(), Error> {
     let ended = tokio::time::timeout(limit, async {
         loop {
             match session.next(limit).await {
-                Ok(Notice::Finished(_)) | Err(_) => return,
+                Ok(Notice::Finished(_)) => return Ok(()),
+                // The tree runs, and nobody has put its sockets in order.
+                Err(error @ CriuError::Died { .. }) => return Err(error.into()),
+                Err(CriuError::Silent { .. }) => std::future::pending().await,
+                // It failed, and has undone what it did.
+                Err(_) => return Ok(()),
                 Ok(_) => {
                     let _ = session.answer(false).await;
                 }
@@ -565,11 +579,11 @@ async fn thaw(mut session: Session) -> Result<(), Error> {
         }
     })
     .await;
-    ended.map_err(|_| {
-        Error::Changed(format!(
+    ended.unwrap_or_else(|_| {
+        Err(Error::Changed(format!(
             "CRIU has not let go of the tree within {} s",
             limit.as_secs()
-        ))
+        )))
     })
 }
 
