@@ -124,7 +124,7 @@ impl Phase {
             (Self::HandedOver, Event::Failed) => Self::Undecided,
             (Self::HandedOver, Event::Disowned) => Self::RolledBack,
             // The destination owns the tree: whatever fails from here on, the
-            // source has to be removed and the outcome stays a commit.
+            // source never runs it again, and the outcome stays a commit.
             (Self::Takeover, Event::Failed) => Self::Finish,
             (Self::Finish, Event::Failed) => Self::Committed,
             (from, on) => return Err(IllegalTransition { from, on }),

@@ -126,6 +126,12 @@ impl Destination {
 
     /// Nothing here may fail the migration any more.
     async fn clean_up(&mut self) {
+        // First, for a source that has lost the connection asks for it.
+        if let Some(journal) = &mut self.journal
+            && let Err(error) = journal.stage(Stage::Done)
+        {
+            tracing::warn!(error = %error.chain(), "could not close the record");
+        }
         if let Some(home) = self.home.take() {
             home.keep();
         }
@@ -134,11 +140,6 @@ impl Destination {
             && let Err(error) = images.wipe()
         {
             tracing::warn!(error = %crate::error::chain(&error), "could not wipe the images");
-        }
-        if let Some(journal) = &mut self.journal
-            && let Err(error) = journal.stage(Stage::Done)
-        {
-            tracing::warn!(error = %error.chain(), "could not close the record");
         }
         let again = match (&self.net, &self.order) {
             (Some(net), Some(order)) => {

@@ -39,7 +39,7 @@ impl Migration {
         self.seal().await?;
         if let Err(lost) = self.go().await {
             // `Go` may have arrived: ask until there is an answer that binds.
-            let stage = self.verdict(&lost).await?;
+            let stage = self.verdict(&lost, |stage| !stage.may_own()).await?;
             if !stage.owns() {
                 self.go = Go::Disowned;
                 return Err(lost);
@@ -65,9 +65,12 @@ impl Migration {
             // The destination says that its copy is lost. The frozen tree is
             // the only thing left of it, so it stays, fenced.
             Err(error @ Error::Peer(_)) => return Err(Error::LostAfterCommit(Box::new(error))),
-            // It owns the tree and does not answer: here the tree is done with.
+            // Its word was lost, or it died before the copy ran, and then the
+            // frozen tree is all there is. Its record tells the two apart.
             Err(error) => {
-                self.reporter.warn(error.chain());
+                self.verdict(&error, |stage| stage == Stage::Done).await?;
+                self.reporter
+                    .warn("the destination says that the tree runs");
                 self.phase = self.phase.on(Event::Failed)?;
             }
         }
@@ -116,20 +119,25 @@ impl Migration {
         }
     }
 
-    /// Asks the destination who owns the tree; its answer binds it.
-    async fn verdict(&mut self, lost: &Error) -> Result<Stage, Error> {
+    /// Asks the destination who owns the tree, until its answer is `settled`;
+    /// the answer binds it.
+    async fn verdict(
+        &mut self,
+        lost: &Error,
+        settled: impl Fn(Stage) -> bool,
+    ) -> Result<Stage, Error> {
         self.reporter.warn(format!(
             "asking the destination who owns the tree, because {}",
             lost.chain()
         ));
         // The old connection is closed first, so that nothing of it arrives later.
         if let Some(mut link) = self.link.take() {
-            let _ = link.sender.close().await;
+            let _ = tokio::time::timeout(Self::FAREWELL_LIMIT, link.sender.close()).await;
         }
         let mut last = None;
         for _ in 0..Self::VERDICT_TRIES {
             match self.ask_verdict().await {
-                Ok(stage) if !stage.may_own() => return Ok(stage),
+                Ok(stage) if settled(stage) => return Ok(stage),
                 Ok(stage) => {
                     last = Some(Error::Changed(format!("the destination answers {stage:?}")));
                 }
@@ -145,6 +153,16 @@ impl Migration {
     async fn ask_verdict(&mut self) -> Result<Stage, Error> {
         const AWAITED: &str = "the destination's verdict";
         let mut link = connect(&self.request.destination, &self.id, &self.reporter).await?;
+        // Another host knows nothing of the tree, which is no answer.
+        if let Some(journal) = &self.journal
+            && journal.record().peer != link.peer
+        {
+            return Err(Error::Changed(format!(
+                "{} answers for {}",
+                link.peer,
+                journal.record().peer
+            )));
+        }
         let question = Message::Verdict {
             migration_id: self.id.clone(),
         };
@@ -176,9 +194,11 @@ impl Migration {
     /// in repair mode, so that no FIN and no RST leaves.
     async fn remove(&mut self) {
         let mut leftovers = Vec::new();
+        let mut removed = true;
         if let Engine::Dumping(session) = std::mem::replace(&mut self.engine, Engine::None)
             && let Err(error) = kill(session).await
         {
+            removed = false;
             leftovers.push(format!(
                 "could not remove the frozen tree: {}",
                 error.chain()
@@ -218,7 +238,9 @@ impl Migration {
             if let Ok(counted) = gate.counters() {
                 self.counted = counted;
             }
-            if let Err(error) = detach(gate) {
+            // What the kernel has to say for a tree that is left is not for
+            // its peers: they talk to the copy.
+            if removed && let Err(error) = detach(gate) {
                 leftovers.push(format!("could not detach the gate: {error}"));
             }
         }
