@@ -47,25 +47,29 @@ impl Migration {
     /// Carries what is held at this moment, after `first`.
     pub(super) async fn carry(&mut self, mut first: Vec<HeldPacket>) -> Result<(), Error> {
         first.extend(crate::held::drain(&mut self.held));
-        // What this host's kernel had to say for a frozen tree is of no use
-        // elsewhere; only a rollback needs it.
+        // Kept before any is sent, for sending may be given up at any moment.
+        for packet in &first {
+            if self.carried_bytes + packet.frame.len() <= Self::CARRIED_BYTES_MAX {
+                self.carried_bytes += packet.frame.len();
+                self.carried.push(packet.clone());
+            }
+        }
         let link = self
             .link
             .as_mut()
             .ok_or_else(|| not_yet("the connection"))?;
         for packet in first {
-            let sent = match packet.direction {
-                Direction::Ingress => link.sender.packet(&packet.frame).await,
-                Direction::Egress => Ok(()),
-            };
-            if self.carried_bytes + packet.frame.len() <= Self::CARRIED_BYTES_MAX {
-                self.carried_bytes += packet.frame.len();
-                self.carried.push(packet);
+            // What this host's kernel had to say for a frozen tree is of no
+            // use elsewhere; only a rollback needs it.
+            if packet.direction == Direction::Ingress {
+                link.sender
+                    .packet(&packet.frame)
+                    .await
+                    .map_err(|source| Error::Channel {
+                        peer: link.peer.clone(),
+                        source,
+                    })?;
             }
-            sent.map_err(|source| Error::Channel {
-                peer: link.peer.clone(),
-                source,
-            })?;
         }
         link.sender.flush().await.map_err(|source| Error::Channel {
             peer: link.peer.clone(),
