@@ -1,7 +1,9 @@
 //! The open descriptors of the tree: sockets, standard streams, files.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::Path;
 
 use migrate_core::facts::{StdioFacts, StdioKind};
 
@@ -68,6 +70,28 @@ pub(crate) fn is_terminal_major(major: u32) -> bool {
     matches!(major, 4 | 5 | 128..=143 | 188 | 204)
 }
 
+/// Name and nature of what a descriptor leads to. Both are of the same file,
+/// held for the look: the tree runs and may close and open files meanwhile.
+fn read_whole(path: &Path) -> Result<Option<(String, std::fs::Metadata)>, ProcError> {
+    let failed = |source| ProcError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    // `O_PATH` opens nothing: a pipe does not see a reader, a device no user.
+    let held = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(path);
+    let held = match held {
+        Ok(held) => held,
+        Err(error) if read::is_gone(&error) => return Ok(None),
+        Err(source) => return Err(failed(source)),
+    };
+    let meta = held.metadata().map_err(failed)?;
+    let link = read::link(format!("/proc/self/fd/{}", held.as_raw_fd()))?;
+    Ok(Some((link, meta)))
+}
+
 impl Tree {
     /// Every descriptor of every living process.
     pub(crate) fn descriptors(&self) -> Result<Vec<Descriptor>, ProcError> {
@@ -77,13 +101,8 @@ impl Tree {
             let directory = descriptors_of(pid);
             for fd in read::numbers(&directory)? {
                 let path = directory.join(fd.to_string());
-                let Some(link) = read::if_there(read::link(&path))? else {
+                let Some((link, meta)) = read_whole(&path)? else {
                     continue;
-                };
-                let meta = match std::fs::metadata(&path) {
-                    Ok(meta) => meta,
-                    Err(error) if read::is_gone(&error) => continue,
-                    Err(source) => return Err(ProcError::Read { path, source }),
                 };
                 let path = read::of(pid, &format!("fdinfo/{fd}"));
                 let Some(info) = read::text_if_there(&path)? else {
@@ -294,5 +313,42 @@ fn same_resource(one: &Descriptor, other: &Descriptor) -> bool {
             && (one.rdev, one.device) == (other.rdev, other.device)
     } else {
         one.link == other.link
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_and_nature_are_of_the_same_file() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+
+        let directory = tempfile::tempdir().unwrap();
+        let short = directory.path().join("short");
+        let long = directory.path().join("long");
+        std::fs::write(&short, "1").unwrap();
+        std::fs::write(&long, "12345").unwrap();
+        let files = [&short, &long].map(|path| std::fs::File::open(path).unwrap());
+        let shown = files[0].try_clone().unwrap();
+        let path = std::path::PathBuf::from(format!("/proc/self/fd/{}", shown.as_raw_fd()));
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut turn = 0;
+                while !done.load(Ordering::Relaxed) {
+                    turn += 1;
+                    let from = files[turn % 2].as_raw_fd();
+                    // SAFETY: both are open; `shown` takes the place of itself.
+                    unsafe { libc::dup2(from, shown.as_raw_fd()) };
+                }
+            });
+            let mixed = (0..20_000)
+                .filter_map(|_| read_whole(&path).unwrap())
+                .filter(|(link, meta)| (meta.size() == 1) != link.ends_with("short"))
+                .count();
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(mixed, 0);
+        });
     }
 }

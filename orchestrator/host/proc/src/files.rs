@@ -113,9 +113,31 @@ impl Tree {
                 _ => continue,
             };
             let link = read::of(descriptor.pid, &format!("fd/{}", descriptor.fd));
-            files.add(&descriptor.link, role, descriptor.writable(), &link)?;
+            let seen = Seen {
+                mode: descriptor.mode,
+                size_bytes: descriptor.size_bytes,
+                inode: descriptor.inode,
+            };
+            files.add_seen(&descriptor.link, role, descriptor.writable(), &link, seen);
         }
         Ok(files.0.into_values().collect())
+    }
+}
+
+/// What was seen of a file in one look.
+struct Seen {
+    mode: u32,
+    size_bytes: u64,
+    inode: u64,
+}
+
+impl Seen {
+    fn of(meta: &std::fs::Metadata) -> Self {
+        Self {
+            mode: meta.mode(),
+            size_bytes: meta.size(),
+            inode: meta.ino(),
+        }
     }
 }
 
@@ -131,12 +153,7 @@ impl Files {
         written: bool,
         link: &Path,
     ) -> Result<(), ProcError> {
-        if is_no_file(path) || path.ends_with(DELETED) {
-            return Ok(());
-        }
-        if let Some(known) = self.0.get_mut(path) {
-            known.role = known.role.min(role);
-            known.written |= written;
+        if !self.wants(path, role, written) {
             return Ok(());
         }
         // Through the kernel's link where we may, else by name.
@@ -153,23 +170,50 @@ impl Files {
                 }
             },
         };
+        self.insert(path, role, written, opened, Seen::of(&meta));
+        Ok(())
+    }
+
+    /// As [`Files::add`], for a file that has been looked at already.
+    fn add_seen(&mut self, path: &str, role: FileRole, written: bool, link: &Path, seen: Seen) {
+        if self.wants(path, role, written) {
+            // The link may lead to another file by now.
+            let same = std::fs::metadata(link).is_ok_and(|meta| meta.ino() == seen.inode);
+            let opened = if same { link } else { Path::new(path) };
+            self.insert(path, role, written, opened, seen);
+        }
+    }
+
+    /// Whether a file counts and is not known yet; notes another use of one that is.
+    fn wants(&mut self, path: &str, role: FileRole, written: bool) -> bool {
+        if is_no_file(path) || path.ends_with(DELETED) {
+            return false;
+        }
+        if let Some(known) = self.0.get_mut(path) {
+            known.role = known.role.min(role);
+            known.written |= written;
+            return false;
+        }
+        true
+    }
+
+    fn insert(&mut self, path: &str, role: FileRole, written: bool, opened: &Path, seen: Seen) {
         let facts = FileFacts {
             path: path.to_owned(),
             role,
-            size_bytes: meta.size(),
-            mode: meta.mode(),
-            build_id: build_id_of(&meta, path, opened),
-            inode: meta.ino(),
+            size_bytes: seen.size_bytes,
+            mode: seen.mode,
+            build_id: build_id_of(seen.mode, path, opened),
+            inode: seen.inode,
             written,
         };
         self.0.insert(path.to_owned(), facts);
-        Ok(())
     }
 }
 
 /// The build-id of a regular file of the disk.
-fn build_id_of(meta: &std::fs::Metadata, path: &str, opened: &Path) -> Option<Vec<u8>> {
-    if !meta.is_file() || is_made_up(path) {
+fn build_id_of(mode: u32, path: &str, opened: &Path) -> Option<Vec<u8>> {
+    if mode & libc::S_IFMT != libc::S_IFREG || is_made_up(path) {
         return None;
     }
     parse::build_id(&File::open(opened).ok()?)
@@ -251,7 +295,7 @@ fn compare_file(file: &FileFacts) -> Option<Finding> {
     }
     // The build-id says more than the size, so it is told first.
     if file.build_id.is_some() {
-        let here = build_id_of(&meta, path, Path::new(path));
+        let here = build_id_of(meta.mode(), path, Path::new(path));
         if here != file.build_id {
             return Some(Finding::refused(
                 subject,
