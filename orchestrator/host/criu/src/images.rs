@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -25,6 +26,12 @@ const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 
 /// `INVENTORY_MAGIC`, which alone stands at the start of an inventory.
 const INVENTORY_MAGIC: u32 = 0x5831_3116;
+
+/// `MM_MAGIC`, for the mappings of a task.
+const MM_MAGIC: u32 = 0x5749_2820;
+
+/// `PE_LAZY` of CRIU's `include/pagemap.h`: the page may come after the restore.
+const LAZY: u32 = 1 << 1;
 
 /// Tasks and segments whose memory is accepted.
 const OWNERS_MAX: usize = 1 << 16;
@@ -49,6 +56,44 @@ struct PagemapEntry {
     /// The count for CRIU 4.2 and later.
     #[prost(uint64, optional, tag = "5")]
     nr_pages: Option<u64>,
+}
+
+/// The mappings of a task.
+#[derive(Clone, PartialEq, Message)]
+struct MmEntry {
+    #[prost(message, repeated, tag = "14")]
+    vmas: Vec<VmaEntry>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct VmaEntry {
+    #[prost(uint64, required, tag = "1")]
+    start: u64,
+    #[prost(uint64, required, tag = "2")]
+    end: u64,
+    /// As for `mmap`.
+    #[prost(uint32, required, tag = "6")]
+    flags: u32,
+    /// `VMA_AREA_*` and `VMA_*` of CRIU's `include/image.h`.
+    #[prost(uint32, required, tag = "7")]
+    status: u32,
+}
+
+impl VmaEntry {
+    const REGULAR: u32 = 1 << 0;
+    const ANON_PRIVATE: u32 = 1 << 9;
+    /// Main stack, vsyscall, vdso, vvar, AIO ring, shadow stack. A stack could
+    /// be lazy, but is small and needed at once.
+    const SPECIAL: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 12 | 1 << 13 | 1 << 15;
+
+    /// Whether CRIU watches it for missing pages in a lazy restore.
+    fn can_be_lazy(&self) -> bool {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let not = libc::MAP_LOCKED | libc::MAP_HUGETLB;
+        let wanted = Self::REGULAR | Self::ANON_PRIVATE;
+        self.flags.cast_signed() & (flags | not) == flags
+            && self.status & (wanted | Self::SPECIAL) == wanted
+    }
 }
 
 /// The two fields that CRIU reads of the inventory of an earlier dump.
@@ -177,6 +222,8 @@ pub struct ImageStats {
     pub pages: u64,
     /// Pages that came without, as gaps.
     pub pages_in_gaps: u64,
+    /// Pages of either kind that are left for later.
+    pub lazy_pages: u64,
     /// Image files that came whole, without those for memory.
     pub images: u32,
     /// Bytes in them.
@@ -194,6 +241,8 @@ pub struct ImageDir {
     open_images: BTreeMap<String, File>,
     whole_images: BTreeSet<String>,
     stats: ImageStats,
+    /// Pages that can wait are left out.
+    lazy: bool,
     finished: bool,
 }
 
@@ -248,6 +297,7 @@ impl ImageDir {
             open_images: BTreeMap::new(),
             whole_images: BTreeSet::new(),
             stats: ImageStats::default(),
+            lazy: false,
             finished: false,
         };
         let kind = statfs(&this.path)
@@ -273,6 +323,91 @@ impl ImageDir {
         self.stats
     }
 
+    /// Leaves out the content of all pages that can be put in place while the
+    /// copy already runs, so that only a restore with
+    /// [`RestoreOptions::lazy`](crate::RestoreOptions::lazy) can use the
+    /// directory. To be called before the first page comes.
+    ///
+    /// Those pages are in [`lazy_ranges`](Self::lazy_ranges) once everything
+    /// has come. What comes with data must be kept by the caller, see
+    /// [`leaves_out`](Self::leaves_out); what comes without is not asked for by
+    /// [`fill`](Self::fill).
+    ///
+    /// # Errors
+    ///
+    /// Pages have come.
+    pub fn lazy(&mut self) -> Result<(), CriuError> {
+        self.still_open()?;
+        if !self.owners.is_empty() {
+            return Err(CriuError::ImageData {
+                what: "pages came before it was said that some can wait".to_owned(),
+            });
+        }
+        self.lazy = true;
+        Ok(())
+    }
+
+    /// Whether [`pages`](Self::pages) would note this run and not keep its
+    /// data.
+    #[must_use]
+    pub fn leaves_out(&self, run: &PageRun) -> bool {
+        self.lazy && run.flags & LAZY != 0 && matches!(run.owner, PageOwner::Task(_))
+    }
+
+    /// The pages that somebody has to put in place after the restore, in order.
+    /// Complete once the directory is [finished](Self::finish).
+    #[must_use]
+    pub fn lazy_ranges(&self) -> Vec<(PageOwner, Range<u64>)> {
+        if !self.lazy {
+            return Vec::new();
+        }
+        self.owners
+            .iter()
+            .filter(|(owner, _)| matches!(owner, PageOwner::Task(_)))
+            .flat_map(|(owner, memory)| {
+                memory
+                    .runs
+                    .iter()
+                    .filter(|run| run.flags & LAZY != 0)
+                    .map(|run| (*owner, run.vaddr..run.end()))
+            })
+            .collect()
+    }
+
+    /// Decides which gaps can wait: that is known once the mappings have come.
+    fn settle(&mut self) -> Result<(), CriuError> {
+        if !self.lazy {
+            return Ok(());
+        }
+        for (owner, memory) in &mut self.owners {
+            let PageOwner::Task(pid) = owner else {
+                continue;
+            };
+            if memory.gaps.is_empty() {
+                continue;
+            }
+            let name = format!("mm-{pid}.img");
+            if !self.whole_images.contains(&name) {
+                return Err(CriuError::ImageData {
+                    what: format!("there is no {name}"),
+                });
+            }
+            let path = self.path.join(&name);
+            let image =
+                fs::read(&path).map_err(|source| CriuError::image("read", &path, source))?;
+            let mm = decode_mm(&image).ok_or_else(|| CriuError::ImageData {
+                what: format!("{name} is malformed"),
+            })?;
+            memory.settle(&mm);
+        }
+        self.stats.lazy_pages = self
+            .lazy_ranges()
+            .iter()
+            .map(|(_, range)| (range.end - range.start) / PAGE_BYTES as u64)
+            .sum();
+        Ok(())
+    }
+
     /// Takes a run of pages with their data.
     ///
     /// # Errors
@@ -287,12 +422,15 @@ impl ImageDir {
         if run.data_bytes() != data.len() as u64 {
             return Err(malformed("a malformed run of pages", run));
         }
+        let leave_out = self.leaves_out(&run);
         let at = self.append(run)?;
+        self.stats.pages += run.pages;
+        if leave_out {
+            return Ok(());
+        }
         let (file, path) = self.pages_file(run.owner)?;
         file.write_all_at(data, at * PAGE_BYTES as u64)
-            .map_err(|source| CriuError::image("write", path, source))?;
-        self.stats.pages += run.pages;
-        Ok(())
+            .map_err(|source| CriuError::image("write", path, source))
     }
 
     /// Takes a run of pages without data, with the flag [`PARENT`]: their
@@ -306,8 +444,9 @@ impl ImageDir {
         if run.flags & PARENT == 0 || run.flags & PageRun::PRESENT != 0 {
             return Err(malformed("a run of pages that are nowhere", run));
         }
-        // To CRIU they are pages like all others.
-        let flags = (run.flags & !PARENT) | PageRun::PRESENT;
+        // To CRIU they are pages like all others; whether they can wait is seen
+        // when the mappings have come.
+        let flags = (run.flags & !(PARENT | LAZY)) | PageRun::PRESENT;
         let at = self.append(PageRun { flags, ..run })?;
         if let Some(memory) = self.owners.get_mut(&run.owner) {
             memory.gap(at, run);
@@ -321,10 +460,12 @@ impl ImageDir {
     ///
     /// # Errors
     ///
-    /// A page is not in store, or cannot be written. The directory can then
-    /// not be finished.
+    /// A page is not in store, or cannot be written; with [`lazy`](Self::lazy),
+    /// the mappings of a task have not come. The directory can then not be
+    /// finished.
     pub fn fill(&mut self, filler: &mut dyn Filler) -> Result<(), CriuError> {
         self.still_open()?;
+        self.settle()?;
         for (owner, memory) in &mut self.owners {
             if memory.gaps.is_empty() {
                 continue;
@@ -449,6 +590,7 @@ impl ImageDir {
                 what: "there is no inventory.img".to_owned(),
             });
         }
+        self.settle()?;
         if let Some((owner, gap)) = self
             .owners
             .iter()
@@ -461,6 +603,13 @@ impl ImageDir {
             });
         }
         self.open_pages = None;
+        for memory in self.owners.values() {
+            // Lazy pages leave holes, which take up no memory.
+            let path = self.path.join(pages_name(memory.pages_id));
+            open_pages(&path)?
+                .set_len(memory.pages * PAGE_BYTES as u64)
+                .map_err(|source| CriuError::image("write", &path, source))?;
+        }
         for (owner, memory) in &self.owners {
             let name = match owner {
                 PageOwner::Task(pid) => format!("pagemap-{pid}.img"),
@@ -525,6 +674,15 @@ impl Memory {
     fn add(&mut self, run: PageRun) -> u64 {
         let at = self.pages;
         self.pages += run.pages;
+        self.push(Run {
+            vaddr: run.vaddr,
+            pages: run.pages,
+            flags: run.flags,
+        });
+        at
+    }
+
+    fn push(&mut self, run: Run) {
         match self.runs.last_mut() {
             Some(last)
                 if last.end() == run.vaddr
@@ -534,13 +692,8 @@ impl Memory {
             {
                 last.pages += run.pages;
             }
-            _ => self.runs.push(Run {
-                vaddr: run.vaddr,
-                pages: run.pages,
-                flags: run.flags,
-            }),
+            _ => self.runs.push(run),
         }
-        at
     }
 
     fn gap(&mut self, at: u64, run: PageRun) {
@@ -557,6 +710,73 @@ impl Memory {
                 vaddr: run.vaddr,
                 pages: run.pages,
             }),
+        }
+    }
+
+    /// Makes lazy what lies in gaps and in mappings that can be.
+    fn settle(&mut self, mm: &MmEntry) {
+        let mut mappings: Vec<Range<u64>> = mm
+            .vmas
+            .iter()
+            .filter(|vma| vma.can_be_lazy())
+            .map(|vma| vma.start..vma.end)
+            .collect();
+        mappings.sort_by_key(|range| range.start);
+        let page = PAGE_BYTES as u64;
+        let mut lazy: Vec<Range<u64>> = Vec::new();
+        let mut left: Vec<Gap> = Vec::new();
+        let mut next = 0;
+        for gap in std::mem::take(&mut self.gaps) {
+            let end = gap.vaddr + gap.pages * page;
+            while mappings
+                .get(next)
+                .is_some_and(|range| range.end <= gap.vaddr)
+            {
+                next += 1;
+            }
+            let mut at = gap.vaddr;
+            let mut keep = |range: Range<u64>| {
+                if !range.is_empty() {
+                    left.push(Gap {
+                        at: gap.at + (range.start - gap.vaddr) / page,
+                        vaddr: range.start,
+                        pages: (range.end - range.start) / page,
+                    });
+                }
+            };
+            for mapping in mappings[next..]
+                .iter()
+                .take_while(|range| range.start < end)
+            {
+                let (start, stop) = (mapping.start.max(at), mapping.end.min(end));
+                if start < stop {
+                    keep(at..start);
+                    lazy.push(start..stop);
+                    at = stop;
+                }
+            }
+            keep(at..end);
+        }
+        self.gaps = left;
+        let mut lazy = lazy.into_iter().peekable();
+        for run in std::mem::take(&mut self.runs) {
+            let mut at = run.vaddr;
+            while at < run.end() {
+                while lazy.next_if(|range| range.end <= at).is_some() {}
+                let (stop, flags) = match lazy.peek() {
+                    Some(range) if range.start <= at => {
+                        (range.end.min(run.end()), run.flags | LAZY)
+                    }
+                    Some(range) => (range.start.min(run.end()), run.flags),
+                    None => (run.end(), run.flags),
+                };
+                self.push(Run {
+                    vaddr: at,
+                    pages: (stop - at) / page,
+                    flags,
+                });
+                at = stop;
+            }
         }
     }
 
@@ -583,6 +803,19 @@ impl Memory {
         }
         out
     }
+}
+
+/// Reads the mappings of a task.
+fn decode_mm(image: &[u8]) -> Option<MmEntry> {
+    let word = |at: usize| {
+        let bytes = image.get(at..at + 4)?;
+        Some(u32::from_le_bytes(bytes.try_into().ok()?))
+    };
+    if word(0)? != COMMON_MAGIC || word(4)? != MM_MAGIC {
+        return None;
+    }
+    let length = usize::try_from(word(8)?).ok()?;
+    MmEntry::decode(image.get(12..)?.get(..length)?).ok()
 }
 
 fn malformed(what: &str, run: PageRun) -> CriuError {

@@ -87,6 +87,8 @@ pub(crate) struct Options {
     pub timeout: Option<u32>,
     #[prost(bool, optional, tag = "46")]
     pub tcp_skip_in_flight: Option<bool>,
+    #[prost(bool, optional, tag = "48")]
+    pub lazy_pages: Option<bool>,
     #[prost(int32, optional, tag = "64")]
     pub network_lock: Option<i32>,
     #[prost(string, optional, tag = "68")]

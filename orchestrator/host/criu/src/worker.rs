@@ -232,6 +232,12 @@ pub struct RestoreOptions {
     pub external_unix: bool,
     /// CRIU's verbosity, 0 to 4.
     pub log_level: u32,
+    /// Somebody else puts the pages in place that [`ImageDir::lazy`] left out.
+    /// He must listen on `lazy-pages.socket` in the image directory before the
+    /// order is given.
+    ///
+    /// [`ImageDir::lazy`]: crate::ImageDir::lazy
+    pub lazy: bool,
 }
 
 impl RestoreOptions {
@@ -245,6 +251,7 @@ impl RestoreOptions {
             external: Vec::new(),
             external_unix: false,
             log_level: 2,
+            lazy: false,
         }
     }
 }
@@ -520,6 +527,7 @@ impl Worker {
                 })
                 .collect(),
             external: options.external.clone(),
+            lazy_pages: options.lazy.then_some(true),
             ..common(&options.images, Action::Restore)?
         };
         self.order(Action::Restore, &options.images, opts, BTreeSet::new())

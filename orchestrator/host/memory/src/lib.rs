@@ -6,10 +6,11 @@
 //! host can do that.
 //!
 //! Destination: [`PageStore`] keeps the pages, the latest of each, until CRIU's
-//! final list says which of them count.
+//! final list says which of them count, and [`LazyServer`] puts them in place
+//! while the copy runs.
 //!
 //! ```text
-//! tree --PAGEMAP_SCAN, process_vm_readv--> Precopy --PageSink--> ... --> PageStore
+//! tree --PAGEMAP_SCAN, process_vm_readv--> Precopy --PageSink--> ... --> PageStore --> LazyServer --> copy
 //! ```
 //!
 //! # What is kept true
@@ -33,6 +34,7 @@ mod inject;
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "inject_unsupported.rs"]
 mod inject;
+mod lazy;
 mod maps;
 mod probe;
 mod process;
@@ -46,6 +48,7 @@ mod tree;
 pub use digests::digests;
 pub use error::{MemoryError, RoundError, StoreError, Unsupported, UntrackedReason};
 pub use inject::Injection;
+pub use lazy::{LazyError, LazyOptions, LazyReport, LazyServer, LazyServing};
 pub use probe::{Support, probe};
 pub use rounds::{
     Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState,

@@ -1,6 +1,7 @@
 //! System calls on memory: userfaultfd, `PAGEMAP_SCAN`, `process_vm_readv`.
 //!
-//! All of this crate's unsafe code is here and in [`crate::trace`]. Numbers and
+//! All of this crate's unsafe code is here, in [`crate::trace`] and in
+//! `lazy/sys.rs`. Numbers and
 //! layouts are those of `include/uapi/linux/userfaultfd.h` and
 //! `include/uapi/linux/fs.h` of Linux 6.7 and later.
 

@@ -1,0 +1,292 @@
+//! Memory that arrives after the restore: pages in store are put in place while
+//! the copy already runs.
+//!
+//! A [`LazyServer`] takes the place of `criu lazy-pages`. CRIU connects to its
+//! socket and hands over a userfaultfd for each task; from then on every first
+//! touch of a page waits for us, and once the tree runs all other pages are put
+//! in place in the background.
+//!
+//! ```text
+//! criu restore --connects--> LazyServer   pid + userfaultfd per task, "finished"
+//! the copy     --faults----> one thread   answers at once, takes note of fork,
+//!                                         mremap, munmap, madvise
+//!                            fill threads put the rest in place
+//! ```
+//!
+//! # What is kept true
+//!
+//! A page that was never put in place must never be taken for one of zeros,
+//! which is what the kernel makes of it once its userfaultfd is closed. So:
+//!
+//! - Every page of the plan is looked up in store before the server starts.
+//! - A userfaultfd is closed only when its memory is complete or has ended, or
+//!   when CRIU gave up before the tree ran.
+//! - When something fails after that, the userfaultfds stay open for as long as
+//!   this process lives: threads that touch what is missing wait and never see
+//!   zeros. The caller has to kill the tree. Dropping [`LazyServing`] stops
+//!   nothing either.
+//! - A page is put in place only where the process has not given it up since:
+//!   nothing is copied between the arrival of an event and its being noted.
+//!
+//! What cannot be kept here: when this process is killed, the kernel closes its
+//! descriptors. Whoever runs the server must not end before
+//! [`LazyServing::wait`] has returned.
+//!
+//! The kernel reports an unmapped range only after another thread may have got
+//! the same addresses anew. Should that thread move unfilled memory to there
+//! with `mremap`, and be heard first, the moved pages would be forgotten. The
+//! window is that between two system calls' last instructions.
+
+mod plan;
+mod serve;
+mod sys;
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use migrate_core::wire::PageOwner;
+use thiserror::Error;
+
+use crate::PAGE;
+use crate::store::{Content, PageStore};
+
+/// Name of the socket in CRIU's working directory (`LAZY_PAGES_SOCK_NAME`,
+/// CRIU `uffd.c`).
+const SOCKET_NAME: &str = "lazy-pages.socket";
+
+/// How pages are put in place.
+#[derive(Debug, Clone)]
+pub struct LazyOptions {
+    /// Threads that fill in the background; at least 1.
+    pub threads: usize,
+    /// Most bytes of one copy: 64 KiB to 1 MiB. A fault waits for at most one
+    /// such copy per thread.
+    pub piece_bytes: u64,
+    /// How long the background fill may take once the tree runs.
+    pub limit: Duration,
+    /// What comes first, in this order: what was written most recently.
+    pub first: Vec<(PageOwner, Range<u64>)>,
+}
+
+impl Default for LazyOptions {
+    fn default() -> Self {
+        Self {
+            threads: 2,
+            // About 50 µs.
+            piece_bytes: 128 << 10,
+            limit: Duration::from_secs(600),
+            first: Vec::new(),
+        }
+    }
+}
+
+/// What a complete [`LazyServer`] has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LazyReport {
+    /// Tasks that CRIU handed over.
+    pub tasks: u32,
+    /// Forks followed.
+    pub forks: u32,
+    /// Address spaces, forked ones included, that ended before they were
+    /// complete: their processes exited or became other programs.
+    pub ended: u32,
+    /// Page faults answered.
+    pub faults: u64,
+    /// Pages put in place, by faults and in the background.
+    pub filled_pages: u64,
+    /// From the moment the tree may run to the last page, in microseconds.
+    pub took_us: u64,
+}
+
+/// Why memory could not be put in place.
+#[derive(Debug, Error)]
+pub enum LazyError {
+    /// The socket for CRIU could not be made.
+    #[error("could not listen on {}", path.display())]
+    Listen {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A page that is to come is not in store. Nothing has been touched.
+    #[error("page {vaddr:#x} of {owner:?} is not in store")]
+    PageMissing {
+        /// Whose.
+        owner: PageOwner,
+        /// Where.
+        vaddr: u64,
+    },
+    /// A thread could not be started, or a descriptor not be made.
+    #[error("could not start to serve memory")]
+    Start {
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// CRIU closed its connection before the tree was complete, or never
+    /// connected.
+    #[error("criu gave up before the copy was complete")]
+    RestoreEnded,
+    /// What came over the socket is not what CRIU sends.
+    #[error("criu sent something unknown about lazy memory: {what}")]
+    Protocol {
+        /// What it was.
+        what: &'static str,
+    },
+    /// A system call failed for good.
+    #[error("could not {attempt} memory of process {pid}")]
+    Memory {
+        /// What was tried.
+        attempt: &'static str,
+        /// Whose memory, as the tree itself numbers processes.
+        pid: u32,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The background fill took too long.
+    #[error("{missing_bytes} bytes of memory were not in place after {limit:?}")]
+    Slow {
+        /// What was still missing.
+        missing_bytes: u64,
+        /// How long it could take.
+        limit: Duration,
+    },
+    /// It is not done yet.
+    #[error("memory is not complete after {waited:?}")]
+    NotYet {
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The serving thread has ended without a word.
+    #[error("the thread that serves memory has failed")]
+    Lost,
+}
+
+impl LazyError {
+    /// The way out, where there is one.
+    #[must_use]
+    pub fn help(&self) -> Option<&'static str> {
+        match self {
+            Self::Memory { .. } | Self::Slow { .. } | Self::Lost => Some(
+                "the copy waits where memory is missing and cannot go on; kill it. \
+                 Restore without --lazy where memory is short",
+            ),
+            _ => None,
+        }
+    }
+}
+
+/// A socket that waits for CRIU.
+#[derive(Debug)]
+pub struct LazyServer {
+    listener: UnixListener,
+}
+
+impl LazyServer {
+    /// Makes the socket in CRIU's working directory: the image directory. Do
+    /// this before the restore is ordered.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be made.
+    pub fn bind(directory: &Path) -> Result<Self, LazyError> {
+        let path = directory.join(SOCKET_NAME);
+        let failed = |source| LazyError::Listen {
+            path: path.clone(),
+            source,
+        };
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self { listener })
+    }
+
+    /// Serves `pages` to the tasks that CRIU restores: those that `plan` names,
+    /// at the addresses they had. Everything else that a task touches is zeros.
+    /// Returns at once.
+    ///
+    /// # Errors
+    ///
+    /// A page is not in store, or the threads cannot be started.
+    pub fn start(
+        self,
+        pages: Arc<PageStore>,
+        plan: &[(PageOwner, Range<u64>)],
+        options: LazyOptions,
+    ) -> Result<LazyServing, LazyError> {
+        let lacking = lacking(&pages, plan)?;
+        let bell = sys::event_fd().map_err(|source| LazyError::Start { source })?;
+        let bell = Arc::new(bell);
+        let end = serve::start(self.listener, pages, lacking, options, Arc::clone(&bell))
+            .map_err(|source| LazyError::Start { source })?;
+        Ok(LazyServing { end, bell })
+    }
+}
+
+/// The parts of the plan that have content; the rest is zeros, which nobody has
+/// to put in place.
+fn lacking(
+    pages: &PageStore,
+    plan: &[(PageOwner, Range<u64>)],
+) -> Result<Vec<(PageOwner, Range<u64>)>, LazyError> {
+    let mut lacking = Vec::new();
+    for (owner, range) in plan {
+        let mut at = range.start;
+        for piece in pages.range(*owner, range.clone()) {
+            if piece.vaddr != at {
+                break;
+            }
+            at += piece.content.pages() * PAGE;
+            if let Content::Data(_) = piece.content {
+                lacking.push((*owner, piece.vaddr..at));
+            }
+        }
+        if at < range.end {
+            return Err(LazyError::PageMissing {
+                owner: *owner,
+                vaddr: at,
+            });
+        }
+    }
+    Ok(lacking)
+}
+
+/// A server at work. Dropping this does not stop it once CRIU has connected;
+/// before that, it ends.
+#[derive(Debug)]
+pub struct LazyServing {
+    end: mpsc::Receiver<Result<LazyReport, LazyError>>,
+    bell: Arc<OwnedFd>,
+}
+
+impl LazyServing {
+    /// Waits until all memory is in place, at most `limit`. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`LazyError::NotYet`] when it is not: it may be called again. All others
+    /// are the end. [`LazyError::RestoreEnded`] leaves nothing behind; after the
+    /// rest the tree must be killed, see [`LazyError::help`].
+    pub fn wait(&mut self, limit: Duration) -> Result<LazyReport, LazyError> {
+        match self.end.recv_timeout(limit) {
+            Ok(end) => end,
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(LazyError::NotYet { waited: limit }),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(LazyError::Lost),
+        }
+    }
+}
+
+impl Drop for LazyServing {
+    fn drop(&mut self) {
+        use std::os::fd::AsFd as _;
+        sys::ring(self.bell.as_fd());
+    }
+}

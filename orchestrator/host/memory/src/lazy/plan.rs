@@ -1,0 +1,264 @@
+//! What one address space still lacks, and where it belongs by now.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+/// Pages side by side that have not been put in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Lack {
+    end: u64,
+    /// Address that the first one has in store: where it was when the tree was
+    /// dumped. The process may have moved it since.
+    from: u64,
+}
+
+/// A part of what is lacking that somebody takes care of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Claim {
+    /// Where it belongs.
+    pub(super) to: u64,
+    /// Its address in store.
+    pub(super) from: u64,
+    pub(super) bytes: u64,
+}
+
+/// What one address space still lacks.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Plan {
+    lacks: BTreeMap<u64, Lack>,
+    /// To come first, in this order.
+    first: VecDeque<Range<u64>>,
+    /// Where the last claim ended.
+    at: u64,
+}
+
+impl Plan {
+    pub(super) fn is_empty(&self) -> bool {
+        self.lacks.is_empty()
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.lacks.iter().map(|(at, lack)| lack.end - at).sum()
+    }
+
+    /// Adds pages that are in store at `from` and belong at `range`, in place
+    /// of whatever was to come there.
+    pub(super) fn insert(&mut self, range: Range<u64>, from: u64) {
+        if range.is_empty() {
+            return;
+        }
+        self.take(range.clone());
+        self.put(range.start, range.end, from);
+    }
+
+    fn put(&mut self, start: u64, end: u64, from: u64) {
+        if let Some((&before, lack)) = self.lacks.range_mut(..start).next_back()
+            && lack.end == start
+            && lack.from + (start - before) == from
+        {
+            lack.end = end;
+            return;
+        }
+        self.lacks.insert(start, Lack { end, from });
+    }
+
+    /// These come first.
+    pub(super) fn hurry(&mut self, range: Range<u64>) {
+        self.first.push_back(range);
+    }
+
+    /// Forgets a range and returns what it lacked.
+    pub(super) fn take(&mut self, range: Range<u64>) -> Vec<Claim> {
+        let mut taken = Vec::new();
+        if range.is_empty() {
+            return taken;
+        }
+        let first = self
+            .lacks
+            .range(..range.start)
+            .next_back()
+            .filter(|(_, lack)| lack.end > range.start)
+            .map_or(range.start, |(&start, _)| start);
+        let starts: Vec<u64> = self
+            .lacks
+            .range(first..range.end)
+            .map(|(&start, _)| start)
+            .collect();
+        for start in starts {
+            let Some(lack) = self.lacks.remove(&start) else {
+                continue;
+            };
+            let (from, to) = (start.max(range.start), lack.end.min(range.end));
+            if start < from {
+                self.lacks.insert(
+                    start,
+                    Lack {
+                        end: from,
+                        from: lack.from,
+                    },
+                );
+            }
+            if to < lack.end {
+                self.lacks.insert(
+                    to,
+                    Lack {
+                        end: lack.end,
+                        from: lack.from + (to - start),
+                    },
+                );
+            }
+            taken.push(Claim {
+                to: from,
+                from: lack.from + (from - start),
+                bytes: to - from,
+            });
+        }
+        taken
+    }
+
+    /// The process has moved a range.
+    pub(super) fn shift(&mut self, from: u64, to: u64, bytes: u64) {
+        let moved = self.take(from..from.saturating_add(bytes));
+        self.take(to..to.saturating_add(bytes));
+        for claim in moved {
+            let at = to + (claim.to - from);
+            self.put(at, at + claim.bytes, claim.from);
+        }
+    }
+
+    /// What is lacking from `address` on, without a gap, at most `bytes`.
+    pub(super) fn at(&self, address: u64, bytes: u64) -> Option<Claim> {
+        let (&start, lack) = self.lacks.range(..=address).next_back()?;
+        (address < lack.end).then(|| Claim {
+            to: address,
+            from: lack.from + (address - start),
+            bytes: bytes.min(lack.end - address),
+        })
+    }
+
+    /// Takes out the next part to put in place, at most `bytes`.
+    pub(super) fn claim(&mut self, bytes: u64) -> Option<Claim> {
+        let next = self.next(bytes)?;
+        self.take(next.to..next.to + next.bytes);
+        Some(next)
+    }
+
+    fn next(&mut self, bytes: u64) -> Option<Claim> {
+        while let Some(range) = self.first.pop_front() {
+            let here = self.at(range.start, bytes).or_else(|| {
+                let (&start, _) = self.lacks.range(range.clone()).next()?;
+                self.at(start, bytes)
+            });
+            if let Some(mut claim) = here.filter(|claim| claim.to < range.end) {
+                claim.bytes = claim.bytes.min(range.end - claim.to);
+                self.first.push_front(claim.to + claim.bytes..range.end);
+                return Some(claim);
+            }
+        }
+        let start = *self
+            .lacks
+            .range(self.at..)
+            .next()
+            .or_else(|| self.lacks.first_key_value())?
+            .0;
+        let claim = self.at(start, bytes)?;
+        self.at = start + claim.bytes;
+        Some(claim)
+    }
+
+    /// Puts back what could not be put in place.
+    pub(super) fn give_back(&mut self, claim: Claim) {
+        self.insert(claim.to..claim.to + claim.bytes, claim.from);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Insert(u64, u64, u64),
+        Take(u64, u64),
+        Shift(u64, u64, u64),
+        Claim(u64, bool),
+        Hurry(u64, u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0u64..64, 1u64..12, 0u64..64).prop_map(|(a, n, f)| Step::Insert(a, n, f)),
+            (0u64..64, 0u64..12).prop_map(|(a, n)| Step::Take(a, n)),
+            (0u64..64, 0u64..64, 1u64..12).prop_map(|(a, b, n)| Step::Shift(a, b, n)),
+            (1u64..9, any::<bool>()).prop_map(|(n, back)| Step::Claim(n, back)),
+            (0u64..64, 1u64..12).prop_map(|(a, n)| Step::Hurry(a, n)),
+        ]
+    }
+
+    proptest! {
+        /// The plan says what a table of single units says.
+        #[test]
+        fn a_plan_is_a_table(steps in prop::collection::vec(step(), 1..60)) {
+            let mut plan = Plan::default();
+            let mut table: BTreeMap<u64, u64> = BTreeMap::new();
+            for step in steps {
+                match step {
+                    Step::Insert(at, count, from) => {
+                        plan.insert(at..at + count, from);
+                        for unit in 0..count {
+                            table.insert(at + unit, from + unit);
+                        }
+                    }
+                    Step::Take(at, count) => {
+                        let taken: u64 = plan.take(at..at + count).iter().map(|claim| claim.bytes).sum();
+                        let before = table.len() as u64;
+                        table.retain(|unit, _| !(at..at + count).contains(unit));
+                        prop_assert_eq!(taken, before - table.len() as u64);
+                    }
+                    Step::Shift(from, to, count) => {
+                        plan.shift(from, to, count);
+                        let moved: Vec<(u64, u64)> =
+                            table.range(from..from + count).map(|(a, b)| (*a, *b)).collect();
+                        table.retain(|unit, _| !(from..from + count).contains(unit) && !(to..to + count).contains(unit));
+                        table.extend(moved.into_iter().map(|(unit, source)| (unit - from + to, source)));
+                    }
+                    Step::Claim(count, back) => {
+                        let claim = plan.claim(count);
+                        prop_assert_eq!(claim.is_none(), table.is_empty());
+                        if let Some(claim) = claim {
+                            prop_assert!(claim.bytes >= 1 && claim.bytes <= count);
+                            for unit in 0..claim.bytes {
+                                prop_assert_eq!(table.get(&(claim.to + unit)), Some(&(claim.from + unit)));
+                            }
+                            if back {
+                                plan.give_back(claim);
+                            } else {
+                                table.retain(|unit, _| !(claim.to..claim.to + claim.bytes).contains(unit));
+                            }
+                        }
+                    }
+                    Step::Hurry(at, count) => plan.hurry(at..at + count),
+                }
+                prop_assert_eq!(plan.bytes(), table.len() as u64);
+                for unit in 0..140 {
+                    prop_assert_eq!(plan.at(unit, 1).map(|claim| claim.from), table.get(&unit).copied());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_in_a_hurry_comes_first() {
+        let mut plan = Plan::default();
+        plan.insert(0..100, 1000);
+        plan.hurry(60..70);
+        plan.hurry(200..300);
+        plan.hurry(10..12);
+        let order: Vec<(u64, u64)> = std::iter::from_fn(|| plan.claim(8))
+            .map(|claim| (claim.to, claim.bytes))
+            .collect();
+        assert_eq!(order[..4], [(60, 8), (68, 2), (10, 2), (0, 8)]);
+        assert_eq!(order.iter().map(|(_, bytes)| bytes).sum::<u64>(), 100);
+    }
+}

@@ -1,0 +1,292 @@
+//! System calls of the lazy server.
+//!
+//! Numbers and layouts are those of `include/uapi/linux/userfaultfd.h`.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+
+use crate::PAGE;
+
+const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
+const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
+
+/// Messages that one read takes.
+const MESSAGES: usize = 32;
+
+/// Bytes of one message.
+const MESSAGE_BYTES: usize = 32;
+
+#[repr(C)]
+struct UffdioRange {
+    start: u64,
+    len: u64,
+}
+
+#[repr(C)]
+struct UffdioCopy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+#[repr(C)]
+struct UffdioZeropage {
+    range: UffdioRange,
+    mode: u64,
+    zeropage: i64,
+}
+
+/// What a process has done to its memory.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// A thread waits for the page at this address.
+    Fault(u64),
+    /// The memory was duplicated; this descriptor is the duplicate's.
+    Fork(OwnedFd),
+    /// Pages moved.
+    Remap { from: u64, to: u64, bytes: u64 },
+    /// Pages were given back or unmapped.
+    Remove { start: u64, end: u64 },
+}
+
+/// How far a copy came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Copied {
+    /// Every page is there, or cannot be any more.
+    All,
+    /// Up to this byte; the rest has to wait until the events are read.
+    Until(u64),
+    /// The address space has ended.
+    Gone,
+}
+
+/// Reads what has happened. Empty when there is nothing.
+pub(super) fn events(uffd: BorrowedFd<'_>) -> io::Result<Vec<Event>> {
+    let mut buffer = [0u8; MESSAGES * MESSAGE_BYTES];
+    // SAFETY: the kernel writes at most the given length into the buffer.
+    let read = unsafe { libc::read(uffd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
+    let Ok(read) = usize::try_from(read) else {
+        let error = io::Error::last_os_error();
+        return match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(Vec::new()),
+            _ => Err(error),
+        };
+    };
+    Ok(buffer[..read]
+        .chunks_exact(MESSAGE_BYTES)
+        .filter_map(event)
+        .collect())
+}
+
+fn event(message: &[u8]) -> Option<Event> {
+    let word = |at: usize| {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&message[at..at + 8]);
+        u64::from_ne_bytes(bytes)
+    };
+    match message[0] {
+        0x12 => Some(Event::Fault(word(16) / PAGE * PAGE)),
+        0x13 => {
+            let mut bytes = [0; 4];
+            bytes.copy_from_slice(&message[8..12]);
+            let fd = RawFd::from_ne_bytes(bytes);
+            // SAFETY: the kernel has made this descriptor for the reader of
+            // the message.
+            (fd >= 0).then(|| Event::Fork(unsafe { OwnedFd::from_raw_fd(fd) }))
+        }
+        0x14 => Some(Event::Remap {
+            from: word(8),
+            to: word(16),
+            bytes: word(24),
+        }),
+        0x15 | 0x16 => Some(Event::Remove {
+            start: word(8),
+            end: word(16),
+        }),
+        _ => None,
+    }
+}
+
+/// Puts pages where there are none; pages that are there stay as they are.
+pub(super) fn copy(uffd: BorrowedFd<'_>, to: u64, data: &[u8]) -> io::Result<Copied> {
+    let total = data.len() as u64;
+    let mut at = 0;
+    // Smaller once a piece has met the end of a mapping.
+    let mut most = total;
+    while at < total {
+        let len = most.min(total - at);
+        let mut copy = UffdioCopy {
+            dst: to + at,
+            src: data.as_ptr() as u64 + at,
+            len,
+            mode: 0,
+            copy: 0,
+        };
+        // SAFETY: the request reads and writes one `UffdioCopy`, which lives
+        // here, and reads `len` bytes of `data`, which ends at or after them.
+        // It writes to memory of the process behind `uffd` only where there is
+        // no page.
+        if unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_COPY, &raw mut copy) } == 0 {
+            at += len;
+            continue;
+        }
+        let error = io::Error::last_os_error();
+        if let Ok(copied @ 1..) = u64::try_from(copy.copy) {
+            // The next call says what is in the way.
+            at += copied;
+            continue;
+        }
+        match error.raw_os_error() {
+            Some(libc::EEXIST) => at += PAGE,
+            // A mapping ends within the piece, or there is none that waits for
+            // pages.
+            Some(libc::ENOENT) if len > PAGE => most = (len / 2 / PAGE * PAGE).max(PAGE),
+            Some(libc::ENOENT) => at += PAGE,
+            Some(libc::EAGAIN | libc::EINTR) => return Ok(Copied::Until(at)),
+            Some(libc::ESRCH) => return Ok(Copied::Gone),
+            _ => return Err(error),
+        }
+    }
+    Ok(Copied::All)
+}
+
+/// Puts a page of zeros where there is none.
+pub(super) fn zero(uffd: BorrowedFd<'_>, at: u64) -> io::Result<Copied> {
+    let mut zero = UffdioZeropage {
+        range: UffdioRange {
+            start: at,
+            len: PAGE,
+        },
+        mode: 0,
+        zeropage: 0,
+    };
+    // SAFETY: the request reads and writes one `UffdioZeropage`, which lives
+    // here.
+    if unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_ZEROPAGE, &raw mut zero) } == 0 {
+        return Ok(Copied::All);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EEXIST | libc::ENOENT) => Ok(Copied::All),
+        Some(libc::EAGAIN | libc::EINTR) => Ok(Copied::Until(0)),
+        Some(libc::ESRCH) => Ok(Copied::Gone),
+        _ => Err(error),
+    }
+}
+
+/// Lets the threads that wait for a page look again.
+pub(super) fn wake(uffd: BorrowedFd<'_>, at: u64) {
+    let range = UffdioRange {
+        start: at,
+        len: PAGE,
+    };
+    // SAFETY: the request reads one `UffdioRange`, which lives here. It cannot
+    // fail but for an address space that has ended, where nobody waits.
+    unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_WAKE, &raw const range) };
+}
+
+/// Waits until one of the descriptors can be read; says which can.
+pub(super) fn poll(fds: &[RawFd], timeout_ms: Option<u64>) -> io::Result<Vec<bool>> {
+    let mut list: Vec<libc::pollfd> = fds
+        .iter()
+        .map(|&fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
+    let timeout = timeout_ms.map_or(-1, |ms| i32::try_from(ms).unwrap_or(i32::MAX));
+    // SAFETY: the list has as many entries as the call is told.
+    let ready = unsafe { libc::poll(list.as_mut_ptr(), list.len() as libc::nfds_t, timeout) };
+    if ready < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    Ok(list
+        .iter()
+        .map(|entry| ready > 0 && entry.revents != 0)
+        .collect())
+}
+
+/// Something to wake a poll with.
+pub(super) fn event_fd() -> io::Result<OwnedFd> {
+    // SAFETY: the call takes no pointer; the result is a new descriptor.
+    unsafe {
+        let fd = libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Wakes the poll.
+pub(super) fn ring(bell: BorrowedFd<'_>) {
+    let one = 1u64;
+    // SAFETY: eight bytes that live here. It fails only when the bell rings
+    // already.
+    unsafe { libc::write(bell.as_raw_fd(), (&raw const one).cast(), 8) };
+}
+
+/// Takes note of it.
+pub(super) fn hush(bell: BorrowedFd<'_>) {
+    let mut count = 0u64;
+    // SAFETY: room for eight bytes that lives here.
+    unsafe { libc::read(bell.as_raw_fd(), (&raw mut count).cast(), 8) };
+}
+
+/// Receives at most `buffer.len()` bytes, and a descriptor if one comes along.
+/// `None` when there is nothing yet.
+pub(super) fn receive(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> io::Result<Option<(usize, Option<OwnedFd>)>> {
+    let mut part = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // Room for one descriptor, aligned as a header must be.
+    let mut control = [0u64; 3];
+    // SAFETY: all-zero is a valid message header.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&control) as _;
+    // SAFETY: the header points to memory that lives here, with its lengths.
+    let received = unsafe {
+        libc::recvmsg(
+            socket.as_raw_fd(),
+            &raw mut header,
+            libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC,
+        )
+    };
+    let Ok(received) = usize::try_from(received) else {
+        let error = io::Error::last_os_error();
+        return match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
+            io::ErrorKind::ConnectionReset => Ok(Some((0, None))),
+            _ => Err(error),
+        };
+    };
+    // SAFETY: the kernel has written `msg_controllen` bytes of control data,
+    // and the macros stay within them; a descriptor in it is new and ours.
+    let fd = unsafe {
+        let first = libc::CMSG_FIRSTHDR(&raw const header);
+        if !first.is_null()
+            && (*first).cmsg_level == libc::SOL_SOCKET
+            && (*first).cmsg_type == libc::SCM_RIGHTS
+        {
+            let number = libc::CMSG_DATA(first).cast::<RawFd>().read_unaligned();
+            Some(OwnedFd::from_raw_fd(number))
+        } else {
+            None
+        }
+    };
+    Ok(Some((received, fd)))
+}
