@@ -1,0 +1,350 @@
+//! Memory that arrives after the restore, with a real CRIU and a process that
+//! takes its memory apart meanwhile and checks every byte of it. Needs root;
+//! what cannot run prints a line that starts with `SKIP`.
+#![allow(
+    clippy::unwrap_used,
+    reason = "the exemption for tests does not reach their helpers"
+)]
+
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Once};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use migrate_core::wire::{ImagePiece, PAGE_BYTES, PageRun};
+use migrate_criu::{
+    Criu, DumpOptions, ImageDir, Notice, Outcome, PARENT, PageSink, PageStats, RestoreOptions,
+    Session, WorkerOptions, locate, serve_pages, small_images,
+};
+use migrate_memory::{Content, LazyOptions, LazyReport, LazyServer, LazyServing, PageStore};
+
+/// Limit for any single step.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// `PE_LAZY`.
+const LAZY: u32 = 2;
+
+async fn criu() -> Option<Criu> {
+    static REAPER: Once = Once::new();
+    // Restored trees become children of this process.
+    REAPER.call_once(|| {
+        // SAFETY: a flag of this process, no memory involved.
+        assert_eq!(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) }, 0);
+    });
+    // SAFETY: no arguments.
+    if unsafe { libc::geteuid() } != 0 {
+        println!("SKIP lazy: not root");
+        return None;
+    }
+    // SAFETY: the call takes no pointer; the descriptor is closed again.
+    let uffd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    if uffd < 0 {
+        println!("SKIP lazy: no userfaultfd: {}", io::Error::last_os_error());
+        return None;
+    }
+    // SAFETY: opened above.
+    unsafe { libc::close(i32::try_from(uffd).unwrap()) };
+    let criu = match locate().await {
+        Ok(criu) => criu,
+        Err(error) => {
+            println!("SKIP lazy: {error}");
+            return None;
+        }
+    };
+    criu.warm().await.unwrap();
+    Some(criu)
+}
+
+struct Workload {
+    child: Child,
+    file: PathBuf,
+    go: PathBuf,
+}
+
+impl Workload {
+    fn start(scratch: &Path, mode: &str, mib: u64, seed: u64) -> Self {
+        let (file, go) = (scratch.join("file"), scratch.join("go"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lazy-memory"));
+        command
+            .args([mode, &mib.to_string(), &seed.to_string()])
+            .args([&file, &go])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        // SAFETY: two system calls between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                libc::setsid();
+                libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed());
+                Ok(())
+            });
+        }
+        let this = Self {
+            child: command.spawn().unwrap(),
+            file,
+            go,
+        };
+        assert_eq!(this.said(|text| text == "ready"), "ready");
+        this
+    }
+
+    fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
+    /// Waits for a text in its file.
+    fn said(&self, wanted: impl Fn(&str) -> bool) -> String {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let text = fs::read_to_string(&self.file).unwrap_or_default();
+            if wanted(&text) {
+                return text;
+            }
+            assert!(Instant::now() < end, "the workload says {text:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Drop for Workload {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// How pages that can wait come to the destination.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    /// Not at all: everything is restored at once.
+    Eager,
+    /// With their data, from the frozen tree.
+    Fresh,
+    /// In rounds before, so that the final list only names them.
+    Precopied,
+}
+
+struct Sink<'a> {
+    images: &'a mut ImageDir,
+    store: &'a mut PageStore,
+    way: Way,
+}
+
+impl PageSink for Sink<'_> {
+    type Error = io::Error;
+
+    async fn pages(&mut self, run: PageRun, data: Bytes) -> io::Result<()> {
+        let lazy = run.flags & LAZY != 0;
+        assert_eq!(self.images.leaves_out(&run), lazy && self.way != Way::Eager);
+        if lazy {
+            self.store.put(run, &data).map_err(io::Error::other)?;
+        }
+        if lazy && self.way == Way::Precopied {
+            let flags = PARENT;
+            self.images.gap(PageRun { flags, ..run })
+        } else {
+            self.images.pages(run, &data)
+        }
+        .map_err(io::Error::other)
+    }
+
+    async fn close(&mut self, _: PageStats) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A tree that is dumped and gone, ready to be restored.
+struct Dumped {
+    images: ImageDir,
+    store: Arc<PageStore>,
+}
+
+async fn dump(criu: &Criu, workload: &Workload, scratch: &Path, way: Way) -> Dumped {
+    let source = ImageDir::create(scratch.join("source")).unwrap();
+    let mut images = ImageDir::create(scratch.join("destination")).unwrap();
+    if way != Way::Eager {
+        images.lazy().unwrap();
+    }
+    let mut store = PageStore::new(1 << 30);
+    let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+    let options = DumpOptions::new(workload.pid(), source.path());
+    let mut session = worker.dump(&options).await.unwrap();
+    let socket = session.page_socket().unwrap();
+    let mut sink = Sink {
+        images: &mut images,
+        store: &mut store,
+        way,
+    };
+    let serve = serve_pages(socket, criu.version, &mut sink, LIMIT);
+    let drive = async {
+        loop {
+            match session.next(LIMIT).await {
+                Ok(Notice::PostDump) => return,
+                Ok(_) => session.answer(true).await.unwrap(),
+                Err(error) => panic!("{error}: {:#?}", error.log()),
+            }
+        }
+    };
+    let (served, ()) = tokio::join!(serve, drive);
+    served.unwrap();
+    for image in small_images(source.path()).unwrap() {
+        let data = fs::read(&image.path).unwrap();
+        images
+            .image_piece(&ImagePiece {
+                name: &image.name,
+                last: true,
+                data: &data,
+            })
+            .unwrap();
+    }
+    session.answer(true).await.unwrap();
+    let end = session.next(LIMIT).await.unwrap();
+    assert_eq!(end, Notice::Finished(Outcome::Dumped));
+    let mut in_time = 0;
+    images
+        .fill(
+            &mut |owner, vaddr: u64, pages: u64, out: &mut dyn io::Write| {
+                in_time += pages;
+                let end = vaddr + pages * PAGE_BYTES as u64;
+                for piece in store.range(owner, vaddr..end) {
+                    match piece.content {
+                        Content::Data(data) => out.write_all(data)?,
+                        Content::Zero(pages) => {
+                            for _ in 0..pages {
+                                out.write_all(&[0; PAGE_BYTES])?;
+                            }
+                        }
+                    }
+                }
+                Ok(())
+            },
+        )
+        .unwrap();
+    let stats = images.finish().unwrap();
+    if way == Way::Eager {
+        assert_eq!(stats.lazy_pages, 0);
+    } else {
+        assert!(
+            stats.lazy_pages * 4096 > store.held_bytes() * 9 / 10,
+            "{stats:?}"
+        );
+        assert!(in_time < 64, "only the stack: {in_time} pages");
+    }
+    Dumped {
+        images,
+        store: Arc::new(store),
+    }
+}
+
+/// Answers CRIU until it holds the complete copy.
+async fn held(session: &mut Session) {
+    loop {
+        match session.next(LIMIT).await {
+            Ok(Notice::PostRestore { .. }) => return,
+            Ok(_) => session.answer(true).await.unwrap(),
+            Err(error) => panic!("{error}: {:#?}", error.log()),
+        }
+    }
+}
+
+async fn release(session: &mut Session) -> i32 {
+    session.answer(true).await.unwrap();
+    loop {
+        match session.next(LIMIT).await {
+            Ok(Notice::Finished(Outcome::Restored { pid })) => return pid,
+            Ok(_) => session.answer(true).await.unwrap(),
+            Err(error) => panic!("{error}: {:#?}", error.log()),
+        }
+    }
+}
+
+fn serve(dumped: &Dumped, options: LazyOptions) -> LazyServing {
+    let plan = dumped.images.lazy_ranges();
+    LazyServer::bind(dumped.images.path())
+        .unwrap()
+        .start(Arc::clone(&dumped.store), &plan, options)
+        .unwrap()
+}
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("migrate-lazy-")
+        .tempdir_in("/dev/shm")
+        .unwrap()
+}
+
+/// Dumps, restores, and lets the workload do its work while its memory comes.
+async fn run(
+    criu: &Criu,
+    mode: &str,
+    mib: u64,
+    seed: u64,
+    way: Way,
+    options: LazyOptions,
+) -> LazyReport {
+    let scratch = scratch();
+    let mut workload = Workload::start(scratch.path(), mode, mib, seed);
+    let dumped = dump(criu, &workload, scratch.path(), way).await;
+    workload.child.wait().unwrap();
+    let mut serving = serve(&dumped, options);
+    let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+    let options = RestoreOptions {
+        lazy: true,
+        ..RestoreOptions::new(dumped.images.path())
+    };
+    let mut session = worker.restore(&options).await.unwrap();
+    held(&mut session).await;
+    fs::write(&workload.go, "").unwrap();
+    let pid = release(&mut session).await;
+    // The end of the workload and the end of the fill come in any order.
+    let said = workload.said(|text| text != "ready");
+    let report = serving.wait(LIMIT).unwrap();
+    assert_eq!(said, "ok", "{mode} {seed}: {report:?}");
+    // SAFETY: no memory involved; a child of this process.
+    assert_eq!(unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) }, pid);
+    println!("{mode} {mib} MiB, seed {seed}: {report:?}");
+    report
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_finds_its_memory_while_it_arrives() {
+    let Some(criu) = criu().await else { return };
+    for way in [Way::Fresh, Way::Precopied] {
+        let report = run(&criu, "check", 64, 1, way, LazyOptions::default()).await;
+        assert_eq!((report.tasks, report.forks, report.ended), (1, 0, 0));
+        // Of 16 pages 14 hold something.
+        assert!(report.filled_pages >= 64 * 256 * 14 / 16, "{report:?}");
+        assert!(report.faults > 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn threads_find_theirs_at_once() {
+    let Some(criu) = criu().await else { return };
+    let report = run(&criu, "threads", 64, 1, Way::Fresh, LazyOptions::default()).await;
+    assert_eq!(report.ended, 0);
+}
+
+/// What is unmapped, moved, given back or inherited meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_changes_hands_while_it_arrives_is_right() {
+    let Some(criu) = criu().await else { return };
+    for seed in 1..=6 {
+        let options = LazyOptions {
+            // Small pieces: longer, and more to go wrong.
+            piece_bytes: 64 << 10,
+            threads: 1 + usize::try_from(seed).unwrap() % 3,
+            ..LazyOptions::default()
+        };
+        let way = if seed % 2 == 0 {
+            Way::Precopied
+        } else {
+            Way::Fresh
+        };
+        run(&criu, "churn", 64, seed, way, options).await;
+    }
+}
