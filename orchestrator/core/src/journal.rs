@@ -83,6 +83,9 @@ pub struct Record {
     pub images: Option<String>,
     /// The fence, as its adapter describes it, when there is one.
     pub fence: Option<String>,
+    /// The supervisor that is held down, as its adapter describes it.
+    #[serde(default)]
+    pub hold_down: Option<String>,
 }
 
 #[cfg(test)]

@@ -79,9 +79,13 @@ impl Journal {
 /// The record cannot be read or written.
 pub fn verdict(state: &State, migration_id: &str) -> Result<Stage, Error> {
     let path = path(state, migration_id, Side::Destination);
+    if !path.exists() {
+        // Nothing was ever prepared under this id, or it was undone and swept;
+        // a record that is gone does not come back.
+        return Ok(Stage::Undone);
+    }
     let _lock = lock(&path)?;
     let Some(mut record) = load(&path)? else {
-        // Nothing was ever prepared under this id, or it was undone and swept.
         return Ok(Stage::Undone);
     };
     if record.stage.may_own() {
@@ -91,7 +95,15 @@ pub fn verdict(state: &State, migration_id: &str) -> Result<Stage, Error> {
     Ok(record.stage)
 }
 
-/// Every record of this host that can be read.
+/// Whether a migration may have this name, which becomes part of file names.
+pub(crate) fn is_name(migration_id: &str) -> bool {
+    (1..=64).contains(&migration_id.len())
+        && migration_id
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+}
+
+/// Every record of this host that can be read, the longest unchanged first.
 ///
 /// # Errors
 ///
@@ -100,20 +112,24 @@ pub fn all(state: &State) -> Result<Vec<Record>, Error> {
     let directory = state.journal();
     let mut records = Vec::new();
     for entry in fs::read_dir(&directory).map_err(Error::file("read", &directory))? {
-        let path = entry.map_err(Error::file("read", &directory))?.path();
+        let entry = entry.map_err(Error::file("read", &directory))?;
+        let path = entry.path();
         if path
             .extension()
             .is_some_and(|extension| extension == "json")
         {
             match load(&path) {
-                Ok(Some(record)) => records.push(record),
+                Ok(Some(record)) => {
+                    let changed = entry.metadata().and_then(|metadata| metadata.modified());
+                    records.push((changed.ok(), record));
+                }
                 Ok(None) => {}
                 Err(error) => tracing::warn!(error = %error.chain(), "skipping a record"),
             }
         }
     }
-    records.sort_by(|a, b| a.migration_id.cmp(&b.migration_id));
-    Ok(records)
+    records.sort_by(|(a, one), (b, other)| (a, &one.migration_id).cmp(&(b, &other.migration_id)));
+    Ok(records.into_iter().map(|(_, record)| record).collect())
 }
 
 /// Removes a record that was read by [`all`].
@@ -186,6 +202,7 @@ mod tests {
             addresses: Vec::new(),
             images: None,
             fence: None,
+            hold_down: None,
         }
     }
 
@@ -218,6 +235,39 @@ mod tests {
     fn an_unknown_migration_is_not_owned() {
         let (_directory, state) = state();
         assert_eq!(verdict(&state, "other").unwrap(), Stage::Undone);
+        assert_eq!(fs::read_dir(state.journal()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn names_stay_in_the_directory() {
+        assert!(is_name("0a1b2c3d4e5f") && is_name("m-1"));
+        for name in ["", ".", "..", "../x", "a/b", "a.b", "a\0", &"a".repeat(65)] {
+            assert!(!is_name(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_longest_unchanged_comes_first() {
+        let (_directory, state) = state();
+        for (id, changed_s) in [("b", 1), ("c", 3), ("a", 2)] {
+            let journal = Journal::begin(
+                &state,
+                Record {
+                    migration_id: id.to_owned(),
+                    ..record(Side::Source)
+                },
+            )
+            .unwrap();
+            let changed = std::time::UNIX_EPOCH + std::time::Duration::from_secs(changed_s);
+            let file = File::options().write(true).open(&journal.path).unwrap();
+            file.set_modified(changed).unwrap();
+        }
+        let ids: Vec<String> = all(&state)
+            .unwrap()
+            .into_iter()
+            .map(|record| record.migration_id)
+            .collect();
+        assert_eq!(ids, ["b", "a", "c"]);
     }
 
     #[test]

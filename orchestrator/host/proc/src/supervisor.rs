@@ -328,25 +328,21 @@ pub struct HoldDown {
 /// When the drop-in cannot be written or systemd does not take it; nothing is
 /// left behind then.
 pub fn hold_down(supervisor: &Supervisor) -> Result<HoldDown, ProcError> {
-    let Supervisor::SystemdUnit { unit, .. } = supervisor else {
-        return Ok(HoldDown { record: None });
+    let held = HoldDown {
+        record: HoldDown::plan(supervisor),
     };
-    let directory = Path::new("/run/systemd/system").join(format!("{unit}.d"));
-    let drop_in = directory.join(DROP_IN);
+    let Some(HoldDownRecord { drop_in, .. }) = &held.record else {
+        return Ok(held);
+    };
     let failed = |attempt, path: &Path, source| ProcError::Write {
         attempt,
         path: path.to_owned(),
         source,
     };
-    std::fs::create_dir_all(&directory).map_err(|e| failed("create", &directory, e))?;
-    std::fs::write(&drop_in, "[Service]\nRestart=no\n")
-        .map_err(|e| failed("write", &drop_in, e))?;
-    let held = HoldDown {
-        record: Some(HoldDownRecord {
-            unit: unit.clone(),
-            drop_in,
-        }),
-    };
+    if let Some(directory) = drop_in.parent() {
+        std::fs::create_dir_all(directory).map_err(|e| failed("create", directory, e))?;
+    }
+    std::fs::write(drop_in, "[Service]\nRestart=no\n").map_err(|e| failed("write", drop_in, e))?;
     match systemctl(&["daemon-reload"]) {
         Ok(_) => Ok(held),
         Err(error) => {
@@ -358,6 +354,21 @@ pub fn hold_down(supervisor: &Supervisor) -> Result<HoldDown, ProcError> {
 }
 
 impl HoldDown {
+    /// What [`hold_down`] is about to make, for a journal that is written
+    /// first; changes nothing. What was never made can be released by it.
+    #[must_use]
+    pub fn plan(supervisor: &Supervisor) -> Option<HoldDownRecord> {
+        let Supervisor::SystemdUnit { unit, .. } = supervisor else {
+            return None;
+        };
+        Some(HoldDownRecord {
+            unit: unit.clone(),
+            drop_in: Path::new("/run/systemd/system")
+                .join(format!("{unit}.d"))
+                .join(DROP_IN),
+        })
+    }
+
     /// What a journal has to keep; `None` when nothing was done.
     #[must_use]
     pub fn record(&self) -> Option<HoldDownRecord> {

@@ -162,6 +162,7 @@ impl Destination {
 
     /// The phases in order, up to the record that makes the tree ours.
     async fn until_owned(&mut self) -> Result<Served, Error> {
+        self.must_be_name(&self.migration_id)?;
         loop {
             match self.message("what the source wants", SILENCE).await? {
                 Message::Preflight {
@@ -170,6 +171,7 @@ impl Destination {
                     stdio,
                 } => self.preflight(*tree, &source, stdio).await?,
                 Message::Verdict { migration_id } => {
+                    self.must_be_name(&migration_id)?;
                     let stage = journal::verdict(&self.state, &migration_id)?;
                     self.send(&Message::VerdictIs(stage)).await?;
                     return Ok(Served::Asked);
@@ -193,6 +195,18 @@ impl Destination {
                 other => return Err(self.unexpected(&other, "what the source wants")),
             }
         }
+    }
+
+    /// A peer's names become part of file names here.
+    fn must_be_name(&self, migration_id: &str) -> Result<(), Error> {
+        if journal::is_name(migration_id) {
+            return Ok(());
+        }
+        Err(Error::Unexpected {
+            peer: self.peer.clone(),
+            got: format!("{migration_id:?}"),
+            awaited: "the name of a migration",
+        })
     }
 
     async fn send(&mut self, message: &Message) -> Result<(), Error> {

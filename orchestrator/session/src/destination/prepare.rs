@@ -128,6 +128,7 @@ impl Destination {
                 .collect(),
             images: Some(images.to_owned()),
             fence: None,
+            hold_down: None,
         }
     }
 }

@@ -27,7 +27,7 @@ use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
 use migrate_memory::Precopy;
 use migrate_net::{Net, Withdrawn};
-use migrate_proc::{Fence, HoldDown, Tree};
+use migrate_proc::{Fence, HoldDown, Supervisor, Tree};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -188,6 +188,8 @@ struct Plan {
     /// None only where preflight has refused for want of it.
     criu: Option<Criu>,
     engine: MemoryEngine,
+    /// Who would start the tree again when it ends here.
+    supervisor: Option<Supervisor>,
 }
 
 /// CRIU's part, which changes from a waiting worker to a running dump.

@@ -6,7 +6,7 @@ use migrate_core::preflight::{Finding, Severity};
 use migrate_core::report::counted;
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_net::{Net, SurveyOptions, TreeSockets};
-use migrate_proc::{Supervisor, Tree};
+use migrate_proc::Tree;
 
 use super::precopy::choose;
 use super::{
@@ -21,7 +21,6 @@ use crate::state::State;
 pub(super) struct Examined {
     pub(super) plan: Plan,
     pub(super) findings: Vec<Finding>,
-    pub(super) supervisor: Option<Supervisor>,
 }
 
 /// Bytes a second that a full dump and restore are expected to move, for the
@@ -59,9 +58,6 @@ impl Migration {
             counted(facts.processes.len(), "process"),
             counted(facts.flows.len(), "connection")
         );
-        if let Some(supervisor) = &examined.supervisor {
-            self.supervisor = Some(migrate_proc::hold_down(supervisor)?);
-        }
         self.plan = Some(examined.plan);
         Ok(detail)
     }
@@ -208,9 +204,9 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
             interfaces: sockets.interfaces,
             criu,
             engine,
+            supervisor,
         },
         findings,
-        supervisor,
     })
 }
 

@@ -8,7 +8,8 @@ use migrate_core::report::counted;
 use migrate_core::wire::Message;
 use migrate_criu::WorkerOptions;
 use migrate_gate::{Gate, GateOptions, HoldOptions, Role};
-use migrate_proc::{Fence, FenceRecord};
+use migrate_proc::{Fence, HoldDown};
+use serde::Serialize;
 
 use super::{Engine, MemoryEngine, Migration, STEP_LIMIT, not_yet};
 use crate::error::Error;
@@ -30,6 +31,10 @@ impl Migration {
     pub(super) async fn track(&mut self) -> Result<String, Error> {
         let record = self.record()?;
         self.journal = Some(Journal::begin(&self.state, record)?);
+        if let Some(supervisor) = &self.plan()?.supervisor {
+            let held = migrate_proc::hold_down(supervisor)?;
+            self.supervisor = Some(held);
+        }
         let plan = self.plan()?;
         if plan.interfaces.is_empty() {
             return Ok("no gate: nobody reaches the tree from outside".to_owned());
@@ -152,10 +157,18 @@ impl Migration {
             addresses: plan.facts.addresses.clone(),
             images: None,
             fence: None,
+            // On record before it is there, as the fence.
+            hold_down: plan
+                .supervisor
+                .as_ref()
+                .and_then(HoldDown::plan)
+                .map(|held| encode(&held))
+                .transpose()?,
         })
     }
 }
 
-fn encode(fence: &FenceRecord) -> Result<String, Error> {
-    serde_json::to_string(fence).map_err(|error| Error::file("encode", "the fence")(error.into()))
+fn encode(record: &impl Serialize) -> Result<String, Error> {
+    serde_json::to_string(record)
+        .map_err(|error| Error::file("encode", "a part of the record")(error.into()))
 }
