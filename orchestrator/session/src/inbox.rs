@@ -29,6 +29,9 @@ impl Inbox {
     /// of some thousand connections.
     const PACKET_BYTES_MAX: usize = 64 << 20;
 
+    /// What a packet takes beside its bytes: a peer could send empty ones.
+    const PACKET_OVERHEAD_BYTES: usize = 64;
+
     /// Frames that may wait to be read; a peer that sends more is stopped by
     /// the connection's own flow control.
     const BACKLOG: usize = 16;
@@ -93,10 +96,11 @@ impl Inbox {
     }
 
     fn keep(&mut self, packet: Bytes) {
-        if self.packet_bytes + packet.len() > Self::PACKET_BYTES_MAX {
+        let bytes = packet.len() + Self::PACKET_OVERHEAD_BYTES;
+        if self.packet_bytes + bytes > Self::PACKET_BYTES_MAX {
             self.dropped_packets += 1;
         } else {
-            self.packet_bytes += packet.len();
+            self.packet_bytes += bytes;
             self.packets.push(packet);
         }
     }
