@@ -57,10 +57,35 @@ impl Exit {
 
     /// The code for a migration that did not end in a commit.
     pub fn of_failure(failure: &Failure) -> Self {
-        if failure.outcome == Phase::RolledBack {
-            Self::of(&failure.error)
-        } else {
-            Self::Undecided
+        if failure.outcome != Phase::RolledBack {
+            return Self::Undecided;
         }
+        match Self::of(&failure.error) {
+            // More was done than checking by then.
+            Self::Refused if failure.phase > Phase::Preflight => Self::RolledBack,
+            exit => exit,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_preflight_refuses() {
+        let code = |phase, outcome| {
+            Exit::of_failure(&Failure {
+                phase,
+                outcome,
+                error: Error::Busy { pid: 7 },
+                leftovers: Vec::new(),
+            })
+        };
+        let rolled_back = Phase::RolledBack;
+        assert_eq!(code(Phase::Preflight, rolled_back), Exit::Refused);
+        assert_eq!(code(Phase::Prepare, rolled_back), Exit::RolledBack);
+        assert_eq!(code(Phase::HandedOver, rolled_back), Exit::RolledBack);
+        assert_eq!(code(Phase::HandedOver, Phase::Undecided), Exit::Undecided);
     }
 }

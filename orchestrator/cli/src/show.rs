@@ -222,7 +222,8 @@ impl Show {
             eprintln!("left behind: {leftover}");
         }
         // Nothing was touched when the target itself was refused.
-        let refused = matches!(&failure.error, Error::Proc(_) | Error::Busy { .. });
+        let refused = failure.phase == Phase::Preflight
+            && matches!(&failure.error, Error::Proc(_) | Error::Busy { .. });
         if runs_here && !refused {
             say(&format!(
                 "process {pid} runs on {}, as before",
