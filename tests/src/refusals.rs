@@ -42,6 +42,8 @@ pub const USAGE: i32 = 2;
 pub const REFUSED: i32 = 3;
 /// The destination was not reached.
 pub const CONNECT: i32 = 4;
+/// The destination may run the tree; the source is fenced.
+pub const UNDECIDED: i32 = 7;
 /// Interrupted and rolled back.
 pub const INTERRUPTED: i32 = 130;
 
@@ -566,6 +568,25 @@ pub fn agent(host: &Host) -> Pid {
 #[must_use]
 pub fn driver(host: &Host) -> Pid {
     the_migrate(host, |words| words.iter().any(|word| word == "--to"))
+}
+
+/// The CRIU of an agent or a `migrate`, as this machine sees it.
+///
+/// # Panics
+///
+/// When it has none, or other children as well.
+#[track_caller]
+#[must_use]
+pub fn criu_of(owner: Pid) -> Pid {
+    let mut found = Vec::new();
+    for thread in entries(Path::new(&format!("/proc/{owner}/task"))) {
+        let children = fs::read_to_string(format!("{thread}/children")).unwrap_or_default();
+        found.extend(children.split_whitespace().map(str::to_owned));
+    }
+    match found.as_slice() {
+        [pid] => Pid::from_raw(pid.parse().unwrap_or_default()),
+        others => panic!("children of {owner}: {others:?}"),
+    }
 }
 
 #[track_caller]

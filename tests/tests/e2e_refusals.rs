@@ -17,13 +17,13 @@ use migrate_test_hosts::{Host, HostName};
 use migrate_tests::client::program;
 use migrate_tests::hosts::{eventually, process_name, runs};
 use migrate_tests::refusals::{
-    CONNECT, Held, INTERRUPTED, REFUSED, ROLLED_BACK, Running, Scene, USAGE, agent, clean, driver,
-    leftovers, scoped, shell,
+    CONNECT, Held, INTERRUPTED, REFUSED, ROLLED_BACK, Running, Scene, UNDECIDED, USAGE, agent,
+    clean, criu_of, driver, leftovers, scoped, shell,
 };
 use migrate_tests::require;
 use migrate_tests::workload::Kind;
 use nix::sys::signal::{Signal, kill, killpg};
-use nix::unistd::getpgid;
+use nix::unistd::{Pid, getpgid};
 
 /// An address of the lab's network that nobody has.
 const NOBODY: &str = "10.77.0.99";
@@ -522,6 +522,55 @@ fn a_lost_agent_rolls_back() {
         scene.moves();
     }
     scene.moves_now();
+}
+
+/// Whether a CRIU that has made the copy waits for an answer.
+fn asks(criu: Pid) -> bool {
+    fs::read_to_string(format!("/proc/{criu}/wchan")).is_ok_and(|place| place.contains("skb_wait"))
+}
+
+#[test]
+fn an_agent_lost_before_the_copy_runs_leaves_the_frozen_tree() {
+    require!("an_agent_lost_before_the_copy_runs_leaves_the_frozen_tree": root, tcx, criu, migrate);
+    let scene = Scene::start("owned", Kind::Echo, 5);
+    let (source, destination) = (scene.source(), scene.destination());
+    let pid = scene.workload.pid;
+    let mut running = Running::start(scene.to_destination(&["--json"]));
+    assert!(running.await_event(|event| event["event"] == "connected"));
+    let agent = agent(&destination);
+    let driver = driver(&source);
+    assert!(running.await_started(Phase::Restore));
+    // The source hears of the copy only when CRIU there cannot take a word.
+    let driver = Held::stop(driver);
+    let criu = criu_of(agent);
+    let complete = eventually(Duration::from_secs(3), || {
+        runs(&destination, pid) && (0..3).all(|_| asks(criu))
+    });
+    assert!(complete, "the copy is complete");
+    let held = Held::stop(criu);
+    drop(driver);
+    let owned = eventually(Duration::from_secs(10), || {
+        shell(&destination, "cat /run/migrate/journal/*.json").contains("\"owned\"")
+    });
+    assert!(owned, "the destination has it on record");
+    kill(agent, Signal::SIGKILL).unwrap();
+    kill(criu, Signal::SIGKILL).unwrap();
+    drop(held);
+
+    let ended = running.finish();
+    ended.expect(
+        UNDECIDED,
+        &[
+            "may or may not run the tree",
+            "the destination answers Owned",
+        ],
+    );
+    // All that is left of it: not running, not answering, on record.
+    assert!(runs(&source, pid), "the frozen tree is still there");
+    let status = shell(&source, "migrate status");
+    for words in ["handed over to host2, fenced here", "closed"] {
+        assert!(status.contains(words), "{status}");
+    }
 }
 
 #[test]
