@@ -15,12 +15,14 @@ use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use migrate_core::wire::{ImagePiece, PAGE_BYTES, PageRun};
+use migrate_core::wire::{ImagePiece, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::{
     Criu, DumpOptions, ImageDir, Notice, Outcome, PARENT, PageSink, PageStats, RestoreOptions,
     Session, WorkerOptions, locate, serve_pages, small_images,
 };
-use migrate_memory::{Content, LazyOptions, LazyReport, LazyServer, LazyServing, PageStore};
+use migrate_memory::{
+    Content, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing, PageStore,
+};
 
 /// Limit for any single step.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -94,6 +96,15 @@ impl Workload {
 
     fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).unwrap()
+    }
+
+    /// Reaps the dumped tree, whose process ids are wanted again.
+    fn gone(&mut self) {
+        let group = self.pid();
+        self.child.wait().unwrap();
+        // Whoever is left of its group has become a child of this process.
+        // SAFETY: no memory involved.
+        while unsafe { libc::waitpid(-group, std::ptr::null_mut(), 0) } > 0 {}
     }
 
     /// Waits for a text in its file.
@@ -262,6 +273,17 @@ async fn release(session: &mut Session) -> i32 {
     }
 }
 
+/// Waits for the end of a restored process, which becomes a child of this one
+/// when CRIU has ended.
+fn reap(pid: i32) {
+    let end = Instant::now() + LIMIT;
+    // SAFETY: no memory involved.
+    while unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) } != pid {
+        assert!(Instant::now() < end, "{pid} has not ended");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 fn serve(dumped: &Dumped, options: LazyOptions) -> LazyServing {
     let plan = dumped.images.lazy_ranges();
     LazyServer::bind(dumped.images.path())
@@ -289,7 +311,7 @@ async fn run(
     let scratch = scratch();
     let mut workload = Workload::start(scratch.path(), mode, mib, seed);
     let dumped = dump(criu, &workload, scratch.path(), way).await;
-    workload.child.wait().unwrap();
+    workload.gone();
     let mut serving = serve(&dumped, options);
     let worker = criu.worker(WorkerOptions::default()).await.unwrap();
     let options = RestoreOptions {
@@ -304,8 +326,7 @@ async fn run(
     let said = workload.said(|text| text != "ready");
     let report = serving.wait(LIMIT).unwrap();
     assert_eq!(said, "ok", "{mode} {seed}: {report:?}");
-    // SAFETY: no memory involved; a child of this process.
-    assert_eq!(unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) }, pid);
+    reap(pid);
     println!("{mode} {mib} MiB, seed {seed}: {report:?}");
     report
 }
@@ -346,5 +367,174 @@ async fn memory_that_changes_hands_while_it_arrives_is_right() {
             Way::Fresh
         };
         run(&criu, "churn", 64, seed, way, options).await;
+    }
+}
+
+/// Parent and child from before the dump, with pages in common.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_process_of_a_tree_gets_its_own() {
+    let Some(criu) = criu().await else { return };
+    for way in [Way::Fresh, Way::Precopied] {
+        let report = run(&criu, "family", 32, 1, way, LazyOptions::default()).await;
+        assert_eq!(report.tasks, 2);
+    }
+}
+
+/// Dumps and restores up to the commit.
+async fn up_to_the_commit(
+    criu: &Criu,
+    scratch: &Path,
+    mode: &str,
+    options: LazyOptions,
+) -> (Workload, Dumped, LazyServing, Session) {
+    let mut workload = Workload::start(scratch, mode, 64, 1);
+    let dumped = dump(criu, &workload, scratch, Way::Fresh).await;
+    workload.gone();
+    let serving = serve(&dumped, options);
+    let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+    let options = RestoreOptions {
+        lazy: true,
+        ..RestoreOptions::new(dumped.images.path())
+    };
+    let mut session = worker.restore(&options).await.unwrap();
+    held(&mut session).await;
+    fs::write(&workload.go, "").unwrap();
+    (workload, dumped, serving, session)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_is_refused_ends_the_server() {
+    let Some(criu) = criu().await else { return };
+    let scratch = scratch();
+    let (_workload, _dumped, mut serving, mut session) =
+        up_to_the_commit(&criu, scratch.path(), "check", LazyOptions::default()).await;
+    session.answer(false).await.unwrap();
+    let end = session.next(LIMIT).await.unwrap();
+    assert_eq!(end, Notice::Finished(Outcome::Refused));
+    let end = serving.wait(LIMIT);
+    assert!(matches!(end, Err(LazyError::RestoreEnded)), "{end:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_is_killed_meanwhile_ends_the_server() {
+    let Some(criu) = criu().await else { return };
+    let scratch = scratch();
+    let options = LazyOptions {
+        piece_bytes: 64 << 10,
+        threads: 1,
+        ..LazyOptions::default()
+    };
+    let (_workload, _dumped, mut serving, mut session) =
+        up_to_the_commit(&criu, scratch.path(), "hang", options).await;
+    let pid = release(&mut session).await;
+    // SAFETY: no memory involved; a child of this process.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    reap(pid);
+    // It may have been complete by then.
+    let report = serving.wait(LIMIT).unwrap();
+    println!("killed: {report:?}");
+}
+
+/// A server that fails holds whoever touches what is missing; he must never
+/// find zeros there.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_filled_is_never_zeros() {
+    let Some(criu) = criu().await else { return };
+    let scratch = scratch();
+    let options = LazyOptions {
+        limit: Duration::ZERO,
+        ..LazyOptions::default()
+    };
+    let (workload, _dumped, mut serving, mut session) =
+        up_to_the_commit(&criu, scratch.path(), "hang", options).await;
+    let pid = release(&mut session).await;
+    let end = serving.wait(LIMIT);
+    let Err(error @ LazyError::Slow { .. }) = end else {
+        panic!("{end:?}");
+    };
+    assert!(error.help().unwrap().contains("kill"));
+    drop(serving);
+    // It waits in the kernel for a page that does not come.
+    let stat = format!("/proc/{pid}/wchan");
+    let end = Instant::now() + LIMIT;
+    while fs::read_to_string(&stat).unwrap() != "handle_userfault" {
+        let said = fs::read_to_string(&workload.file).unwrap();
+        assert_eq!(said, "ready");
+        assert!(Instant::now() < end, "{:?}", fs::read_to_string(&stat));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(fs::read_to_string(&workload.file).unwrap(), "ready");
+    // SAFETY: no memory involved; a child of this process.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    reap(pid);
+}
+
+#[test]
+fn a_plan_that_the_store_cannot_keep_is_refused() {
+    let scratch = scratch();
+    let mut store = PageStore::new(1 << 20);
+    let owner = PageOwner::Task(7);
+    let run = PageRun {
+        owner,
+        vaddr: 0x1000,
+        pages: 2,
+        flags: PageRun::PRESENT,
+    };
+    store.put(run, &[1; 2 * PAGE_BYTES]).unwrap();
+    let store = Arc::new(store);
+    let start = |range| {
+        let _ = fs::remove_file(scratch.path().join("lazy-pages.socket"));
+        LazyServer::bind(scratch.path()).unwrap().start(
+            Arc::clone(&store),
+            &[(owner, range)],
+            LazyOptions::default(),
+        )
+    };
+    let error = start(0x1000..0x4000).unwrap_err();
+    assert!(
+        matches!(error, LazyError::PageMissing { vaddr: 0x3000, .. }),
+        "{error}"
+    );
+    // Nobody connects, and nobody wants it any more: its threads end.
+    let serving = start(0x1000..0x3000).unwrap();
+    drop(serving);
+    let end = Instant::now() + LIMIT;
+    while Arc::strong_count(&store) > 2 {
+        assert!(Instant::now() < end, "{}", Arc::strong_count(&store));
+        std::thread::yield_now();
+    }
+}
+
+/// The time from the order to the run, either way; printed, not judged.
+#[tokio::test(flavor = "multi_thread")]
+async fn how_long_a_restore_takes() {
+    let Some(criu) = criu().await else { return };
+    for way in [Way::Eager, Way::Fresh] {
+        let scratch = scratch();
+        let mut workload = Workload::start(scratch.path(), "wait", 256, 1);
+        let dumped = dump(&criu, &workload, scratch.path(), way).await;
+        workload.gone();
+        fs::write(&workload.go, "").unwrap();
+        let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+        let started = Instant::now();
+        let serving = (way != Way::Eager).then(|| serve(&dumped, LazyOptions::default()));
+        let options = RestoreOptions {
+            lazy: serving.is_some(),
+            ..RestoreOptions::new(dumped.images.path())
+        };
+        let mut session = worker.restore(&options).await.unwrap();
+        held(&mut session).await;
+        let ready = started.elapsed();
+        let pid = release(&mut session).await;
+        println!(
+            "256 MiB {}: ready after {ready:?}, runs after {:?}",
+            if serving.is_some() { "lazy" } else { "eager" },
+            started.elapsed()
+        );
+        assert_eq!(workload.said(|text| text != "ready"), "ok");
+        if let Some(mut serving) = serving {
+            println!("{:?}", serving.wait(LIMIT).unwrap());
+        }
+        reap(pid);
     }
 }

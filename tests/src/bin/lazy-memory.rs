@@ -4,7 +4,8 @@
 //! waits until GO exists, does what MODE says, and writes `ok` or what is wrong
 //! to FILE. Modes: `check` reads everything three times, `threads` reads and
 //! writes with four threads, `churn` maps, moves, gives back and forks at
-//! random, `wait` ends at once. Every byte is checked.
+//! random, `family` has a child from before that has changed a part, `hang`
+//! reads on for good, `wait` ends at once. Every byte is checked.
 
 use std::path::Path;
 use std::time::Duration;
@@ -23,7 +24,13 @@ fn main() -> io::Result<()> {
     for _ in 0..number(mib)? {
         model.map(256, true)?;
     }
-    fs::write(file, "ready")?;
+    let child = match mode.as_str() {
+        "family" => Some(model.family()?),
+        _ => None,
+    };
+    if child != Some(0) {
+        fs::write(file, "ready")?;
+    }
     while !Path::new(go).exists() {
         thread::sleep(Duration::from_millis(1));
     }
@@ -31,6 +38,18 @@ fn main() -> io::Result<()> {
         "check" => (0..3).try_for_each(|_| model.check()),
         "threads" => model.threads(),
         "churn" => model.churn(4000),
+        "family" if child == Some(0) => {
+            std::process::exit(i32::from(model.check().is_err()));
+        }
+        "family" => {
+            model.children += 1;
+            model.check().and_then(|()| model.reap())
+        }
+        "hang" => loop {
+            if let Err(error) = model.check() {
+                break Err(error);
+            }
+        },
         "wait" => Ok(()),
         _ => Err("unknown mode".to_owned()),
     };
@@ -231,6 +250,27 @@ impl Model {
             }
         }
         self.check()?;
+        self.reap()
+    }
+
+    /// Forks a child; both go on with some pages of their own.
+    fn family(&mut self) -> io::Result<i32> {
+        // SAFETY: this process has one thread.
+        let child = unsafe { libc::fork() };
+        if child == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        let first = usize::from(child == 0);
+        for region in &mut self.regions {
+            for page in (first..region.pages.len()).step_by(7) {
+                region.pages[page] += 1 << 32;
+                fill(region.at + page * PAGE, region.pages[page]);
+            }
+        }
+        Ok(child)
+    }
+
+    fn reap(&self) -> Result<(), String> {
         for _ in 0..self.children {
             let mut status = 0;
             // SAFETY: room for a status.

@@ -1146,6 +1146,137 @@ mod tests {
         );
     }
 
+    fn mapping(start: u64, end: u64, flags: i32, status: u32) -> VmaEntry {
+        VmaEntry {
+            start,
+            end,
+            flags: flags.cast_unsigned(),
+            status,
+        }
+    }
+
+    /// Anonymous, private, and nothing special.
+    fn plain(start: u64, end: u64) -> VmaEntry {
+        mapping(start, end, 0x22, 1 << 9 | 1)
+    }
+
+    fn mm(images: &mut ImageDir, pid: u32, vmas: Vec<VmaEntry>) {
+        let mut data = COMMON_MAGIC.to_le_bytes().to_vec();
+        data.extend(MM_MAGIC.to_le_bytes());
+        record(&mut data, &MmEntry { vmas });
+        images
+            .image_piece(&ImagePiece {
+                name: &format!("mm-{pid}.img"),
+                last: true,
+                data: &data,
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn what_can_wait_leaves_a_hole() {
+        let (_parent, mut images) = directory();
+        images.lazy().unwrap();
+        let (task, shared) = (PageOwner::Task(7), PageOwner::Shared(7));
+        let lazy = |owner, vaddr, pages| PageRun {
+            flags: PageRun::PRESENT | LAZY,
+            ..run(owner, vaddr, pages)
+        };
+        assert!(images.leaves_out(&lazy(task, 0x1000, 2)));
+        assert!(!images.leaves_out(&run(task, 0x1000, 2)));
+        assert!(!images.leaves_out(&lazy(shared, 0x1000, 2)));
+        images.pages(lazy(task, 0x1000, 2), &filled(2, 1)).unwrap();
+        images.pages(run(task, 0x3000, 1), &filled(1, 2)).unwrap();
+        // Over the end of one mapping, a hole and the start of another.
+        images.gap(gap(task, 0x4000, 8)).unwrap();
+        images.pages(run(task, 0xc000, 1), &filled(1, 4)).unwrap();
+        images.gap(gap(shared, 0x4000, 1)).unwrap();
+        inventory(&mut images);
+        let missing = images.fill(&mut from_store);
+        assert!(
+            matches!(missing, Err(CriuError::ImageData { .. })),
+            "{missing:?}"
+        );
+        mm(
+            &mut images,
+            7,
+            vec![plain(0x1000, 0x6000), plain(0x8000, 0xb000)],
+        );
+        let mut asked = Vec::new();
+        images
+            .fill(
+                &mut |owner, vaddr, pages, out: &mut dyn io::Write| -> io::Result<()> {
+                    asked.push((owner, vaddr, pages));
+                    from_store(owner, vaddr, pages, out)
+                },
+            )
+            .unwrap();
+        assert_eq!(
+            asked,
+            [(task, 0x6000, 2), (task, 0xb000, 1), (shared, 0x4000, 1)]
+        );
+        let stats = images.finish().unwrap();
+        assert_eq!(
+            (stats.pages, stats.pages_in_gaps, stats.lazy_pages),
+            (4, 9, 7)
+        );
+        assert_eq!(
+            images.lazy_ranges(),
+            [
+                (task, 0x1000..0x3000),
+                (task, 0x4000..0x6000),
+                (task, 0x8000..0xb000)
+            ]
+        );
+        let (_, entries) = decode(&fs::read(images.path().join("pagemap-7.img")).unwrap());
+        let entries: Vec<_> = entries
+            .iter()
+            .map(|entry| (entry.vaddr, entry.nr_pages.unwrap(), entry.flags.unwrap()))
+            .collect();
+        assert_eq!(
+            entries,
+            [
+                (0x1000, 2, 6),
+                (0x3000, 1, 4),
+                (0x4000, 2, 6),
+                (0x6000, 2, 4),
+                (0x8000, 3, 6),
+                (0xb000, 2, 4)
+            ]
+        );
+        let bytes = [0, 0, 2, 0, 0, stored(0x6000), stored(0x7000), 0, 0, 0];
+        let bytes = [&bytes[..], &[stored(0xb000), 4]].concat();
+        let expected: Vec<u8> = bytes.into_iter().flat_map(|byte| filled(1, byte)).collect();
+        let pages = fs::read(images.path().join("pages-1.img")).unwrap();
+        assert!(pages == expected);
+    }
+
+    #[test]
+    fn only_plain_anonymous_memory_can_wait() {
+        let special = [
+            mapping(0, 1, 0x02, 1 << 6 | 1),
+            mapping(0, 1, 0x21, 1 << 8 | 1),
+            mapping(0, 1, 0x22 | 0x2000, 1 << 9 | 1),
+            mapping(0, 1, 0x22 | 0x40000, 1 << 9 | 1),
+            mapping(0, 1, 0x22, 1 << 9 | 1 << 3 | 1),
+            mapping(0, 1, 0x22, 1 << 9 | 1 << 1 | 1),
+            mapping(0, 1, 0x22, 1 << 9 | 1 << 12 | 1),
+            mapping(0, 1, 0x22, 1 << 9),
+        ];
+        for vma in special {
+            assert!(!vma.can_be_lazy(), "{vma:?}");
+        }
+        assert!(plain(0, 1).can_be_lazy());
+        // A heap.
+        assert!(mapping(0, 1, 0x22, 1 << 9 | 1 << 5 | 1).can_be_lazy());
+        let (_parent, mut images) = directory();
+        images
+            .pages(run(PageOwner::Task(7), 0x1000, 1), &filled(1, 1))
+            .unwrap();
+        assert!(images.lazy().is_err(), "too late");
+        assert!(images.lazy_ranges().is_empty());
+    }
+
     #[test]
     fn the_inventory_of_an_earlier_dump() {
         // From `images/inventory.proto`: img_version 0, dump_uptime 300.

@@ -176,10 +176,9 @@ impl LazyError {
     #[must_use]
     pub fn help(&self) -> Option<&'static str> {
         match self {
-            Self::Memory { .. } | Self::Slow { .. } | Self::Lost => Some(
-                "the copy waits where memory is missing and cannot go on; kill it. \
-                 Restore without --lazy where memory is short",
-            ),
+            Self::Memory { .. } | Self::Slow { .. } | Self::Lost => {
+                Some("the copy waits where memory is missing and cannot go on: it has to be killed")
+            }
             _ => None,
         }
     }

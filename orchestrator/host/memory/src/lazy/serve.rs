@@ -173,10 +173,31 @@ impl Shared {
     fn ring(&self) {
         sys::ring(self.bell.as_fd());
     }
+
+    fn fail(&self, error: LazyError) {
+        self.change(|state| {
+            state.failure.get_or_insert(error);
+            state.over = true;
+        });
+        self.ring();
+    }
+}
+
+/// Ends everything when its thread panics: what that had claimed is lost, and
+/// nobody would miss it.
+struct Alarm<'a>(&'a Shared);
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.fail(LazyError::Lost);
+        }
+    }
 }
 
 /// One thread that fills in the background.
 fn filler(shared: &Shared, index: usize) {
+    let _alarm = Alarm(shared);
     let mut seen = 0;
     let mut again = false;
     loop {
@@ -210,16 +231,13 @@ fn filler(shared: &Shared, index: usize) {
                         break;
                     }
                     Ok(Attempt::Gone) => {
+                        let mut uffd = space.uffd.write().unwrap_or_else(PoisonError::into_inner);
                         lock(&space.plan).take(0..u64::MAX);
-                        *space.uffd.write().unwrap_or_else(PoisonError::into_inner) = None;
+                        *uffd = None;
                         break;
                     }
                     Err(error) => {
-                        shared.change(|state| {
-                            state.failure.get_or_insert(error);
-                            state.over = true;
-                        });
-                        shared.ring();
+                        shared.fail(error);
                         return;
                     }
                 }
@@ -510,6 +528,15 @@ impl Server {
                 }
             }
         }
+        // Before anything can fail: whoever holds them must not close them.
+        for (uffd, plan) in forks {
+            self.report.forks += 1;
+            self.add(space.owner, uffd, plan)?;
+        }
+        if noted {
+            self.shared.change(|_| {});
+        }
+        let served = &mut self.spaces[index];
         // Before the tree runs, a neighbour may not be watched yet.
         let around = if self.finished.is_some() {
             AROUND_BYTES
@@ -551,15 +578,16 @@ impl Server {
             served.fd = -1;
             served.waiting.clear();
         }
-        drop(guard);
-        for (uffd, plan) in forks {
-            self.report.forks += 1;
-            self.add(space.owner, uffd, plan)?;
-        }
-        if noted {
-            self.shared.change(|_| {});
-        }
         Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // Closing them would turn what is missing into zeros.
+            std::mem::forget(std::mem::take(&mut self.spaces));
+        }
     }
 }
 

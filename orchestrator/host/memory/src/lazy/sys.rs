@@ -57,7 +57,7 @@ pub(super) enum Event {
 pub(super) enum Copied {
     /// Every page is there, or cannot be any more.
     All,
-    /// Up to this byte; the rest has to wait until the events are read.
+    /// Up to this byte; the rest has to be tried again, after events were read.
     Until(u64),
     /// The address space has ended.
     Gone,
@@ -145,7 +145,8 @@ pub(super) fn copy(uffd: BorrowedFd<'_>, to: u64, data: &[u8]) -> io::Result<Cop
             // pages.
             Some(libc::ENOENT) if len > PAGE => most = (len / 2 / PAGE * PAGE).max(PAGE),
             Some(libc::ENOENT) => at += PAGE,
-            Some(libc::EAGAIN | libc::EINTR) => return Ok(Copied::Until(at)),
+            // The cgroup may have room again before the time is up.
+            Some(libc::EAGAIN | libc::EINTR | libc::ENOMEM) => return Ok(Copied::Until(at)),
             Some(libc::ESRCH) => return Ok(Copied::Gone),
             _ => return Err(error),
         }
@@ -171,7 +172,7 @@ pub(super) fn zero(uffd: BorrowedFd<'_>, at: u64) -> io::Result<Copied> {
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
         Some(libc::EEXIST | libc::ENOENT) => Ok(Copied::All),
-        Some(libc::EAGAIN | libc::EINTR) => Ok(Copied::Until(0)),
+        Some(libc::EAGAIN | libc::EINTR | libc::ENOMEM) => Ok(Copied::Until(0)),
         Some(libc::ESRCH) => Ok(Copied::Gone),
         _ => Err(error),
     }
