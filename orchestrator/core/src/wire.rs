@@ -216,7 +216,8 @@ pub enum Message {
         /// For the log.
         reason: String,
     },
-    /// The destination gave up and has undone everything.
+    /// The destination gave up; it closes the connection when it has undone
+    /// everything.
     Failed(WireError),
     /// On a connection of its own: who owns this migration's tree? An answer
     /// other than `Owned` or `Running` binds the destination never to run it.

@@ -58,13 +58,15 @@ pub async fn serve(connection: Connection, cancel: Cancel) -> Result<Served, Err
             message: error.chain(),
             help: error.help(),
         });
+        // Told before the undoing, for the source's tree may stand still. Its
+        // end waits for the end of the connection, so that the same command
+        // succeeds at once.
+        let _ = side.sender.control(&failed).await;
         if !side.owned {
             for leftover in side.undo().await {
                 tracing::error!("{leftover}");
             }
         }
-        // Told after the undoing, so that the same command succeeds at once.
-        let _ = side.sender.control(&failed).await;
     }
     // A peer that is gone needs no farewell.
     let _ = side.sender.close().await;
