@@ -46,6 +46,11 @@
 //! [`ImageDir::fill`] put there what the destination has in store.
 //! [`Criu::self_check_shim`] proves beforehand that this works.
 //!
+//! Nor need it be in place before the copy runs: an [`ImageDir::lazy`] leaves
+//! out what can wait, and [`RestoreOptions::lazy`] makes CRIU leave the faults
+//! to whoever listens in the image directory. Such a directory is of no use to
+//! any other restore: what was left out would be zeros.
+//!
 //! Images hold the memory of a process, so they only ever stand on a tmpfs, and
 //! an [`ImageDir`] removes itself.
 

@@ -259,7 +259,7 @@ fn lacking(
 }
 
 /// A server at work. Dropping this does not stop it once CRIU has connected;
-/// before that, it ends.
+/// before that it ends, so drop it when the restore is given up.
 #[derive(Debug)]
 pub struct LazyServing {
     end: mpsc::Receiver<Result<LazyReport, LazyError>>,
