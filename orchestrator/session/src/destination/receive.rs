@@ -41,7 +41,11 @@ impl Memory {
 
     fn new(resident_bytes: u64, verify: bool) -> Self {
         Self {
-            store: PageStore::new(resident_bytes * Self::GROWTH_MAX + Self::SPARE_BYTES),
+            store: PageStore::new(
+                resident_bytes
+                    .saturating_mul(Self::GROWTH_MAX)
+                    .saturating_add(Self::SPARE_BYTES),
+            ),
             frozen: false,
             listed: verify.then(Vec::new),
         }
