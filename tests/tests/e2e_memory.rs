@@ -83,6 +83,8 @@ fn rounds_go_on_until_the_goal_or_the_limit() {
         &lab,
         &workload,
         &[
+            "--engine",
+            "uffd",
             "--goal",
             "101",
             "--max-iterations",
@@ -108,7 +110,14 @@ fn rounds_go_on_until_the_goal_or_the_limit() {
     let moved = move_with(
         &lab,
         &workload,
-        &["--goal", "0", "--downtime-limit", "3600000"],
+        &[
+            "--engine",
+            "uffd",
+            "--goal",
+            "0",
+            "--downtime-limit",
+            "3600000",
+        ],
     );
     assert_eq!(moved.expect_committed().rounds, 1, "{moved:?}");
     assert_eq!(rounds(&moved)[0]["stopped"], "converged", "{moved:?}");
