@@ -57,7 +57,6 @@ impl Migration {
         // after 3 s, for that has no idea of the round-trip time.
         if let Some(gate) = self.gate() {
             gate.close_ingress()?;
-            self.counted_before = gate.counters()?;
         }
         let now = Instant::now();
         self.moments.gate_closed = Some(now);
@@ -93,16 +92,8 @@ impl Migration {
                 stranger.ip
             )));
         }
-        self.announce_frozen().await?;
-        if let Some(link) = self.link.as_mut() {
-            link.sender
-                .control(&Message::Flows(sockets.flows.clone()))
-                .await
-                .map_err(|source| Error::Channel {
-                    peer: link.peer.clone(),
-                    source,
-                })?;
-        }
+        self.send(&Message::Frozen).await?;
+        self.send(&Message::Flows(sockets.flows.clone())).await?;
         if let Some(gate) = self.gate() {
             gate.add_flows(&sockets.flows)?;
         } else if !sockets.interfaces.is_empty() {

@@ -235,8 +235,7 @@ struct Migration {
     plan: Option<Plan>,
     moments: Moments,
     frozen_until: watch::Sender<Option<Instant>>,
-    /// What the gate had counted when it closed, and at the end.
-    counted_before: Counters,
+    /// What the gate has counted at the end; an open gate counts no resets.
     counted: Counters,
     /// Pages sent while the tree stood still, and in rounds before.
     pages: u64,
@@ -288,7 +287,6 @@ impl Migration {
             plan: None,
             moments: Moments::default(),
             frozen_until: watch::Sender::new(None),
-            counted_before: Counters::default(),
             counted: Counters::default(),
             pages: 0,
             round_pages: 0,
@@ -553,7 +551,7 @@ impl Migration {
             connections: facts.map_or(0, |facts| facts.flows.len() as u64),
             held_packets: self.counted.held_ingress_packets + self.running.held_packets,
             dropped_packets: crate::dropped_packets(&self.counted) + self.running.dropped_packets,
-            rst_sent: self.counted.rst_sent - self.counted_before.rst_sent + self.running.rst_sent,
+            rst_sent: self.counted.rst_sent + self.running.rst_sent,
             total_us: micros(self.begun.elapsed()),
         }
     }

@@ -7,7 +7,8 @@ use bytes::Bytes;
 use migrate_channel::ChannelError;
 use migrate_core::convergence::{Convergence, Decision, OnTimeout, Round, StopReason};
 use migrate_core::preflight::Finding;
-use migrate_core::wire::{Message, PageRun};
+use migrate_core::report::counted;
+use migrate_core::wire::PageRun;
 use migrate_criu::{Criu, Track};
 use migrate_memory::{Limits, Precopy, RoundError, RoundStats, TrackingState};
 
@@ -202,18 +203,10 @@ impl Migration {
                 .collect(),
         })
     }
-
-    /// Tells the destination that the rounds are over.
-    pub(super) async fn announce_frozen(&mut self) -> Result<(), Error> {
-        self.send(&Message::Frozen).await
-    }
 }
 
 fn summary(rounds: u32, reason: StopReason, last: &RoundStats) -> String {
-    let rounds = match rounds {
-        1 => "1 round".to_owned(),
-        rounds => format!("{rounds} rounds"),
-    };
+    let rounds = counted(usize::try_from(rounds).unwrap_or(usize::MAX), "round");
     format!(
         "{rounds}, {reason}; the last found {} of {} pages changed",
         last.pages_written, last.pages_scanned
