@@ -1,5 +1,6 @@
 //! The chores of this repository, one file per verb.
 
+mod bench;
 mod hosts;
 
 use std::process::ExitCode;
@@ -19,11 +20,14 @@ enum Verb {
     /// Test hosts: two machines and a client, made of namespaces on this one.
     #[command(subcommand)]
     Hosts(hosts::Verb),
+    /// Move workloads between test hosts and compare ways to do it.
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().verb {
         Verb::Hosts(verb) => hosts::run(verb),
+        Verb::Bench(arguments) => bench::run(arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

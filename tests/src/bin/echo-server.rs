@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use migrate_tests::echo_wire::{
@@ -26,6 +27,12 @@ const STACK_BYTES: usize = 128 * 1024;
 struct Arguments {
     /// Address and port to listen on, IPv4 or IPv6.
     listen: SocketAddr,
+    /// Hold this much memory besides.
+    #[arg(long, default_value_t = 0)]
+    resident_mib: usize,
+    /// Write to pages of it, spread over all of it, at this rate.
+    #[arg(long, default_value_t = 0, requires = "resident_mib")]
+    dirty_mb_per_s: u32,
 }
 
 #[derive(Debug, Default)]
@@ -51,6 +58,9 @@ impl Counters {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if arguments.resident_mib > 0 {
+        hold(arguments.resident_mib << 20, arguments.dirty_mb_per_s);
+    }
     match accept_forever(arguments.listen) {
         Ok(never) => match never {},
         Err(error) => {
@@ -61,6 +71,43 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Fills memory with what does not compress to nothing, and goes on writing to
+/// it on a thread of its own.
+fn hold(bytes: usize, dirty_mb_per_s: u32) {
+    const PAGE_BYTES: usize = 4096;
+    /// Short enough that the rate is even over a round.
+    const TURN: Duration = Duration::from_millis(5);
+    let mut state = 1_u64;
+    // The numbers of a linear congruential generator, after Knuth.
+    let mut next = move || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        state
+    };
+    let mut memory = vec![0_u64; bytes / size_of::<u64>()];
+    memory.iter_mut().for_each(|word| *word = next());
+    let page_words = PAGE_BYTES / size_of::<u64>();
+    let pages = u64::try_from(bytes / PAGE_BYTES).unwrap_or(1);
+    thread::spawn(move || {
+        let begun = Instant::now();
+        let mut written = 0_u64;
+        loop {
+            let due = begun.elapsed().as_micros() * u128::from(dirty_mb_per_s)
+                / u128::try_from(PAGE_BYTES).unwrap_or(1);
+            while u128::from(written) < due {
+                // The upper bits are the better ones.
+                let page = usize::try_from((next() >> 20) % pages).unwrap_or(0);
+                memory[page * page_words] = next();
+                written += 1;
+            }
+            // Keeps the memory and the compiler's eyes on it.
+            std::hint::black_box(&mut memory);
+            thread::sleep(TURN);
+        }
+    });
 }
 
 fn accept_forever(listen: SocketAddr) -> io::Result<std::convert::Infallible> {

@@ -1,0 +1,163 @@
+//! The benchmark: scenario by method on the test hosts, interleaved, strict
+//! clients throughout. `cargo xtask bench` builds and runs it.
+//!
+//! ```text
+//!   suite     which scenarios, which methods
+//!   scenario  what is moved, under which load
+//!   method    who moves it
+//!   record    what was measured, one JSON line a run
+//!   show      tables and plots
+//! ```
+
+mod method;
+mod record;
+mod scenario;
+mod show;
+mod suite;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Parser;
+use method::Method;
+use migrate_test_hosts::{Lab, LabGuard};
+use record::{Run, Store, micros, retransmissions};
+use scenario::Scenario;
+use suite::Suite;
+
+/// Right replies on every connection before the move, and after it.
+const SETTLED_REPLIES: u64 = 20;
+/// For them: a connection among many asks once a second, and stock CRIU with
+/// many connections stands still for minutes.
+const SETTLE_LIMIT: Duration = Duration::from_secs(180);
+
+/// Moves workloads between two test hosts and compares ways to do it.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
+struct Arguments {
+    /// What to measure; everything without it
+    #[arg(value_enum)]
+    suites: Vec<Suite>,
+    /// Fewer scenarios and three runs each: within ten minutes
+    #[arg(long)]
+    quick: bool,
+    /// Runs of each method in each scenario [default: 10, with --quick 3]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: Option<u32>,
+    /// Where results are kept; a run that is there is not made again
+    #[arg(long, default_value = "target/bench")]
+    results: PathBuf,
+    /// Forget earlier results
+    #[arg(long)]
+    fresh: bool,
+    /// Write tables and plots into this directory as well, for instance docs
+    #[arg(long)]
+    docs: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match bench(&Arguments::parse()) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(failed) => {
+            eprintln!("{failed} runs failed; the tables say which");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Makes the runs that are missing; how many of all failed.
+fn bench(arguments: &Arguments) -> anyhow::Result<usize> {
+    let suites = if arguments.suites.is_empty() {
+        Suite::ALL.to_vec()
+    } else {
+        arguments.suites.clone()
+    };
+    let runs = arguments
+        .runs
+        .unwrap_or(if arguments.quick { 3 } else { 10 });
+    let mut failed = 0;
+    let mut measured = Vec::new();
+    for suite in suites {
+        let path = arguments.results.join(format!("{}.jsonl", suite.name()));
+        if arguments.fresh && path.exists() {
+            std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
+        }
+        let mut store = Store::open(&path)?;
+        let plan = suite.plan(arguments.quick);
+        let made = store.made();
+        for (scenario, methods) in &plan {
+            // A B A B: what drifts on the machine meets all methods alike.
+            for number in 1..=runs {
+                for method in methods {
+                    let key = (scenario.name(), method.name(), number);
+                    if made.contains(&key) {
+                        continue;
+                    }
+                    let run = measure(suite, *scenario, *method, number);
+                    eprintln!("{}", show::line(&run));
+                    store.add(run)?;
+                }
+            }
+        }
+        failed += store
+            .runs
+            .iter()
+            .filter(|run| run.failure.is_some())
+            .count();
+        let table = show::table(suite, &plan, &store.runs);
+        println!("{table}");
+        measured.push((suite, plan, store.runs));
+    }
+    if let Some(docs) = &arguments.docs {
+        show::write_docs(docs, &measured)?;
+    }
+    Ok(failed)
+}
+
+/// One migration on hosts of its own.
+fn measure(suite: Suite, scenario: Scenario, method: Method, number: u32) -> Run {
+    let mut run = Run {
+        suite: suite.name().to_owned(),
+        scenario: scenario.name(),
+        method: method.name(),
+        number,
+        client_gap_us: 0,
+        client_lag_us: 0,
+        client_errors: 0,
+        took_us: 0,
+        retransmissions: 0,
+        report: None,
+        failure: None,
+    };
+    if let Err(error) = migrate(scenario, method, &mut run) {
+        run.failure = Some(format!("{error:#}"));
+    }
+    run
+}
+
+fn migrate(scenario: Scenario, method: Method, run: &mut Run) -> anyhow::Result<()> {
+    let lab: LabGuard = Lab::scoped(&format!("bench-{}", std::process::id()))?;
+    let pid = scenario.start(&lab)?;
+    let mut client = scenario.client(&lab)?;
+    client.await_progress(SETTLED_REPLIES, SETTLE_LIMIT)?;
+    let prepared = method.prepare(&lab)?;
+    let before = retransmissions(&lab)?;
+    let moved = method.perform(&lab, pid, prepared);
+    if let Ok((took, report)) = &moved {
+        run.took_us = micros(*took);
+        run.report.clone_from(report);
+        client.await_progress(SETTLED_REPLIES, SETTLE_LIMIT)?;
+    }
+    run.retransmissions = retransmissions(&lab)?.saturating_sub(before);
+    let verdict = client.stop()?;
+    run.heard(&verdict);
+    moved?;
+    anyhow::ensure!(verdict.is_clean(), "the client: {:?}", verdict.first_errors);
+    Ok(())
+}

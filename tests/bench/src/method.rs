@@ -1,0 +1,201 @@
+//! How it is moved: by this product in its variants, or by stock CRIU in the
+//! hands of an expert.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use std::{fs, io};
+
+use anyhow::{Context as _, bail, ensure};
+use migrate_core::Phase;
+use migrate_core::report::Report;
+use migrate_test_hosts::{Host, HostName, INTERFACE, Lab, PREFIX_BITS_V4, WORKLOAD_V4};
+use migrate_tests::migration;
+
+/// Where CRIU is when `scripts/setup` fetched it.
+const PRIVATE_CRIU: &str = "/opt/migrate/criu/bin/criu";
+
+/// Image directory of the stock way, on tmpfs of either host.
+const IMAGES: &str = "/run/stock";
+
+/// A way to move a tree from `host1` to `host2`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Method {
+    /// This product with these options.
+    Ours {
+        name: &'static str,
+        options: &'static [&'static str],
+    },
+    /// `criu dump`, a copy from tmpfs to tmpfs, `criu restore`, gratuitous ARP.
+    Stock { lock: &'static str },
+}
+
+impl Method {
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Ours { name, .. } => name.to_owned(),
+            Self::Stock { lock } => format!("stock, {lock}"),
+        }
+    }
+
+    /// What has to be done before, off the clock.
+    pub(crate) fn prepare(self, lab: &Lab) -> anyhow::Result<Prepared> {
+        match self {
+            Self::Ours { .. } => Ok(Prepared { announcer: None }),
+            Self::Stock { .. } => {
+                let (source, destination) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
+                for host in [&source, &destination] {
+                    fs::create_dir_all(host.path(IMAGES))?;
+                    // Leaves its findings about the kernel in /run, which the
+                    // runs that count then need not make again.
+                    run(host, &format!("{} check >/dev/null 2>&1", criu()))?;
+                }
+                Ok(Prepared {
+                    announcer: Some(Announcer::start(&destination)?),
+                })
+            }
+        }
+    }
+
+    /// Moves the tree; the report is this product's own.
+    pub(crate) fn perform(
+        self,
+        lab: &Lab,
+        pid: i32,
+        prepared: Prepared,
+    ) -> anyhow::Result<(Duration, Option<Report>)> {
+        let begun = Instant::now();
+        match self {
+            Self::Ours { options, .. } => {
+                let pid = pid.to_string();
+                // A comparison must not end at a bound made for production.
+                let arguments =
+                    [options, &["--max-blackout", "100", "--to", "host2", &pid]].concat();
+                let moved = migration::migrate(&lab.host(HostName::Host1), arguments)?;
+                let took = begun.elapsed();
+                match moved.report {
+                    Some(report) if report.outcome == Phase::Committed => Ok((took, Some(report))),
+                    _ => bail!(
+                        "migrate ended with {:?}: {}",
+                        moved.code,
+                        moved.stderr.trim()
+                    ),
+                }
+            }
+            Self::Stock { lock } => {
+                stock(lab, pid, lock, prepared)?;
+                Ok((begun.elapsed(), None))
+            }
+        }
+    }
+}
+
+/// What stands ready when the clock starts.
+pub(crate) struct Prepared {
+    announcer: Option<Announcer>,
+}
+
+pub(crate) fn criu() -> String {
+    std::env::var("MIGRATE_CRIU").unwrap_or_else(|_| {
+        if std::path::Path::new(PRIVATE_CRIU).exists() {
+            PRIVATE_CRIU.to_owned()
+        } else {
+            "criu".to_owned()
+        }
+    })
+}
+
+fn run(host: &Host, script: &str) -> anyhow::Result<()> {
+    let output = host.exec(["sh", "-c", script])?;
+    ensure!(
+        output.status.success(),
+        "`{script}` on {} ended with {}: {}{}",
+        host.name(),
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    Ok(())
+}
+
+fn stock(lab: &Lab, pid: i32, lock: &str, prepared: Prepared) -> anyhow::Result<()> {
+    let (source, destination) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
+    let (criu, address) = (criu(), format!("{WORKLOAD_V4}/{PREFIX_BITS_V4}"));
+    let common =
+        format!("-D {IMAGES} --tcp-established --network-lock {lock} --manage-cgroups=ignore -v0");
+    run(
+        &source,
+        &format!(
+            "{criu} dump -t {pid} {common} -o dump.log && ip addr del {address} dev {INTERFACE}"
+        ),
+    )
+    .context("the stock dump")?;
+    copy(&source, &destination).context("the copy of the images")?;
+    run(
+        &destination,
+        &format!(
+            "ip addr add {address} dev {INTERFACE} && {criu} restore {common} -o restore.log -d"
+        ),
+    )
+    .context("the stock restore")?;
+    if let Some(announcer) = prepared.announcer {
+        announcer.announce()?;
+    }
+    Ok(())
+}
+
+/// From tmpfs to tmpfs of one machine: the network costs the stock way nothing.
+fn copy(source: &Host, destination: &Host) -> anyhow::Result<()> {
+    for entry in fs::read_dir(source.path(IMAGES))? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            fs::copy(
+                entry.path(),
+                destination.path(IMAGES).join(entry.file_name()),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// A started interpreter that says once where the address is now.
+struct Announcer(Child);
+
+impl Announcer {
+    fn start(host: &Host) -> anyhow::Result<Self> {
+        let script = format!(
+            "import socket, sys\n\
+             s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)\n\
+             s.bind(('{INTERFACE}', 0))\n\
+             mac = bytes.fromhex(open('/sys/class/net/{INTERFACE}/address').read().strip().replace(':', ''))\n\
+             ip = socket.inet_aton('{WORKLOAD_V4}')\n\
+             arp = b'\\0\\1\\x08\\0\\6\\4\\0\\1' + mac + ip + b'\\0' * 6 + ip\n\
+             print('ready', flush=True)\n\
+             sys.stdin.readline()\n\
+             s.send(b'\\xff' * 6 + mac + b'\\x08\\x06' + arp)\n"
+        );
+        let mut command: Command = host.command("python3");
+        command.args(["-c", &script]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut ready = [0; 6];
+        let stdout = child.stdout.as_mut().context("the announcer's output")?;
+        io::Read::read_exact(stdout, &mut ready).context("the announcer did not start")?;
+        Ok(Self(child))
+    }
+
+    fn announce(mut self) -> anyhow::Result<()> {
+        // The end of its input is the word.
+        drop(self.0.stdin.take());
+        ensure!(self.0.wait()?.success(), "the announcement failed");
+        Ok(())
+    }
+}
+
+impl Drop for Announcer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

@@ -1,0 +1,307 @@
+//! Tables and plots.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Context as _;
+use plotters::prelude::*;
+
+use crate::method::Method;
+use crate::record::{Run, Spread};
+use crate::scenario::{Scenario, Server};
+use crate::suite::Suite;
+
+/// A suite with what was planned and what was measured.
+pub(crate) type Measured = (Suite, Vec<(Scenario, Vec<Method>)>, Vec<Run>);
+
+/// One run, as it ends.
+pub(crate) fn line(run: &Run) -> String {
+    let what = format!("{} / {} / {}", run.scenario, run.method, run.number);
+    match &run.failure {
+        Some(why) => format!("{what}: FAILED: {why}"),
+        None => format!(
+            "{what}: client gap {} ms, {} retransmissions",
+            millis(run.client_gap_us),
+            run.retransmissions
+        ),
+    }
+}
+
+fn millis(us: u64) -> String {
+    format!("{}.{}", us / 1000, us % 1000 / 100)
+}
+
+/// Milliseconds as a plot has them.
+fn plotted_ms(us: u64) -> f64 {
+    std::time::Duration::from_micros(us).as_secs_f64() * 1e3
+}
+
+fn spread(runs: &[&Run], value: impl Fn(&Run) -> Option<u64>) -> Option<Spread> {
+    Spread::of(runs.iter().filter_map(|run| value(run)))
+}
+
+/// The Markdown table of a suite.
+pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]) -> String {
+    let mut text = format!(
+        "### {}\n\n\
+         | scenario | method | runs | client gap median (p99, max), ms | ratio | blackout median, ms | frozen median, ms | sent median, MB | retransmissions median |\n\
+         |---|---|---|---|---|---|---|---|---|\n",
+        suite.title()
+    );
+    for (scenario, methods) in plan {
+        let mut first = None;
+        for method in methods {
+            let of_both: Vec<&Run> = runs
+                .iter()
+                .filter(|run| run.scenario == scenario.name() && run.method == method.name())
+                .collect();
+            let good: Vec<&Run> = of_both
+                .iter()
+                .copied()
+                .filter(|run| run.failure.is_none())
+                .collect();
+            let Some(gap) = spread(&good, |run| Some(run.client_gap_us)) else {
+                if !of_both.is_empty() {
+                    let _ = writeln!(
+                        text,
+                        "| {} | {} | {} | all failed | | | | | |",
+                        scenario.name(),
+                        method.name(),
+                        of_both.len()
+                    );
+                }
+                continue;
+            };
+            let base = *first.get_or_insert(gap.median.max(1));
+            let tenths = gap.median * 10 / base;
+            let mut count = good.len().to_string();
+            if good.len() < of_both.len() {
+                let _ = write!(count, " ({} failed)", of_both.len() - good.len());
+            }
+            let own =
+                |value: Option<Spread>| value.map_or_else(|| "-".into(), |s| millis(s.median));
+            let sent = spread(&good, |run| Some(run.report.as_ref()?.bytes));
+            let _ = writeln!(
+                text,
+                "| {} | {} | {count} | {} ({}, {}) | {}.{} | {} | {} | {} | {} |",
+                scenario.name(),
+                method.name(),
+                millis(gap.median),
+                millis(gap.p99),
+                millis(gap.max),
+                tenths / 10,
+                tenths % 10,
+                own(spread(&good, Run::blackout_us)),
+                own(spread(&good, |run| Some(run.report.as_ref()?.frozen_us))),
+                sent.map_or_else(|| "-".into(), |s| (s.median / 1_000_000).to_string()),
+                spread(&good, |run| Some(run.retransmissions)).map_or(0, |s| s.median),
+            );
+        }
+    }
+    text
+}
+
+/// Writes `benchmarks.md` and its plots.
+pub(crate) fn write_docs(directory: &Path, measured: &[Measured]) -> anyhow::Result<()> {
+    let plots = directory.join("benchmarks");
+    fs::create_dir_all(&plots).with_context(|| format!("make {}", plots.display()))?;
+    let mut text = format!(
+        "# Benchmarks\n\n\
+         Written by `{}`. Two hosts and a client are namespaces of one machine,\n\
+         joined by a bridge: {}.\n\n\
+         Every run has hosts of its own; methods take turns. The client holds every reply\n\
+         against its request; the *client gap* is the longest time from a request to its reply. *Ratio* is the median gap over that of the first method. Stock is\n\
+         `criu dump` and `criu restore` with everything done well: warm, images on tmpfs, copied\n\
+         from memory to memory, the new place announced at once. Figures of one machine that\n\
+         others use too: read the ratios.\n\n",
+        command_line(),
+        machine(),
+    );
+    for (suite, plan, runs) in measured {
+        text += &table(*suite, plan, runs);
+        text += "\n";
+        for (name, title, axis, series) in plots_of(*suite, runs, plan) {
+            let file = format!("{name}.svg");
+            plot(&plots.join(&file), title, axis, &series)
+                .with_context(|| format!("plot {file}"))?;
+            let _ = writeln!(text, "![{title}](benchmarks/{file})\n");
+        }
+        text += &phases(plan, runs);
+    }
+    let path = directory.join("benchmarks.md");
+    fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+}
+
+/// The blackout of the first method, split by phase.
+fn phases(plan: &[(Scenario, Vec<Method>)], runs: &[Run]) -> String {
+    let mut text = String::from(
+        "Where the blackout of the first method goes, medians in ms:\n\n\
+         | scenario | freeze | dump | transfer | restore | takeover |\n|---|---|---|---|---|---|\n",
+    );
+    for (scenario, methods) in plan {
+        let Some(method) = methods.first() else {
+            continue;
+        };
+        let reports: Vec<_> = runs
+            .iter()
+            .filter(|run| run.scenario == scenario.name() && run.method == method.name())
+            .filter_map(|run| run.report.as_ref())
+            .collect();
+        let median = |part: fn(&migrate_core::report::Blackout) -> u64| {
+            Spread::of(reports.iter().map(|report| part(&report.blackout)))
+                .map_or_else(|| "-".to_owned(), |s| millis(s.median))
+        };
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {} |",
+            scenario.name(),
+            median(|b| b.freeze_us),
+            median(|b| b.dump_us),
+            median(|b| b.transfer_us),
+            median(|b| b.restore_us),
+            median(|b| b.takeover_us),
+        );
+    }
+    text + "\n"
+}
+
+/// Points of one method: where on the axis, median gap in milliseconds.
+type Series = BTreeMap<String, Vec<(f64, f64)>>;
+
+fn plots_of(
+    suite: Suite,
+    runs: &[Run],
+    plan: &[(Scenario, Vec<Method>)],
+) -> Vec<(&'static str, &'static str, &'static str, Series)> {
+    let mut series = Series::new();
+    for (scenario, methods) in plan {
+        let at = match (suite, scenario.server) {
+            (
+                Suite::Memory,
+                Server::Ballast {
+                    resident_mib,
+                    dirty_mb_per_s: 10,
+                },
+            ) => f64::from(resident_mib),
+            (Suite::Gate, _) => f64::from(scenario.connections),
+            _ => continue,
+        };
+        for method in methods {
+            let of_both = runs
+                .iter()
+                .filter(|run| run.scenario == scenario.name() && run.method == method.name())
+                .filter(|run| run.failure.is_none());
+            if let Some(gap) = Spread::of(of_both.map(|run| run.client_gap_us)) {
+                let point = (at, plotted_ms(gap.median));
+                series.entry(method.name()).or_default().push(point);
+            }
+        }
+    }
+    match suite {
+        Suite::Memory => vec![(
+            "memory",
+            "Client gap against memory, 10 MB/s written",
+            "resident memory, MiB",
+            series,
+        )],
+        Suite::Gate => vec![(
+            "connections",
+            "Client gap against connections",
+            "connections",
+            series,
+        )],
+        Suite::Stores => Vec::new(),
+    }
+}
+
+/// Both axes are logarithmic: methods differ by factors.
+fn plot(path: &Path, title: &str, axis: &str, series: &Series) -> anyhow::Result<()> {
+    let points = || series.values().flatten();
+    let bounds = |value: fn(&(f64, f64)) -> f64| {
+        let low = points().map(value).fold(f64::INFINITY, f64::min);
+        let high = points().map(value).fold(0.0, f64::max);
+        low.max(0.1) / 2.0..high.max(1.0) * 2.0
+    };
+    if points().next().is_none() {
+        return Ok(());
+    }
+    let root = SVGBackend::new(path, (720, 440)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&root)
+        .caption(title, ("sans-serif", 18))
+        .margin(12)
+        .x_label_area_size(42)
+        .y_label_area_size(64)
+        .build_cartesian_2d(bounds(|p| p.0).log_scale(), bounds(|p| p.1).log_scale())?;
+    chart
+        .configure_mesh()
+        .x_desc(axis)
+        .y_desc("client gap, ms (median)")
+        .light_line_style(WHITE)
+        .draw()?;
+    for (index, (method, points)) in series.iter().enumerate() {
+        let colour = Palette99::pick(index).to_rgba();
+        chart
+            .draw_series(LineSeries::new(
+                points.iter().copied(),
+                colour.stroke_width(2),
+            ))?
+            .label(method)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+        chart.draw_series(
+            points
+                .iter()
+                .map(|point| Circle::new(*point, 3, colour.filled())),
+        )?;
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
+        .background_style(WHITE)
+        .border_style(BLACK)
+        .draw()?;
+    root.present()?;
+    Ok(())
+}
+
+fn command_line() -> String {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    format!("cargo xtask bench {}", arguments.join(" "))
+        .trim_end()
+        .to_owned()
+}
+
+fn machine() -> String {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map_or("an unnamed CPU", |(_, model)| model)
+        .to_owned();
+    let cores = cpu
+        .lines()
+        .filter(|line| line.starts_with("processor"))
+        .count();
+    let said = |program: &str, argument: &str| {
+        Command::new(program)
+            .arg(argument)
+            .output()
+            .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+            .unwrap_or_default()
+    };
+    let first = |text: String| text.lines().next().unwrap_or_default().to_owned();
+    format!(
+        "Linux {}, {model}, {cores} cores;\n{}, Redis {}, memcached {}",
+        said("uname", "-r"),
+        first(said(&crate::method::criu(), "--version")).replace("Version:", "CRIU"),
+        // "Redis server v=7.0.15 sha=...": the rest is about its build.
+        said("redis-server", "--version")
+            .split_whitespace()
+            .find_map(|word| word.strip_prefix("v="))
+            .unwrap_or_default(),
+        first(said("memcached", "--version")).replace("memcached ", ""),
+    )
+}
