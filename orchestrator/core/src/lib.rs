@@ -11,6 +11,7 @@ pub mod journal;
 pub mod phase;
 pub mod preflight;
 pub mod report;
+pub mod stream;
 pub mod wire;
 
 pub use flow::{Flow, Listener};

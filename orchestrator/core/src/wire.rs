@@ -13,12 +13,16 @@
 //!                    <------------------  Findings
 //!   Prepare          ------------------>  gate closed, address staged, CRIU warm
 //!                    <------------------  Prepared
+//!   Join             ~~~~~~~~~~~~~~~~~~>  further connections
+//!                    <~~~~~~~~~~~~~~~~~~  Joined
+//!   Streams          ------------------>  from here over all connections in turn
 //!   Pages ...        ------------------>  rounds, while the tree runs
 //!   Frozen           ------------------>
 //!   Pages ...        ------------------>  as CRIU writes them
 //!   Image ...        ------------------>
 //!   Flows            ------------------>
-//!   Dumped           ------------------>  restore, held before its first instruction
+//!   Dumped           ------------------>  restore, held before its first instruction;
+//!                                         the further connections end
 //!                    <------------------  Restored
 //!   Go               ------------------>  ===== the commit =====
 //!                    <------------------  Owned
@@ -176,6 +180,8 @@ pub enum Message {
         blackout_limit_ms: u64,
         /// `Dumped` will come with digests to compare with.
         verify: bool,
+        /// Connections that will carry pages, this one among them.
+        streams: u32,
     },
     /// Gate closed, address staged, CRIU warm.
     Prepared,
@@ -227,6 +233,18 @@ pub enum Message {
     },
     /// The answer to `Verdict`.
     VerdictIs(Stage),
+    /// First message of a further connection: it belongs to the migration whose
+    /// sides know this token, made from the keys of their first connection.
+    /// Each token opens one connection.
+    Join {
+        /// The token.
+        token: [u8; 32],
+    },
+    /// The answer to `Join`.
+    Joined,
+    /// All connections have joined; what follows comes over all of them
+    /// ([`crate::stream`]), up to `Dumped`.
+    Streams,
 }
 
 /// Introduction of a side.

@@ -26,8 +26,9 @@ use tokio_rustls::TlsAcceptor;
 use crate::{
     bootstrap::{self, Answer, LINE_BYTES_MAX, Offer},
     connect::TlsFiles,
-    connection::{Connection, Role, same_version, version},
+    connection::{Connection, Guest, same_version, version},
     error::ChannelError,
+    further::Registry,
     tls::{self, OneTimeIdentity},
 };
 
@@ -87,7 +88,7 @@ pub async fn serve_stdio(hello: Hello) -> Result<Connection, ChannelError> {
     };
     say(&answer)?;
     let name = door.name();
-    let connection = {
+    let mut connection = {
         let next = timeout(SOURCE_LIMIT, door.next(&hello));
         tokio::pin!(next);
         let came = tokio::select! {
@@ -107,6 +108,7 @@ pub async fn serve_stdio(hello: Hello) -> Result<Connection, ChannelError> {
         })?
     };
     let_go_of_ssh()?;
+    connection.further.keep(door, hello);
     Ok(connection)
 }
 
@@ -356,7 +358,9 @@ impl std::fmt::Debug for StandingAgent {
 pub(crate) struct Door {
     listener: TcpListener,
     config: Arc<ServerConfig>,
-    handshakes: JoinSet<Result<Connection, Refused>>,
+    handshakes: JoinSet<Result<Guest, Refused>>,
+    /// Further connections that migrations wait for.
+    registry: Arc<Registry>,
     pub(crate) local_addr: SocketAddr,
     pub(crate) strangers_expected: bool,
 }
@@ -384,6 +388,7 @@ impl Door {
             listener,
             config,
             handshakes: JoinSet::new(),
+            registry: Arc::default(),
             local_addr,
             strangers_expected: true,
         })
@@ -393,12 +398,28 @@ impl Door {
         self.local_addr
     }
 
+    /// Lets further connections in until the door is closed; nobody else is
+    /// waited for any longer.
+    pub(crate) async fn admit(&mut self, hello: &Hello) {
+        loop {
+            match self.next(hello).await {
+                Ok(source) => tracing::warn!(peer = %source.peer, "a second source, not wanted"),
+                Err(error @ ChannelError::Accept { .. }) => {
+                    tracing::error!(error = chain(&error), "no further connections");
+                    return;
+                }
+                Err(error) => tracing::warn!(error = chain(&error), "refused a connection"),
+            }
+        }
+    }
+
     /// The next peer that proves who it is and speaks this version.
     pub(crate) async fn next(&mut self, hello: &Hello) -> Result<Connection, ChannelError> {
         loop {
             tokio::select! {
                 Some(finished) = self.handshakes.join_next() => match finished {
-                    Ok(Ok(connection)) => return Ok(connection),
+                    Ok(Ok(Guest::Source(connection))) => return Ok(*connection),
+                    Ok(Ok(Guest::Lane)) => {}
                     Ok(Err(refused)) => {
                         if refused.known && !self.strangers_expected {
                             return Err(refused.error);
@@ -416,7 +437,8 @@ impl Door {
                         Ok((tcp, address)) => {
                             let config = Arc::clone(&self.config);
                             let hello = hello.clone();
-                            self.handshakes.spawn(greet(tcp, address, config, hello));
+                            let registry = Arc::clone(&self.registry);
+                            self.handshakes.spawn(greet(tcp, address, config, hello, registry));
                         }
                         // The peer was gone before it was accepted.
                         Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -436,7 +458,8 @@ async fn greet(
     address: SocketAddr,
     config: Arc<ServerConfig>,
     hello: Hello,
-) -> Result<Connection, Refused> {
+    registry: Arc<Registry>,
+) -> Result<Guest, Refused> {
     let ends_at = Instant::now() + HANDSHAKE_LIMIT;
     let peer = address.to_string();
     let stranger = |error| Refused {
@@ -456,7 +479,7 @@ async fn greet(
             }));
         }
     };
-    Connection::introduce(stream.into(), Role::Destination, hello, ends_at)
+    Connection::receive(stream.into(), hello, ends_at, &registry)
         .await
         .map_err(|error| Refused {
             address,

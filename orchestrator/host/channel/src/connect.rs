@@ -19,8 +19,9 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     bootstrap::{self, Answer, Offer},
-    connection::{Connection, Role, remaining, same_version, version},
+    connection::{Connection, Encrypted, remaining, same_version, version},
     error::{ChannelError, printable},
+    further::{self, Further},
     ssh::SshTarget,
     tls::{self, ONE_TIME_NAME, OneTimeIdentity},
 };
@@ -349,23 +350,35 @@ pub(crate) async fn shake_hands(
     hello: Hello,
     ends_at: Instant,
 ) -> Result<Connection, ChannelError> {
+    let stream = encrypt(tcp, name.clone(), Arc::clone(&config), ends_at).await?;
+    let tokens = further::tokens(&stream)?;
+    Connection::introduce(stream, hello, ends_at, |peer, address| {
+        Further::dial(peer, tokens, address, name, config)
+    })
+    .await
+}
+
+/// TLS as its client.
+pub(crate) async fn encrypt(
+    tcp: TcpStream,
+    name: ServerName<'static>,
+    config: Arc<ClientConfig>,
+    ends_at: Instant,
+) -> Result<Encrypted, ChannelError> {
     let peer = tcp
         .peer_addr()
         .map_or_else(|_| "the agent".to_owned(), |address| address.to_string());
     let waited = remaining(ends_at);
     tcp.set_nodelay(true)
         .map_err(|source| ChannelError::from_stream(&peer, source))?;
-    let stream = match timeout(waited, TlsConnector::from(config).connect(name, tcp)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(source)) => return Err(ChannelError::Handshake { peer, source }),
-        Err(_) => {
-            return Err(ChannelError::Deadline {
-                awaited: format!("the TLS handshake with {peer}"),
-                waited,
-            });
-        }
-    };
-    Connection::introduce(stream.into(), Role::Source, hello, ends_at).await
+    match timeout(waited, TlsConnector::from(config).connect(name, tcp)).await {
+        Ok(Ok(stream)) => Ok(stream.into()),
+        Ok(Err(source)) => Err(ChannelError::Handshake { peer, source }),
+        Err(_) => Err(ChannelError::Deadline {
+            awaited: format!("the TLS handshake with {peer}"),
+            waited,
+        }),
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! A connection after TLS and before the first message of a migration.
 
-use std::{fmt, net::SocketAddr, time::Duration};
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use migrate_core::wire::{Hello, ImagePiece, Message, PageRun};
 use tokio::{
@@ -13,8 +13,13 @@ use tokio_rustls::TlsStream;
 use crate::{
     error::{ChannelError, PeerVersion, printable},
     frame::{Frame, FrameReader, FrameWriter},
+    further::{Further, Lane, Registry, Token, tokens},
+    lanes::{StreamOptions, StreamStats},
     ssh::SshSession,
 };
+
+/// A connection with TLS on it.
+pub(crate) type Encrypted = TlsStream<TcpStream>;
 
 /// Longest host name that is repeated to the user (`HOST_NAME_MAX` of Linux).
 const HOSTNAME_CHARS_MAX: usize = 64;
@@ -54,6 +59,8 @@ pub struct Connection {
     /// dropped. The agent does not need it any longer, but its standard error
     /// comes through it.
     pub ssh: Option<SshSession>,
+    /// The way to further connections, for pages.
+    pub further: Further,
 }
 
 /// The sending half.
@@ -63,7 +70,7 @@ pub struct Connection {
 /// half a frame behind; every later call then fails with
 /// [`ChannelError::HalfWritten`], and what is left is [`Sender::close`], which
 /// tells the peer as much as a message would.
-pub struct Sender(FrameWriter<WriteHalf<TlsStream<TcpStream>>>);
+pub struct Sender(FrameWriter<WriteHalf<Encrypted>>);
 
 impl Sender {
     /// Sends a message at once, with everything gathered before it.
@@ -114,6 +121,42 @@ impl Sender {
         self.0.flush().await
     }
 
+    /// From here on frames go over this connection and `further` in turn. The
+    /// peer has to be told before, by a message.
+    ///
+    /// # Errors
+    ///
+    /// Stalled or disconnected.
+    pub async fn stripe(
+        &mut self,
+        further: Vec<Lane>,
+        options: StreamOptions,
+    ) -> Result<(), ChannelError> {
+        let further = further.into_iter().map(|lane| lane.write).collect();
+        self.0.stripe(further, options).await
+    }
+
+    /// Ends the page stream: what follows comes over this connection alone.
+    /// The last message said so.
+    ///
+    /// # Errors
+    ///
+    /// Stalled or disconnected.
+    pub async fn unstripe(&mut self) -> Result<(), ChannelError> {
+        self.0.unstripe().await
+    }
+
+    /// Holds the page stream to so many bytes a second, or no longer.
+    pub fn set_limit(&mut self, bytes_per_s: Option<u64>) {
+        self.0.set_limit(bytes_per_s);
+    }
+
+    /// What the page stream has done since it began.
+    #[must_use]
+    pub fn stream_stats(&self) -> StreamStats {
+        self.0.stream_stats()
+    }
+
     /// Sends what was held back and ends this direction, so that the peer
     /// sees a regular end.
     ///
@@ -145,7 +188,7 @@ impl fmt::Debug for Sender {
 }
 
 /// The receiving half. Calls may be cancelled: nothing is lost.
-pub struct Receiver(FrameReader<ReadHalf<TlsStream<TcpStream>>>);
+pub struct Receiver(FrameReader<ReadHalf<Encrypted>>);
 
 impl Receiver {
     /// Waits for the next frame.
@@ -166,6 +209,26 @@ impl Receiver {
         self.0.control(deadline).await
     }
 
+    /// From here on frames come over this connection and `further` in turn.
+    ///
+    /// # Errors
+    ///
+    /// The peer has not waited for it.
+    pub fn stripe(&mut self, further: Vec<Lane>) -> Result<(), ChannelError> {
+        let further = further.into_iter().map(|lane| lane.read).collect();
+        self.0.stripe(further)
+    }
+
+    /// The last message was that of the page stream; what follows comes over
+    /// this connection alone.
+    ///
+    /// # Errors
+    ///
+    /// Anything but the end came, not within `deadline`, or disconnected.
+    pub async fn unstripe(&mut self, deadline: Duration) -> Result<(), ChannelError> {
+        self.0.unstripe(deadline).await
+    }
+
     /// Bytes received so far, frame headers included, TLS's own not.
     #[must_use]
     pub fn received_bytes(&self) -> u64 {
@@ -181,36 +244,48 @@ impl fmt::Debug for Receiver {
     }
 }
 
-/// Which side speaks first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Role {
-    Source,
-    Destination,
+/// A peer that has passed TLS, by its first message.
+pub(crate) enum Guest {
+    /// A source.
+    Source(Box<Connection>),
+    /// One more connection of a migration; whoever waits for it has it.
+    Lane,
+}
+
+type Reader = FrameReader<ReadHalf<Encrypted>>;
+type Writer = FrameWriter<WriteHalf<Encrypted>>;
+
+/// Both ends of a connection, and the peer's name for messages.
+fn ends(
+    stream: Encrypted,
+) -> Result<(Reader, Writer, SocketAddr, SocketAddr, String), ChannelError> {
+    let (tcp, _) = stream.get_ref();
+    let addresses = tcp.local_addr().and_then(|l| Ok((l, tcp.peer_addr()?)));
+    let (local_addr, peer_addr) = addresses.map_err(|source| ChannelError::Local {
+        attempt: "read the addresses of a connection",
+        source,
+    })?;
+    let name = peer_addr.to_string();
+    let (read, write) = split(stream);
+    Ok((
+        FrameReader::new(read, name.clone()),
+        FrameWriter::new(write, name.clone()),
+        local_addr,
+        peer_addr,
+        name,
+    ))
 }
 
 impl Connection {
-    /// Introduces both sides to each other.
-    ///
-    /// The destination answers before it judges, so that both sides can name
-    /// both versions. A destination that has no migration of its own to name
-    /// takes the source's identifier.
+    /// Introduces the source to the destination.
     pub(crate) async fn introduce(
-        stream: TlsStream<TcpStream>,
-        role: Role,
+        stream: Encrypted,
         hello: Hello,
         ends_at: Instant,
+        further: impl FnOnce(String, SocketAddr) -> Further,
     ) -> Result<Self, ChannelError> {
-        let (tcp, _) = stream.get_ref();
-        let addresses = tcp.local_addr().and_then(|l| Ok((l, tcp.peer_addr()?)));
-        let (local_addr, peer_addr) = addresses.map_err(|source| ChannelError::Local {
-            attempt: "read the addresses of a connection",
-            source,
-        })?;
-        let name = peer_addr.to_string();
-        let (read, write) = split(stream);
-        let mut reader = FrameReader::new(read, name.clone());
-        let mut writer = FrameWriter::new(write, name.clone());
-        let theirs = introduce(&mut reader, &mut writer, &name, role, hello, ends_at).await?;
+        let (mut reader, mut writer, local_addr, peer_addr, name) = ends(stream)?;
+        let theirs = introduce(&mut reader, &mut writer, &name, hello, ends_at).await?;
         Ok(Self {
             sender: Sender(writer),
             receiver: Receiver(reader),
@@ -222,58 +297,116 @@ impl Connection {
             local_addr,
             peer_addr,
             ssh: None,
+            further: further(name, peer_addr),
         })
+    }
+
+    /// Receives a peer on the destination.
+    pub(crate) async fn receive(
+        stream: Encrypted,
+        hello: Hello,
+        ends_at: Instant,
+        registry: &Arc<Registry>,
+    ) -> Result<Guest, ChannelError> {
+        let tokens = tokens(&stream)?;
+        let (mut reader, mut writer, local_addr, peer_addr, name) = ends(stream)?;
+        let theirs = match receive_first(&mut reader, &name, ends_at).await? {
+            First::Hello(theirs) => theirs,
+            First::Join(token) => {
+                registry.admit(&token, reader, writer, &name).await?;
+                return Ok(Guest::Lane);
+            }
+        };
+        let theirs = answer(&mut writer, &name, hello, theirs).await?;
+        Ok(Guest::Source(Box::new(Self {
+            sender: Sender(writer),
+            receiver: Receiver(reader),
+            peer: Peer {
+                hostname: printable(&theirs.hostname, HOSTNAME_CHARS_MAX),
+                address: peer_addr,
+            },
+            hello: theirs,
+            local_addr,
+            peer_addr,
+            ssh: None,
+            further: Further::wait(name, tokens, Arc::clone(registry)),
+        })))
     }
 }
 
+/// The source speaks first.
 pub(crate) async fn introduce<R, W>(
     reader: &mut FrameReader<R>,
     writer: &mut FrameWriter<W>,
     peer: &str,
-    role: Role,
-    mut hello: Hello,
+    hello: Hello,
     ends_at: Instant,
 ) -> Result<Hello, ChannelError>
 where
-    R: tokio::io::AsyncRead + Unpin,
-    W: tokio::io::AsyncWrite + Unpin,
+    R: tokio::io::AsyncRead + Unpin + Send + 'static,
+    W: tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
     let ours = version(&hello);
-    let theirs = match role {
-        Role::Source => {
-            writer.control(&Message::Hello(hello)).await?;
-            receive_hello(reader, peer, ends_at).await?
+    writer.control(&Message::Hello(hello)).await?;
+    match receive_first(reader, peer, ends_at).await? {
+        First::Hello(theirs) => {
+            same_version(peer, ours, version(&theirs))?;
+            Ok(theirs)
         }
-        Role::Destination => {
-            let theirs = receive_hello(reader, peer, ends_at).await?;
-            if hello.migration_id.is_empty() {
-                hello.migration_id.clone_from(&theirs.migration_id);
-            }
-            writer.control(&Message::Hello(hello)).await?;
-            theirs
-        }
-    };
+        First::Join(_) => Err(not_introduced(peer)),
+    }
+}
+
+/// The destination answers before it judges, so that both sides can name both
+/// versions. A destination that has no migration of its own to name takes the
+/// source's identifier.
+pub(crate) async fn answer<W>(
+    writer: &mut FrameWriter<W>,
+    peer: &str,
+    mut hello: Hello,
+    theirs: Hello,
+) -> Result<Hello, ChannelError>
+where
+    W: tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let ours = version(&hello);
+    if hello.migration_id.is_empty() {
+        hello.migration_id.clone_from(&theirs.migration_id);
+    }
+    writer.control(&Message::Hello(hello)).await?;
     same_version(peer, ours, version(&theirs))?;
     Ok(theirs)
 }
 
-async fn receive_hello<R: tokio::io::AsyncRead + Unpin>(
+/// A peer's first message.
+#[derive(Debug)]
+pub(crate) enum First {
+    Hello(Hello),
+    Join(Token),
+}
+
+pub(crate) async fn receive_first<R: tokio::io::AsyncRead + Unpin + Send + 'static>(
     reader: &mut FrameReader<R>,
     peer: &str,
     ends_at: Instant,
-) -> Result<Hello, ChannelError> {
+) -> Result<First, ChannelError> {
     match reader.control(remaining(ends_at)).await {
-        Ok(Message::Hello(theirs)) => Ok(theirs),
-        Ok(_) => Err(ChannelError::Unexpected {
-            peer: peer.to_owned(),
-            got: "another message",
-            wanted: "its introduction",
-        }),
+        Ok(Message::Hello(theirs)) => Ok(First::Hello(theirs)),
+        Ok(Message::Join { token }) => Ok(First::Join(token)),
+        Ok(_) => Err(not_introduced(peer)),
         Err(ChannelError::Deadline { waited, .. }) => Err(ChannelError::Deadline {
             awaited: format!("{peer} to introduce itself"),
             waited,
         }),
         Err(error) => Err(error),
+    }
+}
+
+fn not_introduced(peer: &str) -> ChannelError {
+    ChannelError::Unexpected {
+        peer: peer.to_owned(),
+        got: "another message",
+        wanted: "its introduction",
     }
 }
 

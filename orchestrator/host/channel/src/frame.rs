@@ -13,7 +13,10 @@ use tokio::{
 };
 use zeroize::Zeroize as _;
 
-use crate::error::ChannelError;
+use crate::{
+    error::ChannelError,
+    lanes::{Inbound, Outbound, StreamOptions, StreamStats},
+};
 
 /// How long a peer may take nothing before it counts as dead: long enough for
 /// a handful of TCP retransmissions, short enough to roll back before the
@@ -66,9 +69,17 @@ impl Frame {
     }
 }
 
+/// Where frames go.
+enum Out<W> {
+    One(W),
+    Lanes(Outbound<W>),
+    /// In between, and after a change that failed.
+    Nowhere,
+}
+
 /// The sending half, over any stream.
 pub(crate) struct FrameWriter<W> {
-    stream: W,
+    out: Out<W>,
     peer: String,
     gathered: Vec<u8>,
     sent_bytes: u64,
@@ -78,10 +89,10 @@ pub(crate) struct FrameWriter<W> {
     half_written: bool,
 }
 
-impl<W: AsyncWrite + Unpin> FrameWriter<W> {
+impl<W: AsyncWrite + Unpin + Send + 'static> FrameWriter<W> {
     pub(crate) fn new(stream: W, peer: String) -> Self {
         Self {
-            stream,
+            out: Out::One(stream),
             peer,
             gathered: Vec::with_capacity(2 * GATHER_BYTES),
             sent_bytes: 0,
@@ -95,7 +106,67 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     }
 
     pub(crate) fn sent_bytes(&self) -> u64 {
-        self.sent_bytes
+        match &self.out {
+            Out::Lanes(lanes) => self.sent_bytes + lanes.sent_bytes(),
+            Out::One(_) | Out::Nowhere => self.sent_bytes,
+        }
+    }
+
+    /// The stream alone; nothing may be gathered.
+    pub(crate) fn into_stream(mut self) -> Option<W> {
+        match std::mem::replace(&mut self.out, Out::Nowhere) {
+            Out::One(stream) if self.gathered.is_empty() => Some(stream),
+            _ => None,
+        }
+    }
+
+    /// From here on frames go over this connection and `further` in turn.
+    pub(crate) async fn stripe(
+        &mut self,
+        further: Vec<W>,
+        options: StreamOptions,
+    ) -> Result<(), ChannelError> {
+        self.flush().await?;
+        self.begin()?;
+        let Out::One(first) = std::mem::replace(&mut self.out, Out::Nowhere) else {
+            return Err(self.half_written());
+        };
+        let streams = std::iter::once(first).chain(further).collect();
+        self.out = Out::Lanes(Outbound::new(
+            streams,
+            &self.peer,
+            self.stall_limit,
+            options,
+        ));
+        self.end()
+    }
+
+    /// The last frame over several connections has been sent.
+    pub(crate) async fn unstripe(&mut self) -> Result<(), ChannelError> {
+        self.begin()?;
+        match std::mem::replace(&mut self.out, Out::Nowhere) {
+            Out::Lanes(lanes) => {
+                let (first, sent_bytes) = lanes.end().await?;
+                self.out = Out::One(first);
+                self.sent_bytes += sent_bytes;
+                self.end()
+            }
+            _ => Err(self.half_written()),
+        }
+    }
+
+    /// Holds the page stream to a rate, or no longer.
+    pub(crate) fn set_limit(&mut self, bytes_per_s: Option<u64>) {
+        if let Out::Lanes(lanes) = &mut self.out {
+            lanes.set_limit(bytes_per_s);
+        }
+    }
+
+    pub(crate) fn stream_stats(&self) -> StreamStats {
+        match &self.out {
+            Out::Lanes(lanes) => lanes.stats(),
+            Out::One(_) | Out::Nowhere => StreamStats::default(),
+        }
     }
 
     pub(crate) async fn control(&mut self, message: &Message) -> Result<(), ChannelError> {
@@ -111,6 +182,10 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
             }));
         }
         self.frame(FrameKind::Control, &[], &body).await?;
+        if matches!(self.out, Out::Lanes(_)) {
+            // On its way at once; nobody has to wait until it is.
+            return self.send_gathered().await;
+        }
         self.flush().await
     }
 
@@ -162,22 +237,36 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     }
 
     pub(crate) async fn flush(&mut self) -> Result<(), ChannelError> {
+        self.send_gathered().await?;
         self.begin()?;
-        self.write_gathered().await?;
-        match timeout(self.stall_limit, self.stream.flush()).await {
-            Ok(Ok(())) => self.end(),
-            Ok(Err(source)) => Err(ChannelError::from_stream(&self.peer, source)),
-            Err(_) => Err(self.stalled()),
+        match &mut self.out {
+            Out::One(stream) => match timeout(self.stall_limit, stream.flush()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(source)) => return Err(ChannelError::from_stream(&self.peer, source)),
+                Err(_) => return Err(self.stalled()),
+            },
+            Out::Lanes(lanes) => lanes.flush().await?,
+            Out::Nowhere => return Err(self.half_written()),
         }
+        self.end()
     }
 
     /// Says goodbye: the peer then knows that nothing was cut off. Where a
-    /// frame was, the peer hears of the end in the middle of it.
+    /// frame was, or pages are still under way over several connections, the
+    /// peer hears of the end in the middle of it.
     pub(crate) async fn close(&mut self) -> Result<(), ChannelError> {
-        if !self.half_written {
+        if !self.half_written && matches!(self.out, Out::One(_)) {
             self.flush().await?;
         }
-        match timeout(self.stall_limit, self.stream.shutdown()).await {
+        let stream = match &mut self.out {
+            Out::One(stream) => stream,
+            Out::Lanes(lanes) => {
+                lanes.close().await;
+                return Ok(());
+            }
+            Out::Nowhere => return Err(self.half_written()),
+        };
+        match timeout(self.stall_limit, stream.shutdown()).await {
             Ok(Ok(())) => Ok(()),
             // The peer was faster.
             Ok(Err(error)) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
@@ -195,32 +284,37 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         let header = encode_header(kind, head.len() + data.len())
             .map_err(|source| self.bad_frame(source))?;
         self.begin()?;
+        let stream = match &mut self.out {
+            Out::One(stream) => stream,
+            Out::Lanes(lanes) => {
+                for part in [&header, head, data] {
+                    lanes.push(part).await?;
+                }
+                return self.end();
+            }
+            Out::Nowhere => return Err(self.half_written()),
+        };
         self.gathered.extend_from_slice(&header);
         self.gathered.extend_from_slice(head);
-        if data.len() <= GATHER_BYTES {
-            self.gathered.extend_from_slice(data);
-            if self.gathered.len() >= GATHER_BYTES {
-                self.write_gathered().await?;
-            }
+        let (together, apart) = if data.len() <= GATHER_BYTES {
+            (data, &[][..])
         } else {
-            self.write_gathered().await?;
-            Self::write(
-                &mut self.stream,
-                data,
-                self.stall_limit,
-                &mut self.sent_bytes,
-                &self.peer,
-            )
-            .await?;
+            (&[][..], data)
+        };
+        self.gathered.extend_from_slice(together);
+        if !apart.is_empty() || self.gathered.len() >= GATHER_BYTES {
+            for bytes in [&self.gathered[..], apart] {
+                let limit = self.stall_limit;
+                write(stream, bytes, limit, &mut self.sent_bytes, &self.peer).await?;
+            }
+            self.gathered.clear();
         }
         self.end()
     }
 
     fn begin(&mut self) -> Result<(), ChannelError> {
         if self.half_written {
-            return Err(ChannelError::HalfWritten {
-                peer: self.peer.clone(),
-            });
+            return Err(self.half_written());
         }
         self.half_written = true;
         Ok(())
@@ -235,34 +329,25 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         Ok(())
     }
 
-    async fn write_gathered(&mut self) -> Result<(), ChannelError> {
-        Self::write(
-            &mut self.stream,
-            &self.gathered,
-            self.stall_limit,
-            &mut self.sent_bytes,
-            &self.peer,
-        )
-        .await?;
-        self.gathered.clear();
-        Ok(())
+    async fn send_gathered(&mut self) -> Result<(), ChannelError> {
+        self.begin()?;
+        match &mut self.out {
+            Out::One(stream) => {
+                let limit = self.stall_limit;
+                let gathered = &self.gathered;
+                write(stream, gathered, limit, &mut self.sent_bytes, &self.peer).await?;
+                self.gathered.clear();
+            }
+            Out::Lanes(lanes) => lanes.emit().await?,
+            Out::Nowhere => return Err(self.half_written()),
+        }
+        self.end()
     }
 
-    async fn write(
-        stream: &mut W,
-        bytes: &[u8],
-        stall_limit: Duration,
-        sent_bytes: &mut u64,
-        peer: &str,
-    ) -> Result<(), ChannelError> {
-        for piece in bytes.chunks(PROGRESS_BYTES) {
-            match timeout(stall_limit, stream.write_all(piece)).await {
-                Ok(Ok(())) => *sent_bytes += piece.len() as u64,
-                Ok(Err(source)) => return Err(ChannelError::from_stream(peer, source)),
-                Err(_) => return Err(stalled(peer, stall_limit)),
-            }
+    fn half_written(&self) -> ChannelError {
+        ChannelError::HalfWritten {
+            peer: self.peer.clone(),
         }
-        Ok(())
     }
 
     fn stalled(&self) -> ChannelError {
@@ -276,6 +361,23 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
             source,
         }
     }
+}
+
+async fn write<W: AsyncWrite + Unpin>(
+    stream: &mut W,
+    bytes: &[u8],
+    stall_limit: Duration,
+    sent_bytes: &mut u64,
+    peer: &str,
+) -> Result<(), ChannelError> {
+    for piece in bytes.chunks(PROGRESS_BYTES) {
+        match timeout(stall_limit, stream.write_all(piece)).await {
+            Ok(Ok(())) => *sent_bytes += piece.len() as u64,
+            Ok(Err(source)) => return Err(ChannelError::from_stream(peer, source)),
+            Err(_) => return Err(stalled(peer, stall_limit)),
+        }
+    }
+    Ok(())
 }
 
 fn stalled(peer: &str, waited: Duration) -> ChannelError {
@@ -292,9 +394,17 @@ impl<W> Drop for FrameWriter<W> {
     }
 }
 
+/// Where frames come from.
+enum In<R> {
+    One(R),
+    Lanes(Inbound<R>),
+    /// In between, and after a change that failed.
+    Nowhere,
+}
+
 /// The receiving half, over any stream. A call that is cancelled loses nothing.
 pub(crate) struct FrameReader<R> {
-    stream: R,
+    stream: In<R>,
     peer: String,
     /// Bytes that have come and are not yet part of a frame. Its memory is
     /// used again as soon as the frames cut from it are dropped.
@@ -302,10 +412,10 @@ pub(crate) struct FrameReader<R> {
     received_bytes: u64,
 }
 
-impl<R: AsyncRead + Unpin> FrameReader<R> {
+impl<R: AsyncRead + Unpin + Send + 'static> FrameReader<R> {
     pub(crate) fn new(stream: R, peer: String) -> Self {
         Self {
-            stream,
+            stream: In::One(stream),
             peer,
             buffer: BytesMut::with_capacity(GATHER_BYTES),
             received_bytes: 0,
@@ -314,6 +424,53 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
 
     pub(crate) fn received_bytes(&self) -> u64 {
         self.received_bytes
+    }
+
+    /// The stream alone; nothing may have come beyond the last frame.
+    pub(crate) fn into_stream(self) -> Option<R> {
+        match self.stream {
+            In::One(stream) if self.buffer.is_empty() => Some(stream),
+            _ => None,
+        }
+    }
+
+    /// From here on frames come over this connection and `further` in turn.
+    pub(crate) fn stripe(&mut self, further: Vec<R>) -> Result<(), ChannelError> {
+        match std::mem::replace(&mut self.stream, In::Nowhere) {
+            In::One(first) => {
+                // What has come already is the beginning of a batch.
+                let come = self.buffer.split();
+                self.stream = In::Lanes(Inbound::new(first, come, further, &self.peer));
+                Ok(())
+            }
+            _ => Err(self.more_than("the page stream")),
+        }
+    }
+
+    /// The last frame over several connections has come.
+    pub(crate) async fn unstripe(&mut self, deadline: Duration) -> Result<(), ChannelError> {
+        match std::mem::replace(&mut self.stream, In::Nowhere) {
+            In::Lanes(lanes) if self.buffer.is_empty() => {
+                let first =
+                    timeout(deadline, lanes.end())
+                        .await
+                        .map_err(|_| ChannelError::Deadline {
+                            awaited: format!("{} to end the page stream", self.peer),
+                            waited: deadline,
+                        })?;
+                self.stream = In::One(first?);
+                Ok(())
+            }
+            _ => Err(self.more_than("the end of the page stream")),
+        }
+    }
+
+    fn more_than(&self, wanted: &'static str) -> ChannelError {
+        ChannelError::Unexpected {
+            peer: self.peer.clone(),
+            got: "more than that",
+            wanted,
+        }
     }
 
     pub(crate) async fn next(&mut self, deadline: Duration) -> Result<Frame, ChannelError> {
@@ -379,11 +536,22 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         while self.buffer.len() < wanted {
             let missing = wanted - self.buffer.len();
             self.buffer.reserve(missing.max(GATHER_BYTES / 4));
-            let got = match self.stream.read_buf(&mut self.buffer).await {
-                Ok(got) => got,
-                // TCP ended without the goodbye of TLS: a process that died.
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
-                Err(source) => return Err(ChannelError::from_stream(&self.peer, source)),
+            let got = match &mut self.stream {
+                In::One(stream) => match stream.read_buf(&mut self.buffer).await {
+                    Ok(got) => got,
+                    // TCP ended without the goodbye of TLS: a process that died.
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
+                    Err(source) => return Err(ChannelError::from_stream(&self.peer, source)),
+                },
+                In::Lanes(lanes) => match lanes.next().await {
+                    Ok(Some(batch)) => {
+                        self.buffer.extend_from_slice(&batch);
+                        lanes.recycle(batch)
+                    }
+                    Ok(None) | Err(ChannelError::Closed { .. }) => 0,
+                    Err(error) => return Err(error),
+                },
+                In::Nowhere => 0,
             };
             if got == 0 {
                 let peer = self.peer.clone();

@@ -21,6 +21,9 @@
 //!                                  <------    Hello
 //! ```
 //!
+//! For pages there can be further connections ([`Further`]), which go the same
+//! way; the frames then travel over all of them in turn.
+//!
 //! After that both sides exchange the frames of [`migrate_core::wire`] through
 //! [`Sender`] and [`Receiver`]. Every wait has a deadline, every length a bound
 //! that is checked before anything is allocated.
@@ -31,6 +34,8 @@ mod connect;
 mod connection;
 mod error;
 mod frame;
+mod further;
+mod lanes;
 mod ssh;
 mod tls;
 
@@ -42,4 +47,6 @@ pub use connect::{Destination, TlsFiles, connect};
 pub use connection::{Connection, Peer, Receiver, Sender};
 pub use error::{ChannelError, PeerVersion};
 pub use frame::{Frame, STALL_LIMIT};
+pub use further::{Expected, Further, Lane};
+pub use lanes::{StreamOptions, StreamStats};
 pub use ssh::{REMOTE_COMMAND_VARIABLE, SshSession};

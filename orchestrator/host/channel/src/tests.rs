@@ -3,6 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use migrate_core::stream::Compress;
 use migrate_core::wire::{
     CONTROL_BYTES_MAX, FRAME_HEADER_BYTES, FrameError, FrameKind, Hello, ImagePiece, Message,
     PAGE_BYTES, PROTOCOL_VERSION, PageOwner, PageRun, encode_header,
@@ -24,8 +25,9 @@ use crate::{
     ChannelError, Connection, Frame,
     agent::Door,
     connect::shake_hands,
-    connection::{Role, introduce},
+    connection::{First, answer, introduce, receive_first},
     frame::{FrameReader, FrameWriter, STALL_LIMIT},
+    lanes::StreamOptions,
     tls::{ONE_TIME_NAME, OneTimeIdentity},
 };
 
@@ -155,6 +157,199 @@ proptest! {
             while reader.next(SOON).await.is_ok() {}
         });
     }
+}
+
+/// Writers and readers of several pipes, joined to one stream.
+async fn lanes(
+    count: usize,
+    pipe_bytes: usize,
+    options: StreamOptions,
+) -> (FrameWriter<DuplexStream>, FrameReader<DuplexStream>) {
+    let (mut writer, mut reader) = pipe(pipe_bytes);
+    let (out, into) = (1..count).map(|_| duplex(pipe_bytes)).unzip();
+    writer.stripe(out, options).await.unwrap();
+    reader.stripe(into).unwrap();
+    (writer, reader)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Runs of any size, over any number of lanes, arrive in their order; then
+    /// the first lane goes on alone.
+    #[test]
+    fn a_stream_over_several_lanes_keeps_its_order(
+        count in 1..5usize,
+        runs in prop::collection::vec((1..300usize, any::<bool>(), any::<u8>()), 1..30),
+        pipe_bytes in 1000..70_000usize,
+        lz4: bool,
+    ) {
+        current_thread().block_on(async {
+            let compress = if lz4 { Compress::Lz4 } else { Compress::None };
+            let options = StreamOptions { compress, ..StreamOptions::default() };
+            let (mut writer, mut reader) = lanes(count, pipe_bytes, options).await;
+            let noise: Vec<u8> = (0..1200 * PAGE_BYTES as u64)
+                .map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8)
+                .collect();
+            let content = |pages: usize, noisy: bool, byte: u8| {
+                if noisy {
+                    noise[usize::from(byte)..][..pages * PAGE_BYTES].to_vec()
+                } else {
+                    vec![byte; pages * PAGE_BYTES]
+                }
+            };
+            let sending = async {
+                for &(pages, noisy, byte) in &runs {
+                    writer.pages(&run(pages), &content(pages, noisy, byte)).await.unwrap();
+                }
+                writer.control(&Message::Frozen).await.unwrap();
+                writer.unstripe().await.unwrap();
+                writer.control(&Message::Go).await.unwrap();
+                writer.sent_bytes()
+            };
+            let receiving = async {
+                for &(pages, noisy, byte) in &runs {
+                    let Frame::Pages { run, data } = reader.next(SOON).await.unwrap() else {
+                        panic!("no pages");
+                    };
+                    assert_eq!(run.pages, pages as u64);
+                    assert!(data == content(pages, noisy, byte));
+                }
+                assert_eq!(reader.control(SOON).await.unwrap(), Message::Frozen);
+                reader.unstripe(SOON).await.unwrap();
+                assert_eq!(reader.control(SOON).await.unwrap(), Message::Go);
+                reader.received_bytes()
+            };
+            let (sent, received) = tokio::join!(sending, receiving);
+            // What was compressed is counted as it went.
+            assert!(if lz4 { sent <= received } else { sent == received });
+        });
+    }
+
+    #[test]
+    fn any_bytes_are_batches_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        current_thread().block_on(async {
+            let (mut near, far) = duplex(4096);
+            near.write_all(&bytes).await.unwrap();
+            drop(near);
+            let mut reader = FrameReader::new(far, "peer".into());
+            reader.stripe(Vec::new()).unwrap();
+            while reader.next(SOON).await.is_ok() {}
+        });
+    }
+}
+
+#[tokio::test]
+async fn pages_with_little_in_them_take_little_when_compressed() {
+    let options = StreamOptions {
+        compress: Compress::Lz4,
+        ..StreamOptions::default()
+    };
+    let (mut writer, mut reader) = lanes(2, 64 << 10, options).await;
+    let data = vec![7; 1000 * PAGE_BYTES];
+    let sending = async {
+        writer.pages(&run(1000), &data).await.unwrap();
+        writer.flush().await.unwrap();
+        writer.sent_bytes()
+    };
+    let receiving = async {
+        let mut pages = 0;
+        while pages < 1000 {
+            if let Frame::Pages { run, .. } = reader.next(SOON).await.unwrap() {
+                pages += run.pages;
+            }
+        }
+    };
+    let (sent, ()) = tokio::join!(sending, receiving);
+    assert!(sent < data.len() as u64 / 20, "{sent}");
+}
+
+#[tokio::test]
+async fn the_loss_of_one_lane_is_the_end_of_the_stream() {
+    for lost in [0, 1] {
+        let (mut writer, reader) = pipe(1 << 16);
+        let (second, far) = duplex(1 << 16);
+        writer
+            .stripe(vec![second], StreamOptions::default())
+            .await
+            .unwrap();
+        let mut ends = [Some(reader.into_stream().unwrap()), Some(far)];
+        ends[lost] = None;
+        let mut left = ends.into_iter().flatten().next().unwrap();
+        let taking =
+            tokio::spawn(async move { tokio::io::copy(&mut left, &mut tokio::io::sink()).await });
+        let data = vec![1; 4000 * PAGE_BYTES];
+        let error = async {
+            writer.pages(&run(4000), &data).await?;
+            writer.flush().await
+        }
+        .await
+        .unwrap_err();
+        assert!(error.is_disconnect(), "{error}");
+        // The other lane's peer hears of it.
+        writer.close().await.unwrap();
+        taking.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_destination_that_misses_a_lane_does_not_wait_for_it() {
+    let (mut writer, mut reader) = pipe(1 << 16);
+    let (second, far) = duplex(1 << 16);
+    writer
+        .stripe(vec![second], StreamOptions::default())
+        .await
+        .unwrap();
+    let (elsewhere, other) = duplex(64);
+    drop((elsewhere, far));
+    reader.stripe(vec![other]).unwrap();
+    let data = vec![1; 200 * PAGE_BYTES];
+    let _ = writer.pages(&run(200), &data).await;
+    let error = reader.next(SOON).await.unwrap_err();
+    assert!(matches!(error, ChannelError::Truncated { .. }), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_that_takes_nothing_meets_the_stall_limit() {
+    let (mut writer, _reader) = pipe(1000);
+    writer
+        .stripe(Vec::new(), StreamOptions::default())
+        .await
+        .unwrap();
+    let begun = Instant::now();
+    let error = async {
+        writer
+            .pages(&run(1000), &vec![0; 1000 * PAGE_BYTES])
+            .await?;
+        writer.flush().await
+    }
+    .await;
+    assert!(error.unwrap_err().is_deadline());
+    assert_eq!(begun.elapsed(), STALL_LIMIT);
+    let error = writer.control(&Message::Go).await.unwrap_err();
+    assert!(matches!(error, ChannelError::HalfWritten { .. }));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limited_stream_takes_its_time_until_the_limit_goes() {
+    let options = StreamOptions {
+        compress: Compress::None,
+        limit_bytes_per_s: Some(1_000_000),
+    };
+    let (mut writer, mut reader) = lanes(2, 1 << 16, options).await;
+    let data = vec![1; 1000 * PAGE_BYTES];
+    let begun = Instant::now();
+    let taking = tokio::spawn(async move { while reader.next(SOON).await.is_ok() {} });
+    writer.pages(&run(1000), &data).await.unwrap();
+    writer.flush().await.unwrap();
+    let limited = begun.elapsed();
+    assert!((4.0..4.2).contains(&limited.as_secs_f64()), "{limited:?}");
+    writer.set_limit(None);
+    writer.pages(&run(1000), &data).await.unwrap();
+    writer.flush().await.unwrap();
+    assert_eq!(begun.elapsed(), limited);
+    drop(writer);
+    taking.await.unwrap();
 }
 
 #[tokio::test]
@@ -349,15 +544,23 @@ async fn a_cancelled_send_poisons_the_sender() {
 async fn introduce_both(source: Hello, destination: Hello) -> [Result<Hello, ChannelError>; 2] {
     let (near, far) = duplex(4096);
     let ends_at = Instant::now() + SOON;
-    let side = |stream: DuplexStream, role, hello| async move {
+    let ends = |stream: DuplexStream| {
         let (read, write) = tokio::io::split(stream);
-        let mut reader = FrameReader::new(read, "peer".into());
-        let mut writer = FrameWriter::new(write, "peer".into());
-        introduce(&mut reader, &mut writer, "peer", role, hello, ends_at).await
+        (
+            FrameReader::new(read, "peer".into()),
+            FrameWriter::new(write, "peer".into()),
+        )
     };
+    let (mut reader, mut writer) = ends(near);
+    let (mut far_reader, mut far_writer) = ends(far);
     let (a, b) = tokio::join!(
-        side(near, Role::Source, source),
-        side(far, Role::Destination, destination)
+        introduce(&mut reader, &mut writer, "peer", source, ends_at),
+        async {
+            match receive_first(&mut far_reader, "peer", ends_at).await? {
+                First::Hello(theirs) => answer(&mut far_writer, "peer", destination, theirs).await,
+                First::Join(_) => panic!("no introduction"),
+            }
+        }
     );
     [a, b]
 }
@@ -392,15 +595,12 @@ async fn a_destination_takes_the_identifier_of_the_migration() {
 #[tokio::test]
 async fn something_else_than_an_introduction_is_refused() {
     let (near, far) = duplex(4096);
-    let (read, write) = tokio::io::split(far);
-    let mut reader = FrameReader::new(read, "peer".into());
-    let mut writer = FrameWriter::new(write, "peer".into());
+    let mut reader = FrameReader::new(far, "peer".into());
     let mut rude = FrameWriter::new(near, "peer".into());
     rude.control(&Message::Go).await.unwrap();
     let ends_at = Instant::now() + SOON;
-    let role = Role::Destination;
-    let result = introduce(&mut reader, &mut writer, "peer", role, hello("1"), ends_at);
-    assert!(matches!(result.await, Err(ChannelError::Unexpected { .. })));
+    let result = receive_first(&mut reader, "peer", ends_at).await;
+    assert!(matches!(result, Err(ChannelError::Unexpected { .. })));
 }
 
 // ---- one-time certificates ----
@@ -464,6 +664,72 @@ async fn known_certificates_meet_and_talk_both_ways() {
     drop(destination);
     let error = source.receiver.next(SOON).await.unwrap_err();
     assert!(error.is_disconnect(), "{error}");
+}
+
+#[tokio::test]
+async fn further_connections_join_once_and_carry_pages() {
+    let (server, client) = identities();
+    let (pinned, expected) = (server.certificate.clone(), client.certificate.clone());
+    let mut door = door(server, expected).await;
+    let address = door.local_addr;
+    let ours = hello("1");
+    let (source, destination) = tokio::join!(knock_at(address, client, pinned), door.next(&ours));
+    let (mut source, mut destination) = (source.unwrap(), destination.unwrap());
+    destination.further.keep(door, ours);
+    let expected = destination.further.expect(2).unwrap();
+    // The same tokens a second time, and those that are not expected, open
+    // nothing.
+    let (again, more) = (source.further.clone(), source.further.clone());
+    let (lanes, all) = tokio::join!(source.further.open(2, SOON), expected.all_and_keep(SOON));
+    let (lanes, (all, _open)) = (lanes.unwrap(), all.unwrap());
+    assert_eq!((lanes.len(), all.len()), (2, 2));
+    let error = again.open(2, SOON).await.unwrap_err();
+    assert!(error.is_disconnect(), "{error}");
+    let error = more.open(3, SOON).await.unwrap_err();
+    assert!(error.is_disconnect(), "{error}");
+
+    source.sender.control(&Message::Streams).await.unwrap();
+    source
+        .sender
+        .stripe(lanes, StreamOptions::default())
+        .await
+        .unwrap();
+    let data = vec![0xa5; 4000 * PAGE_BYTES];
+    let sending = async {
+        source.sender.pages(&run(4000), &data).await.unwrap();
+        source.sender.control(&Message::Frozen).await.unwrap();
+        source.sender.unstripe().await.unwrap();
+        source.sender.control(&Message::Go).await.unwrap();
+    };
+    let receiving = async {
+        let streams = destination.receiver.control(SOON).await.unwrap();
+        assert_eq!(streams, Message::Streams);
+        destination.receiver.stripe(all).unwrap();
+        let mut pages = 0;
+        while let Frame::Pages { run, .. } = destination.receiver.next(SOON).await.unwrap() {
+            pages += run.pages;
+        }
+        destination.receiver.unstripe(SOON).await.unwrap();
+        let go = destination.receiver.control(SOON).await.unwrap();
+        assert_eq!((pages, go), (4000, Message::Go));
+    };
+    tokio::join!(sending, receiving);
+}
+
+#[tokio::test]
+async fn a_migration_s_tokens_are_its_own() {
+    let (a, b) = (pair().await, pair().await);
+    assert_eq!(a.0.further.all_tokens(), a.1.further.all_tokens());
+    let mut seen = std::collections::BTreeSet::new();
+    for token in
+        a.0.further
+            .all_tokens()
+            .iter()
+            .chain(b.0.further.all_tokens())
+    {
+        assert!(seen.insert(*token));
+    }
+    assert_eq!(seen.len(), 32);
 }
 
 #[tokio::test]
