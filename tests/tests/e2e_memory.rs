@@ -3,8 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
+use std::time::Duration;
+
 use migrate_test_hosts::{HostName, Lab, LabGuard};
-use migrate_tests::hosts::runs;
+use migrate_tests::hosts::{eventually, runs};
 use migrate_tests::migration::{Migration, migrate, serves_old_connections};
 use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload};
@@ -135,6 +137,103 @@ fn everything_moves_frozen_when_the_user_says_so() {
     let report = moved.expect_committed();
     assert_eq!((report.rounds, report.pages), (0, report.frozen_pages));
     assert!(rounds(&moved).is_empty());
+    serves_old_connections(&mut client);
+    assert!(client.stop().unwrap().is_clean());
+}
+
+/// The local ports of what `host` talks to host2 over, SSH left out: the
+/// connections of a migration.
+fn connections(lab: &Lab, host: HostName) -> Vec<String> {
+    let peer = format!("dst {} and dport != 22", lab.host(HostName::Host2).ipv4());
+    let listed = lab
+        .host(host)
+        .exec(["ss", "-tnHO", "state", "established", &peer])
+        .unwrap();
+    String::from_utf8_lossy(&listed.stdout)
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(2)?.rsplit_once(':'))
+        .map(|(_, port)| port.to_owned())
+        .collect()
+}
+
+#[test]
+fn pages_go_over_several_connections_compressed() {
+    require!("pages_go_over_several_connections_compressed": root, tcx, criu, migrate, redis);
+    let lab = lab("streams");
+    let workload = Workload::start(Kind::Redis, &lab).unwrap();
+    let keys = ["--keys", "50000", "--populate", "--verify"];
+    let mut client = workload.client(&lab, 10, &keys).unwrap();
+    serves_old_connections(&mut client);
+    let moved = move_with(
+        &lab,
+        &workload,
+        &[
+            "--engine",
+            "uffd",
+            "--streams",
+            "4",
+            "--compress",
+            "lz4",
+            "--verify",
+            "--max-blackout",
+            "60",
+        ],
+    );
+    let report = moved.expect_committed();
+    assert!(report.rounds >= 2, "{report:?}");
+    assert!(report.bytes < report.pages * 4096 * 9 / 10, "{report:?}");
+    serves_old_connections(&mut client);
+    let verdict = client.stop().unwrap();
+    assert!(verdict.is_clean(), "{verdict:?}");
+}
+
+#[test]
+fn the_loss_of_any_connection_rolls_back() {
+    require!("the_loss_of_any_connection_rolls_back": root, tcx, criu, migrate, redis);
+    let lab = lab("lost-stream");
+    let workload = Workload::start(Kind::Redis, &lab).unwrap();
+    let mut client = workload
+        .client(&lab, 5, &["--keys", "20000", "--populate"])
+        .unwrap();
+    serves_old_connections(&mut client);
+    let source = lab.host(HostName::Host1);
+    // Held to this rate, the first round takes longer than all of this.
+    let slow = [
+        "--engine",
+        "uffd",
+        "--streams",
+        "3",
+        "--bandwidth",
+        "300K",
+        "--compress",
+        "none",
+    ];
+    for lost in 0..3 {
+        let failed = std::thread::scope(|scope| {
+            let migration = scope.spawn(|| move_with(&lab, &workload, &slow));
+            let mut ports = Vec::new();
+            eventually(Duration::from_secs(60), || {
+                ports = connections(&lab, HostName::Host1);
+                ports.len() == 3 || migration.is_finished()
+            });
+            assert_eq!(ports.len(), 3, "{ports:?}");
+            let port = format!("sport = {}", ports[lost]);
+            assert!(
+                source
+                    .exec(["ss", "-K", "-t", &port])
+                    .unwrap()
+                    .status
+                    .success()
+            );
+            migration.join().unwrap()
+        });
+        assert_eq!(failed.code, Some(6), "{lost}: {failed:?}");
+        assert!(runs(&source, workload.pid));
+        assert!(connections(&lab, HostName::Host1).is_empty());
+        serves_old_connections(&mut client);
+    }
+    let moved = move_with(&lab, &workload, &["--engine", "uffd", "--verify"]);
+    let _ = moved.expect_committed();
     serves_old_connections(&mut client);
     assert!(client.stop().unwrap().is_clean());
 }

@@ -155,6 +155,55 @@ fn a_wrong_command_line_is_refused() {
             &["--to", "host2", "--address", "10.77.0", pid],
             &["10.77.0", "--address"],
         ),
+        (
+            &["--to", "host2", "--goal", "102", pid],
+            &["102", "0..=101"],
+        ),
+        (
+            &["--to", "host2", "--goal", "most", pid],
+            &["most", "--goal"],
+        ),
+        (
+            &["--to", "host2", "--max-iterations", "0", pid],
+            &["--max-iterations", "1..=1000"],
+        ),
+        (
+            &["--to", "host2", "--timeout", "0", pid],
+            &["--timeout", "0.01 and 3600"],
+        ),
+        (
+            &["--to", "host2", "--timeout", "soon", pid],
+            &["`soon` is no number of seconds"],
+        ),
+        (&["--to", "host2", "--downtime-limit", "-1", pid], &["-1"]),
+        (
+            &["--to", "host2", "--downtime-limit", "1s", pid],
+            &["1s", "--downtime-limit"],
+        ),
+        (
+            &["--to", "host2", "--on-timeout", "wait", pid],
+            &["wait", "freeze, cancel"],
+        ),
+        (
+            &["--to", "host2", "--streams", "0", pid],
+            &["--streams", "1..=16"],
+        ),
+        (
+            &["--to", "host2", "--streams", "17", pid],
+            &["--streams", "1..=16"],
+        ),
+        (
+            &["--to", "host2", "--compress", "zip", pid],
+            &["zip", "auto, none, lz4"],
+        ),
+        (
+            &["--to", "host2", "--bandwidth", "fast", pid],
+            &["`fast` is no rate", "100M", "800Mbit"],
+        ),
+        (
+            &["--to", "host2", "--bandwidth", "1K", pid],
+            &["between 10K and 1000G"],
+        ),
         (&["--to=-oProxyCommand=id", pid], &["`-oProxyCommand=id`"]),
         (
             &["--to", "host2:7000", pid],

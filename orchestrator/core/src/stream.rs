@@ -159,7 +159,7 @@ impl Gauge {
     }
 
     /// What to do with the next batch.
-    pub fn next(&mut self) -> Packing {
+    pub fn decide(&mut self) -> Packing {
         match self.choice {
             Compress::None => return Packing::Plain,
             Compress::Lz4 => return Packing::Lz4,
@@ -300,7 +300,7 @@ mod tests {
     fn decisions(gauge: &mut Gauge, link_mb_per_s: u64, lz4_mb_per_s: u64, left: usize) -> Packing {
         let mut last = Packing::Plain;
         for _ in 0..200 {
-            last = gauge.next();
+            last = gauge.decide();
             match last {
                 Packing::Plain => gauge.wrote(BATCH, at(link_mb_per_s)),
                 Packing::Sample => {

@@ -1,5 +1,6 @@
 //! `migrate check`: preflight as a table, nothing moved.
 
+use migrate_channel::StreamOptions;
 use migrate_core::convergence::Policy;
 use migrate_core::preflight::refused;
 use migrate_session::Reporter;
@@ -43,6 +44,8 @@ pub async fn run(args: Args, output: &Output) -> Exit {
         max_blackout: Choices::MAX_BLACKOUT,
         engine: args.tree.engine.into(),
         policy: Policy::default(),
+        streams: 1,
+        stream: StreamOptions::default(),
         verify: false,
         ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
     };

@@ -3,7 +3,9 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use migrate_channel::StreamOptions;
 use migrate_core::convergence::{OnTimeout, Policy};
+use migrate_core::stream::{Compress, STREAMS_MAX};
 use migrate_core::wire::StdioChoice;
 use migrate_session::source::{self, Choices, EngineChoice, MemoryEngine, Request};
 use migrate_session::{Cancel, Reporter};
@@ -71,12 +73,33 @@ pub struct RoundArgs {
     /// When rounds end without their goal: freeze all the same, or cancel
     #[arg(long, value_name = "freeze|cancel", value_enum, default_value_t = OnTimeoutName::Freeze)]
     pub on_timeout: OnTimeoutName,
+    /// Connections that carry pages; one a core and at most four by default
+    #[arg(long, value_name = "N", default_value_t = Choices::default_streams(), value_parser = clap::value_parser!(u32).range(1..=i64::from(STREAMS_MAX)))]
+    pub streams: u32,
+    /// Compress pages: when that is faster than the network, as measured (auto), never, or always
+    #[arg(long, value_name = "auto|none|lz4", value_enum, default_value_t = CompressName::Auto)]
+    pub compress: CompressName,
+    /// Use at most so much of the network in rounds: bytes a second (100M, 1.5G), or bits
+    /// (800Mbit). The frozen tree is not held to it
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub bandwidth: Option<u64>,
     /// Compare the copy's memory with the frozen tree's before the commit; takes its time
     #[arg(long)]
     pub verify: bool,
 }
 
 impl RoundArgs {
+    fn stream(&self) -> StreamOptions {
+        StreamOptions {
+            compress: match self.compress {
+                CompressName::Auto => Compress::Auto,
+                CompressName::None => Compress::None,
+                CompressName::Lz4 => Compress::Lz4,
+            },
+            limit_bytes_per_s: self.bandwidth,
+        }
+    }
+
     fn policy(&self) -> Policy {
         Policy {
             goal_percent: self.goal,
@@ -112,6 +135,17 @@ impl From<EngineName> for EngineChoice {
             EngineName::Full => Self::Only(MemoryEngine::Full),
         }
     }
+}
+
+/// When pages are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum CompressName {
+    /// When it is faster than the network.
+    Auto,
+    /// Never.
+    None,
+    /// Always.
+    Lz4,
 }
 
 /// What to do when rounds end without their goal.
@@ -155,6 +189,40 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A rate as people write it, in bytes a second.
+fn rate(text: &str) -> Result<u64, String> {
+    const FORMS: &str = "write bytes a second as 500K, 100M or 1.5G, or bits as 800Mbit";
+    let wrong = || format!("`{text}` is no rate: {FORMS}");
+    let (number, bits) = match text.strip_suffix("bit") {
+        Some(number) => (number, true),
+        None => (text, false),
+    };
+    let (number, unit) = match number.chars().last() {
+        Some('k' | 'K') => (&number[..number.len() - 1], 1e3),
+        Some('m' | 'M') => (&number[..number.len() - 1], 1e6),
+        Some('g' | 'G') => (&number[..number.len() - 1], 1e9),
+        _ => (number, 1.0),
+    };
+    if !number.chars().all(|c| c.is_ascii_digit() || c == '.') {
+        return Err(wrong());
+    }
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let bytes_per_s = number * unit / if bits { 8.0 } else { 1.0 };
+    // Slower, and a single page would take the patience of every peer; faster
+    // is no limit.
+    if !(10e3..=1e12).contains(&bytes_per_s) {
+        return Err(format!(
+            "{text} is not between 10K and 1000G bytes a second"
+        ));
+    }
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "within the range checked above"
+    )]
+    Ok(bytes_per_s as u64)
+}
+
 pub async fn run(args: Args, output: &Output) -> Exit {
     let show = Show::new(output);
     // clap has made sure of both.
@@ -177,6 +245,8 @@ pub async fn run(args: Args, output: &Output) -> Exit {
             max_blackout: Duration::from_secs_f64(args.max_blackout),
             engine: args.tree.engine.into(),
             policy: args.rounds.policy(),
+            streams: args.rounds.streams,
+            stream: args.rounds.stream(),
             verify: args.rounds.verify,
             ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
         },
@@ -228,4 +298,30 @@ pub fn obey_signals(cancel: Cancel) -> std::io::Result<()> {
         }
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_as_people_write_them() {
+        for (text, bytes_per_s) in [
+            ("100M", 100_000_000),
+            ("1.5G", 1_500_000_000),
+            ("1G", 1_000_000_000),
+            ("20000", 20_000),
+            ("500k", 500_000),
+            ("800Mbit", 100_000_000),
+            ("1Gbit", 125_000_000),
+        ] {
+            assert_eq!(rate(text), Ok(bytes_per_s), "{text}");
+        }
+        for text in [
+            "", "M", "bit", "fast", "-1M", "+1M", "1e9", "1T", "0", "9K", "100MB", "100 M", "nan",
+            "inf", "2000G", "1Mbyte", "Mbit",
+        ] {
+            assert!(rate(text).is_err(), "{text}");
+        }
+    }
 }

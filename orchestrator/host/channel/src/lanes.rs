@@ -380,7 +380,7 @@ impl<W: AsyncWrite + Unpin> OutLane<W> {
     async fn send(&mut self, batch: &mut Batch) -> Result<(), Failure> {
         let begun = Instant::now();
         let raw_bytes = batch.len() - BATCH_HEAD_BYTES;
-        let packing = locked(&self.shared.gauge).next();
+        let packing = locked(&self.shared.gauge).decide();
         let mut stored_bytes = raw_bytes;
         match packing {
             Packing::Plain => {}

@@ -11,7 +11,7 @@ mod takeover;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use migrate_channel::{Connection, Receiver, Sender};
+use migrate_channel::{Connection, Further, Receiver, Sender};
 use migrate_core::facts::TreeFacts;
 use migrate_core::journal::Stage;
 use migrate_core::phase::Phase;
@@ -101,6 +101,8 @@ struct Destination {
     peer: String,
     migration_id: String,
     sender: Sender,
+    /// The way to further connections, until they are there.
+    further: Option<Further>,
     incoming: Incoming,
     phase: Phase,
     owned: bool,
@@ -128,6 +130,7 @@ impl Destination {
             peer: connection.hello.hostname.clone(),
             migration_id: connection.hello.migration_id.clone(),
             sender: connection.sender,
+            further: Some(connection.further),
             incoming: Incoming::Frames(connection.receiver),
             phase: Phase::Preflight,
             owned: false,
@@ -182,10 +185,11 @@ impl Destination {
                 Message::Prepare {
                     blackout_limit_ms,
                     verify,
+                    streams,
                 } => {
                     let blackout_limit = Duration::from_millis(blackout_limit_ms);
                     self.phase = Phase::Prepare;
-                    self.prepare().await?;
+                    self.prepare(streams).await?;
                     self.phase = Phase::Dump;
                     self.receive(blackout_limit, verify).await?;
                     self.phase = Phase::Restore;

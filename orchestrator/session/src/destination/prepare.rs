@@ -6,6 +6,7 @@ use std::io::Write;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use migrate_core::facts::{AddressFacts, StdioFacts};
 use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
@@ -14,7 +15,7 @@ use migrate_criu::{ImageDir, WorkerOptions};
 use migrate_gate::{Gate, GateOptions, HoldOptions, Role};
 use migrate_proc::Home;
 
-use super::{Destination, Engine, Order};
+use super::{Destination, Engine, Incoming, Order, SILENCE};
 use crate::error::Error;
 use crate::journal::Journal;
 
@@ -26,8 +27,8 @@ pub(super) const JOURNAL_SOCKET: &str = "/run/systemd/journal/stdout";
 const SPARE_FLOWS: usize = 4096;
 
 impl Destination {
-    /// Makes this host ready for the tree.
-    pub(super) async fn prepare(&mut self) -> Result<(), Error> {
+    /// Makes this host ready for the tree, which comes over so many connections.
+    pub(super) async fn prepare(&mut self, connections: u32) -> Result<(), Error> {
         // From here on this process has something to undo, so it must not go
         // down with the login that started it.
         migrate_proc::detach_from_session()?;
@@ -97,7 +98,35 @@ impl Destination {
             .await?;
         self.streams = streams;
         self.engine = Engine::Ready(worker);
-        self.send(&Message::Prepared).await
+        self.join_streams(connections).await
+    }
+
+    /// How long connections that have joined may take to be handed over here.
+    const JOIN_LIMIT: Duration = Duration::from_secs(5);
+
+    /// Says that all is ready and takes the further connections.
+    async fn join_streams(&mut self, connections: u32) -> Result<(), Error> {
+        const AWAITED: &str = "the page stream";
+        let peer = self.peer.clone();
+        let broken = |source| Error::Channel {
+            peer: peer.clone(),
+            source,
+        };
+        let further = self.further.take().ok_or_else(no_order)?;
+        let expected = further
+            .expect(connections.saturating_sub(1))
+            .map_err(broken)?;
+        self.send(&Message::Prepared).await?;
+        match self.message(AWAITED, SILENCE).await? {
+            Message::Streams => {}
+            Message::Abort { reason } => return Err(Error::Aborted(reason)),
+            other => return Err(self.unexpected(&other, AWAITED)),
+        }
+        let lanes = expected.all(Self::JOIN_LIMIT).await.map_err(broken)?;
+        match &mut self.incoming {
+            Incoming::Frames(receiver) => receiver.stripe(lanes).map_err(broken),
+            Incoming::Messages(_) | Incoming::Closed => Err(no_order()),
+        }
     }
 
     fn record(&self, order: &Order, images: &str) -> Record {

@@ -221,6 +221,11 @@ impl Destination {
                         in_store,
                         images,
                     };
+                    let ended = receiver.unstripe(limit).await;
+                    ended.map_err(|source| Error::Channel {
+                        peer: self.peer.clone(),
+                        source,
+                    })?;
                     return Ok((announced, digests, masks));
                 }
                 Frame::Control(Message::Abort { reason }) => return Err(Error::Aborted(reason)),

@@ -51,6 +51,8 @@ impl Migration {
         self.expect(&Notice::PreDump, "the start of the dump")
             .await?;
 
+        // The limit is for the tree's sake, and must not keep it frozen.
+        self.link()?.sender.set_limit(None);
         // CRIU is loaded and waits; the tree still runs. One map write, and
         // nothing reaches the tree any more. What it still says gets out: an
         // answer lost now would be sent again by the restored socket only
@@ -220,6 +222,7 @@ impl Migration {
             .control(&end)
             .await
             .map_err(broken(&link.peer))?;
+        link.sender.unstripe().await.map_err(broken(&link.peer))?;
         self.sent_bytes = link.sender.sent_bytes();
         self.moments.sent = Some(Instant::now());
         Ok(format!(

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migrate_channel::{Destination, Sender};
+use migrate_channel::{Destination, Further, Sender, StreamOptions};
 use migrate_core::convergence::Policy;
 use migrate_core::facts::{HostFacts, TreeFacts};
 use migrate_core::phase::{Event, Phase};
@@ -67,6 +67,13 @@ pub struct Choices {
     pub engine: EngineChoice,
     /// When rounds of pre-copy end.
     pub policy: Policy,
+    /// Connections that carry pages, from 1 to [`STREAMS_MAX`].
+    ///
+    /// [`STREAMS_MAX`]: migrate_core::stream::STREAMS_MAX
+    pub streams: u32,
+    /// How they carry them. The limit holds while the tree runs; a frozen tree
+    /// is not kept waiting.
+    pub stream: StreamOptions,
     /// Compare the copy's memory with the frozen tree's before the commit.
     /// Takes as long as hashing all of it twice.
     pub verify: bool,
@@ -76,6 +83,14 @@ impl Choices {
     /// The default of `--max-blackout`: what a peer with default timeouts of
     /// popular client libraries still bears.
     pub const MAX_BLACKOUT: Duration = Duration::from_secs(5);
+
+    /// The default of `--streams`: one a core, for each keeps one busy with
+    /// encryption, and no more than four, where most networks are full.
+    #[must_use]
+    pub fn default_streams() -> u32 {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        u32::try_from(cores.clamp(1, 4)).unwrap_or(1)
+    }
 }
 
 /// How long the destination may take to be reached.
@@ -177,6 +192,8 @@ struct Link {
     peer: String,
     sender: Sender,
     inbox: Inbox,
+    /// The way to further connections, until they are there.
+    further: Option<Further>,
 }
 
 /// The tree as it was last seen, and what stays the same about it.

@@ -112,6 +112,7 @@ impl Migration {
                 .precopy
                 .as_mut()
                 .ok_or_else(|| not_yet("the tracker"))?;
+            let before = link.sender.stream_stats();
             let mut sink = Outgoing::new(&mut link.sender);
             let stats = tokio::select! {
                 stats = precopy.round(&mut sink) => match stats {
@@ -127,13 +128,14 @@ impl Migration {
                     return Err(link.inbox.unexpected(&message, AWAITED));
                 }
             };
-            let flushing = Instant::now();
             link.sender.flush().await.map_err(|source| Error::Channel {
                 peer: link.peer.clone(),
                 source,
             })?;
             self.round_pages += stats.pages_written;
-            let sending = Duration::from_micros(stats.sink_us) + flushing.elapsed();
+            let after = link.sender.stream_stats();
+            let sent_bytes = after.raw_bytes.saturating_sub(before.raw_bytes);
+            let sending = after.busy.saturating_sub(before.busy);
             let round = Round {
                 pages_written: stats.pages_written,
                 pages_skipped: stats.pages_skipped,
@@ -141,7 +143,7 @@ impl Migration {
                 since_previous_us: stats.since_previous_us,
                 took_us: stats.took_us,
                 elapsed_us: micros(begun.elapsed()),
-                link_bytes_per_s: self.link_rate(stats.bytes, sending),
+                link_bytes_per_s: self.link_rate(sent_bytes, sending),
                 fixed_us: FIXED_US,
                 populated_page_ns: POPULATED_PAGE_NS,
             };

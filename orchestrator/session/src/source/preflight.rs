@@ -117,6 +117,7 @@ pub(super) async fn connect(
         sender: connection.sender,
         inbox: Inbox::new(peer.clone(), connection.receiver),
         peer,
+        further: Some(connection.further),
     })
 }
 

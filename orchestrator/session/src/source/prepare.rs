@@ -11,7 +11,7 @@ use migrate_gate::{Gate, GateOptions, HoldOptions, Role};
 use migrate_proc::{Fence, HoldDown};
 use serde::Serialize;
 
-use super::{Engine, MemoryEngine, Migration, STEP_LIMIT, not_yet};
+use super::{CONNECT_LIMIT, Engine, MemoryEngine, Migration, STEP_LIMIT, not_yet};
 use crate::error::Error;
 use crate::journal::Journal;
 use crate::state::make_private;
@@ -89,6 +89,7 @@ impl Migration {
             blackout_limit_ms: u64::try_from(self.request.choices.max_blackout.as_millis())
                 .unwrap_or(u64::MAX),
             verify: self.request.choices.verify,
+            streams: self.request.choices.streams,
         };
         self.send(&prepare).await?;
 
@@ -127,9 +128,36 @@ impl Migration {
 
         let link = self.link()?;
         match link.inbox.next_within(AWAITED, STEP_LIMIT).await? {
-            Message::Prepared => Ok(format!("fence by {kind}")),
-            other => Err(link.inbox.unexpected(&other, AWAITED)),
+            Message::Prepared => {}
+            other => return Err(link.inbox.unexpected(&other, AWAITED)),
         }
+        self.open_streams().await?;
+        Ok(format!(
+            "fence by {kind}, {}",
+            counted(self.request.choices.streams as usize, "stream")
+        ))
+    }
+
+    /// Opens the further connections. From here on everything goes over all of
+    /// them, up to `Dumped`.
+    async fn open_streams(&mut self) -> Result<(), Error> {
+        let (streams, options) = (self.request.choices.streams, self.request.choices.stream);
+        let link = self.link()?;
+        let broken = |source| Error::Channel {
+            peer: link.peer.clone(),
+            source,
+        };
+        let further = link
+            .further
+            .take()
+            .ok_or_else(|| not_yet("the way to further connections"))?;
+        let lanes = further
+            .open(streams.saturating_sub(1), CONNECT_LIMIT)
+            .await
+            .map_err(broken)?;
+        let sender = &mut link.sender;
+        sender.control(&Message::Streams).await.map_err(broken)?;
+        sender.stripe(lanes, options).await.map_err(broken)
     }
 
     fn record(&self) -> Result<Record, Error> {
