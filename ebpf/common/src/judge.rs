@@ -4,6 +4,7 @@ use crate::EXEMPT_MARK;
 use crate::key::{FlowKey, ListenerKey};
 use crate::parse::{Direction, Layer2, Packet, Parsed, TCP_RST, parse};
 use crate::state::{Mode, State, expired};
+use crate::track::{Fate, Segment};
 
 /// What the decision needs to know beside the packet: the gate's maps and the
 /// clock. Asked in the order in which the answers are needed, so that most
@@ -23,6 +24,15 @@ pub trait World {
     fn has_listener(&self, key: &ListenerKey) -> bool;
     /// Whether the address is staged: present here, but not to be seen.
     fn is_staged(&self, address: &[u8; 16]) -> bool;
+    /// Remembers a packet of the flow, if it is the workload's.
+    fn track(
+        &self,
+        key: &FlowKey,
+        segment: &Segment,
+        direction: Direction,
+        fate: Fate,
+        is_watching: bool,
+    );
 }
 
 /// What to do with a packet, and what to count.
@@ -65,14 +75,39 @@ pub fn judge<P: Packet + ?Sized, W: World>(
     direction: Direction,
     world: &W,
 ) -> Judgement {
-    if mark != 0 && mark == world.own_mark() {
+    let is_own = mark != 0 && mark == world.own_mark();
+    let state = world.state();
+    if is_own && !state.is_tracking() {
         return Judgement::PassOwn;
     }
-    let state = world.state();
     if state.is_idle() || mark == EXEMPT_MARK {
         return Judgement::Pass;
     }
-    match parse(packet, layer2, ethertype, direction) {
+    let parsed = parse(packet, layer2, ethertype, direction);
+    if state.is_tracking()
+        && let Parsed::Tcp {
+            key,
+            flags,
+            sequence,
+            payload_bytes,
+        } = &parsed
+    {
+        let segment = Segment {
+            flags: *flags,
+            sequence: *sequence,
+            payload_bytes: *payload_bytes,
+        };
+        let fate = match mode(state, direction, world) {
+            _ if is_own => Fate::Returned,
+            Mode::Drop | Mode::Hold => Fate::Kept,
+            Mode::Open => Fate::Passes,
+        };
+        world.track(key, &segment, direction, fate, state.is_watching());
+    }
+    if is_own {
+        return Judgement::PassOwn;
+    }
+    match parsed {
         Parsed::Other => Judgement::Pass,
         Parsed::Unreadable => match mode(state, direction, world) {
             Mode::Open => Judgement::Pass,
@@ -92,10 +127,11 @@ pub fn judge<P: Packet + ?Sized, W: World>(
                 Judgement::Pass
             }
         }
-        Parsed::Tcp { key, flags } => {
+        Parsed::Tcp { key, flags, .. } => {
             let reset = matches!(direction, Direction::Egress) && flags & TCP_RST != 0;
             let mode = mode(state, direction, world);
-            if (matches!(mode, Mode::Open) && !reset) || !is_workload(&key, world) {
+            let passes = matches!(mode, Mode::Open) && (!reset || state.is_open());
+            if passes || !is_workload(&key, world) {
                 return Judgement::Pass;
             }
             match mode {
@@ -174,6 +210,15 @@ mod tests {
         fn is_staged(&self, address: &[u8; 16]) -> bool {
             self.is_staged && *address == mapped([10, 0, 0, 2])
         }
+        fn track(&self, _: &FlowKey, _: &Segment, _: Direction, fate: Fate, is_watching: bool) {
+            TRACKED.set(Some((fate, is_watching)));
+        }
+    }
+
+    std::thread_local! {
+        /// What was remembered last.
+        static TRACKED: std::cell::Cell<Option<(Fate, bool)>> =
+            const { std::cell::Cell::new(None) };
     }
 
     fn closed() -> Fixed {
@@ -251,6 +296,50 @@ mod tests {
         ] {
             let got = verdict(&segment(flags), IPV4, direction, world);
             assert_eq!(got, expected, "{flags} {direction:?} {world:?}");
+        }
+    }
+
+    #[test]
+    fn packets_are_remembered_by_what_becomes_of_them() {
+        let tracking = |state: State| Fixed {
+            state: state.tracking(),
+            ..closed()
+        };
+        let (open, shut) = (State(0), closed().state);
+        let expired = Fixed {
+            deadline_ns: 1000,
+            ..tracking(shut)
+        };
+        let watching = Fixed {
+            state: shut.watching(),
+            ..closed()
+        };
+        for (world, mark, remembered) in [
+            (closed(), 0, None),
+            (closed(), OWN_MARK, None),
+            (tracking(open), 0, Some((Fate::Passes, false))),
+            (tracking(open), OWN_MARK, Some((Fate::Returned, false))),
+            (tracking(shut), 0, Some((Fate::Kept, false))),
+            (expired, 0, Some((Fate::Passes, false))),
+            (watching, OWN_MARK, Some((Fate::Returned, true))),
+            (tracking(open), EXEMPT_MARK, None),
+        ] {
+            TRACKED.set(None);
+            let bytes = segment(0);
+            judge(
+                &bytes[..],
+                Layer2::None,
+                IPV4,
+                mark,
+                Direction::Ingress,
+                &world,
+            );
+            assert_eq!(TRACKED.get(), remembered, "{mark} {world:?}");
+        }
+        // Counting alone keeps nothing back, and counts no resets.
+        for flags in [0, TCP_RST] {
+            let got = verdict(&segment(flags), IPV4, Direction::Egress, tracking(open));
+            assert_eq!(got, Judgement::Pass);
         }
     }
 

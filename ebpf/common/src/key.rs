@@ -4,7 +4,7 @@
 /// One established connection, seen from the workload: both directions of the
 /// connection have this same key.
 #[repr(C, align(4))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey {
     /// The workload's address.
     pub local: [u8; 16],
@@ -47,6 +47,13 @@ pub const fn mapped(ipv4: [u8; 4]) -> [u8; 16] {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
 }
 
+/// The same, in words as they lie in memory.
+#[inline(always)]
+#[must_use]
+pub const fn mapped_words(ipv4: u32) -> [u32; 4] {
+    [0, 0, u32::from_be(0xffff), ipv4]
+}
+
 /// Whether the address is an IPv4 one in its 16-byte form.
 #[inline(always)]
 #[must_use]
@@ -55,6 +62,20 @@ pub const fn is_mapped(address: &[u8; 16]) -> bool {
 }
 
 impl FlowKey {
+    /// The key of a packet: its addresses, and its ports as they stand in the
+    /// TCP header, all in words as they lie in memory. Whole words, because a
+    /// BPF program copies unaligned addresses byte by byte.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_words(local: [u32; 4], remote: [u32; 4], local_remote_port: u32) -> Self {
+        let [l0, l1, l2, l3] = local;
+        let [r0, r1, r2, r3] = remote;
+        let words = [l0, l1, l2, l3, r0, r1, r2, r3, local_remote_port];
+        // SAFETY: `FlowKey` is `repr(C)` bytes of the same size (asserted
+        // above) and of no greater alignment, and every bit pattern is one.
+        unsafe { core::mem::transmute::<[u32; 9], Self>(words) }
+    }
+
     /// The listener that would have accepted this flow under its own address.
     #[inline(always)]
     #[must_use]

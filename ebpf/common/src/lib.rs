@@ -9,7 +9,8 @@
 //! ```
 //!
 //! [`key`] holds the map keys, [`parse`] the bounded packet reader, [`state`]
-//! the control record that user space writes, and [`judge`] the decision.
+//! the control record that user space writes, [`track`] what is remembered of
+//! a flow, and [`judge`] the decision.
 
 #![cfg_attr(not(test), no_std)]
 
@@ -17,11 +18,13 @@ pub mod judge;
 pub mod key;
 pub mod parse;
 pub mod state;
+pub mod track;
 
 pub use judge::{Judgement, World, judge};
 pub use key::{FlowKey, ListenerKey};
 pub use parse::{Direction, Layer2, Packet, Parsed, parse};
 pub use state::{Control, Counters, LAYOUT_VERSION, Mode, Route, State};
+pub use track::{Fate, FlowRecord, Segment, Way};
 
 /// The mark that CRIU puts on the packets it forges while it restores
 /// half-closed sockets (`SOCCR_MARK` of CRIU's libsoccr). Such packets pass.

@@ -2,7 +2,7 @@
 //! discovery. It never panics, never loops longer than its constants say, and
 //! reads through [`Packet`], so the kernel and the tests run the same code.
 
-use crate::key::{FlowKey, mapped};
+use crate::key::{FlowKey, mapped, mapped_words};
 
 /// VLAN tags read inside the packet. A tag that the device has taken out is
 /// not among them; two are QinQ.
@@ -36,6 +36,12 @@ const ARP_REQUEST: u16 = 1;
 
 /// The RST bit of a TCP header's flags.
 pub const TCP_RST: u8 = 0x04;
+/// The FIN bit.
+pub const TCP_FIN: u8 = 0x01;
+/// The SYN bit.
+pub const TCP_SYN: u8 = 0x02;
+/// The ACK bit.
+pub const TCP_ACK: u8 = 0x10;
 
 /// Which way a packet goes, seen from the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,11 +75,20 @@ impl Layer2 {
 pub trait Packet {
     /// `N` bytes at `offset` from the packet's start, `None` past its end.
     fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+    /// `4 * N` bytes at `offset`, in words as they would lie in memory.
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]>;
 }
 
 impl Packet for [u8] {
     fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.get(offset..)?.first_chunk().copied()
+    }
+
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        let (chunks, _) = self.get(offset..)?.as_chunks::<4>();
+        chunks
+            .first_chunk::<N>()
+            .map(|words| words.map(u32::from_ne_bytes))
     }
 }
 
@@ -93,6 +108,11 @@ pub enum Parsed {
         key: FlowKey,
         /// The flag byte of its header, 0 when the segment ends before it.
         flags: u8,
+        /// The number of its first byte; 0 when the segment ends before it.
+        sequence: u32,
+        /// What it carries, all segments of a merged packet together; 0 where
+        /// the headers contradict each other.
+        payload_bytes: u32,
     },
     /// ARP or neighbour discovery.
     Neighbour {
@@ -137,6 +157,26 @@ pub fn parse<P: Packet + ?Sized>(
 
 #[inline(always)]
 fn ipv4<P: Packet + ?Sized>(packet: &P, offset: usize, direction: Direction) -> Parsed {
+    // Nearly every packet: no options, and a TCP header behind it. One read.
+    if let Some(words) = packet.words::<9>(offset) {
+        let [version, _, high, low] = words[0].to_ne_bytes();
+        let [_, _, fragment_high, fragment_low] = words[1].to_ne_bytes();
+        let [_, protocol, _, _] = words[2].to_ne_bytes();
+        let fragment_offset = u16::from_be_bytes([fragment_high, fragment_low]) & 0x1fff;
+        if version == 0x45 && protocol == PROTOCOL_TCP && fragment_offset == 0 {
+            let total_bytes = u32::from(u16::from_be_bytes([high, low]));
+            return segment(
+                mapped_words(words[3]),
+                mapped_words(words[4]),
+                [words[5], words[6], words[8]],
+                total_bytes.wrapping_sub(20),
+                direction,
+            );
+        }
+        if version == 0x45 {
+            return Parsed::Other;
+        }
+    }
     let Some(header) = packet.load::<20>(offset) else {
         return Parsed::Other;
     };
@@ -148,20 +188,38 @@ fn ipv4<P: Packet + ?Sized>(packet: &P, offset: usize, direction: Direction) -> 
     }
     let source = mapped([header[12], header[13], header[14], header[15]]);
     let destination = mapped([header[16], header[17], header[18], header[19]]);
+    let total_bytes = u32::from(u16::from_be_bytes([header[2], header[3]]));
     tcp(
         packet,
         offset + header_bytes,
         source,
         destination,
+        total_bytes.wrapping_sub(u32::from(header[0] & 0x0f) * 4),
         direction,
     )
 }
 
 #[inline(always)]
 fn ipv6<P: Packet + ?Sized>(packet: &P, offset: usize, direction: Direction) -> Parsed {
-    let Some([first, _, _, _, _, _, next, _]) = packet.load::<8>(offset) else {
+    // Nearly every packet of this kind that is TCP. One read.
+    if let Some(words) = packet.words::<14>(offset) {
+        let [first, ..] = words[0].to_ne_bytes();
+        let [high, low, next, _] = words[1].to_ne_bytes();
+        if first >> 4 == 6 && next == PROTOCOL_TCP {
+            return segment(
+                [words[2], words[3], words[4], words[5]],
+                [words[6], words[7], words[8], words[9]],
+                [words[10], words[11], words[13]],
+                u32::from(u16::from_be_bytes([high, low])),
+                direction,
+            );
+        }
+    }
+    let Some([first, _, _, _, high, low, next, _]) = packet.load::<8>(offset) else {
         return Parsed::Other;
     };
+    let network = offset;
+    let bytes = u32::from(u16::from_be_bytes([high, low]));
     let Some(source) = packet.load::<16>(offset + 8) else {
         return Parsed::Other;
     };
@@ -175,7 +233,12 @@ fn ipv6<P: Packet + ?Sized>(packet: &P, offset: usize, direction: Direction) -> 
     let mut offset = offset + 40;
     for _ in 0..=MAX_EXTENSION_HEADERS {
         match next {
-            PROTOCOL_TCP => return tcp(packet, offset, source, destination, direction),
+            PROTOCOL_TCP => {
+                // What the extension headers take is no part of the segment.
+                let extensions = u32::try_from(offset - network - 40).unwrap_or(u32::MAX);
+                let bytes = bytes.saturating_sub(extensions);
+                return tcp(packet, offset, source, destination, bytes, direction);
+            }
             PROTOCOL_ICMPV6 => return neighbour_discovery(packet, offset, source),
             PROTOCOL_HOP_BY_HOP
             | PROTOCOL_ROUTING
@@ -209,13 +272,19 @@ fn tcp<P: Packet + ?Sized>(
     offset: usize,
     source: [u8; 16],
     destination: [u8; 16],
+    bytes: u32,
     direction: Direction,
 ) -> Parsed {
-    let (ports, flags) = match packet.load::<14>(offset) {
-        Some([a, b, c, d, .., flags]) => ([a, b, c, d], flags),
+    let (ports, sequence, header, flags) = match packet.load::<14>(offset) {
+        Some([a, b, c, d, e, f, g, h, .., header, flags]) => (
+            [a, b, c, d],
+            u32::from_be_bytes([e, f, g, h]),
+            header,
+            flags,
+        ),
         // A first fragment may end behind the ports.
         None => match packet.load::<4>(offset) {
-            Some(ports) => (ports, 0),
+            Some(ports) => (ports, 0, 0xff, 0),
             None => return Parsed::Other,
         },
     };
@@ -235,7 +304,49 @@ fn tcp<P: Packet + ?Sized>(
             remote_port_be: destination_port,
         },
     };
-    Parsed::Tcp { key, flags }
+    Parsed::Tcp {
+        key,
+        flags,
+        sequence,
+        payload_bytes: payload(bytes, header),
+    }
+}
+
+/// A segment of `bytes` whose header has been read in words: the ports, the
+/// sequence number, and the word with the flags.
+#[inline(always)]
+const fn segment(
+    source: [u32; 4],
+    destination: [u32; 4],
+    [ports, sequence, offset_flags]: [u32; 3],
+    bytes: u32,
+    direction: Direction,
+) -> Parsed {
+    let [header, flags, _, _] = offset_flags.to_ne_bytes();
+    let key = match direction {
+        // Source and destination port change places.
+        Direction::Ingress => FlowKey::of_words(destination, source, ports.rotate_left(16)),
+        Direction::Egress => FlowKey::of_words(source, destination, ports),
+    };
+    Parsed::Tcp {
+        key,
+        flags,
+        sequence: u32::from_be(sequence),
+        payload_bytes: payload(bytes, header),
+    }
+}
+
+/// What a segment of `bytes` carries behind its header, whose length stands in
+/// the upper half of a byte in words of four bytes.
+#[inline(always)]
+const fn payload(bytes: u32, header: u8) -> u32 {
+    let header_bytes = (header >> 4) as u32 * 4;
+    // A length of 0 is that of a packet too long for the field.
+    if bytes > 0xffff || bytes < header_bytes {
+        0
+    } else {
+        bytes - header_bytes
+    }
 }
 
 #[inline(always)]
@@ -318,7 +429,8 @@ mod tests {
     ) -> Vec<u8> {
         let mut chain: Vec<u8> = extensions.to_vec();
         chain.push(PROTOCOL_TCP);
-        let mut bytes = vec![0x60, 0, 0, 0, 0, 0, chain[0], 64];
+        let length = u8::try_from(20 + 8 * extensions.len()).unwrap();
+        let mut bytes = vec![0x60, 0, 0, 0, 0, length, chain[0], 64];
         bytes.extend(source);
         bytes.extend(destination);
         for pair in chain.windows(2) {
@@ -332,7 +444,7 @@ mod tests {
 
     fn tcp_header(ports: [u16; 2], flags: u8) -> Vec<u8> {
         let mut bytes: Vec<u8> = ports.iter().flat_map(|port| port.to_be_bytes()).collect();
-        bytes.extend([0, 0, 0, 0, 0, 0, 0, 0, 0x50, flags]);
+        bytes.extend([1, 2, 3, 4, 0, 0, 0, 0, 0x50, flags]);
         bytes.extend([0; 6]);
         bytes
     }
@@ -470,7 +582,16 @@ mod tests {
                 remote_port_be: ports[1].to_be_bytes(),
             };
             prop_assert!(is_mapped(&key.local));
-            prop_assert_eq!(parsed, Parsed::Tcp { key, flags });
+            prop_assert_eq!(
+                parsed,
+                Parsed::Tcp { key, flags, sequence: 0x0102_0304, payload_bytes: 0 }
+            );
+            // With options it is read another way, to the same end.
+            let mut optioned = inbound;
+            optioned[0] = 0x46;
+            optioned[3] += 4;
+            optioned.splice(20..20, [1; 4]);
+            prop_assert_eq!(parsed, read(&optioned, ETHERTYPE_IPV4, Direction::Ingress));
         }
 
         #[test]
@@ -495,7 +616,35 @@ mod tests {
                     remote_port_be: ports[1].to_be_bytes(),
                 },
                 flags,
+                sequence: 0x0102_0304,
+                payload_bytes: 0,
             });
+        }
+
+        #[test]
+        fn the_payload_is_what_the_headers_leave(
+            payload in 0..60_000_u16, extensions in 0..3_usize, options in 0..2_u8,
+        ) {
+            let total = |header: u16| (header + payload).to_be_bytes();
+            let mut bytes = ipv4_segment([1; 4], [2; 4], [1, 2], 0);
+            bytes[2..4].copy_from_slice(&total(40));
+            if options > 0 {
+                bytes[0] = 0x46;
+                bytes[2..4].copy_from_slice(&total(44));
+                bytes.splice(20..20, [1; 4]);
+            }
+            let of = |parsed: Parsed| match parsed {
+                Parsed::Tcp { payload_bytes, .. } => Some(payload_bytes),
+                _ => None,
+            };
+            let read_v4 = of(read(&bytes, ETHERTYPE_IPV4, Direction::Egress));
+            prop_assert_eq!(read_v4, Some(u32::from(payload)));
+            let kinds = vec![PROTOCOL_DESTINATION_OPTIONS; extensions];
+            let mut bytes = ipv6_segment([1; 16], [2; 16], &kinds, [1, 2], 0);
+            let headers = 20 + u16::try_from(extensions).unwrap() * 8;
+            bytes[4..6].copy_from_slice(&total(headers));
+            let read_v6 = of(read(&bytes, ETHERTYPE_IPV6, Direction::Egress));
+            prop_assert_eq!(read_v6, Some(u32::from(payload)));
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::parse::Direction;
 
 /// Version of every map's layout. A gate that another version has pinned is
 /// not adopted, only removed.
-pub const LAYOUT_VERSION: u64 = 2;
+pub const LAYOUT_VERSION: u64 = 4;
 
 /// What the gate does with the workload's packets in one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,13 +27,17 @@ pub enum Mode {
 ///   | epoch              | flags    | egress   | ingress  |
 /// ```
 ///
-/// The epoch counts changes of the modes. The only flag, bit 16, says that
-/// there are staged addresses.
+/// The epoch counts changes of the modes. Bit 16 says that there are staged
+/// addresses, bit 18 that flows are counted, bit 19 that they are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct State(pub u64);
 
 /// Bit of [`State`]: there are staged addresses.
 const STAGED: u64 = 1 << 16;
+/// Bit of [`State`]: packets of flows are counted.
+const TRACKED: u64 = 1 << 18;
+/// Bit of [`State`]: sequence numbers are looked at as well.
+const WATCHED: u64 = 1 << 19;
 const FLAGS: u64 = 0xff << 16;
 const EPOCH_SHIFT: u32 = 24;
 
@@ -69,12 +73,38 @@ impl State {
         self.0 & 0xffff == 0
     }
 
-    /// Whether no packet whatever concerns the gate: both directions are open
-    /// and no address is staged.
+    /// Whether no packet whatever concerns the gate: both directions are open,
+    /// no address is staged and nothing is counted.
     #[inline(always)]
     #[must_use]
     pub const fn is_idle(self) -> bool {
         self.0 & (0xffff | FLAGS) == 0
+    }
+
+    /// Whether packets of flows are counted.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_tracking(self) -> bool {
+        self.0 & TRACKED != 0
+    }
+
+    /// Whether their sequence numbers are looked at as well.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_watching(self) -> bool {
+        self.0 & WATCHED != 0
+    }
+
+    /// This state, with flows counted from now on.
+    #[must_use]
+    pub const fn tracking(self) -> Self {
+        Self(self.0 | TRACKED)
+    }
+
+    /// This state, with flows counted and watched from now on.
+    #[must_use]
+    pub const fn watching(self) -> Self {
+        Self(self.0 | TRACKED | WATCHED)
     }
 
     /// The next state: these modes, the epoch one higher (wrapping).
@@ -118,7 +148,23 @@ pub struct Control {
     pub owner_start_ticks: u64,
     /// [`LAYOUT_VERSION`] of the writer.
     pub layout_version: u64,
+    /// When the present round began, on the programs' clock: a flow whose last
+    /// packet is not older is dirty.
+    pub round_ns: u64,
+    /// Where the migration stands, for whoever looks: its phase, and from bit
+    /// 8 on the number of rounds.
+    pub progress: u64,
+    /// When the watch was marked: what passes first after it is noted.
+    pub mark_ns: u64,
+    /// Flows that the programs have found themselves and not yet dropped,
+    /// nearly; user space puts the number right at every round.
+    pub newcomers: u64,
 }
+
+/// How many flows the programs put in by themselves: connections that come
+/// between two looks of user space. Those beyond are counted, and kept back by
+/// their listener like any other.
+pub const NEWCOMERS_MAX: u32 = 16_384;
 
 /// Where held packets go and come back from, one record per interface, by
 /// interface index. 0 stands for nothing.
@@ -167,6 +213,10 @@ pub struct Counters {
     pub injected: u64,
     /// Frames sent in the workload's stead that have passed the gate.
     pub emitted: u64,
+    /// Packets of flows that were counted one by one, merged packets once.
+    pub tracked_packets: u64,
+    /// New connections for which there was no room in the flow table.
+    pub newcomers_missed: u64,
     /// Frames that were to be held and found no room. Counted outside the
     /// programs; they are among the held ones above.
     pub hold_dropped: u64,
@@ -190,6 +240,8 @@ impl Counters {
             held_egress_bytes: self.held_egress_bytes + other.held_egress_bytes,
             injected: self.injected + other.injected,
             emitted: self.emitted + other.emitted,
+            tracked_packets: self.tracked_packets + other.tracked_packets,
+            newcomers_missed: self.newcomers_missed + other.newcomers_missed,
             hold_dropped: self.hold_dropped + other.hold_dropped,
         }
     }

@@ -21,17 +21,20 @@
 #![no_std]
 #![no_main]
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::BPF_F_INGRESS;
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_redirect, bpf_skb_load_bytes};
+use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_redirect, bpf_skb_load_bytes};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
+use migrate_ebpf_common::state::NEWCOMERS_MAX;
 use migrate_ebpf_common::{
-    Control, Counters, Direction, FlowKey, Judgement, Layer2, ListenerKey, Packet, Route, State,
-    World, judge,
+    Control, Counters, Direction, Fate, FlowKey, FlowRecord, Judgement, Layer2, ListenerKey,
+    Packet, Route, Segment, State, Way, World, judge,
 };
 
 /// Leave the packet to the next program, and then to the stack.
@@ -40,13 +43,19 @@ const TCX_NEXT: i32 = -1;
 const TCX_DROP: i32 = 2;
 /// `BPF_F_MMAPABLE`: user space writes the control record without a call.
 const MMAPABLE: usize = 1 << 10;
+/// `BPF_F_NO_PREALLOC`.
+const NO_PREALLOC: usize = 1;
+/// `BPF_NOEXIST`: insert, and leave alone what is there.
+const NOEXIST: u64 = 1;
 
 #[btf_map]
 static CONTROL: Array<Control, 1, MMAPABLE> = Array::new();
 /// The size is set when the programs are loaded. A plain hash: an LRU would
-/// forget flows, and a forgotten flow is an RST sent.
+/// forget flows, and a forgotten flow is an RST sent. Memory is taken as flows
+/// come, for the table is made with room for many more; a look-up costs the
+/// same either way.
 #[btf_map]
-static FLOWS: HashMap<FlowKey, u32, 4096> = HashMap::new();
+static FLOWS: HashMap<FlowKey, FlowRecord, 4096, NO_PREALLOC> = HashMap::new();
 #[btf_map]
 static LISTENERS: HashMap<ListenerKey, u32, 4096> = HashMap::new();
 #[btf_map]
@@ -90,7 +99,7 @@ fn gate(ctx: &TcContext, layer2: Layer2, direction: Direction) -> i32 {
     let (mark, protocol_be) = unsafe { ((*ctx.skb.skb).mark, (*ctx.skb.skb).protocol) };
     // The field holds the 16-bit value in network order.
     let ethertype = u16::from_be(protocol_be as u16);
-    match judge(&Skb(ctx), layer2, ethertype, mark, direction, &Maps) {
+    match judge(&Skb(ctx), layer2, ethertype, mark, direction, &Maps(ctx)) {
         Judgement::Pass => TCX_NEXT,
         Judgement::PassOwn => {
             // Nothing behind the gate, routing rules say, is to see it.
@@ -260,23 +269,50 @@ struct Skb<'a>(&'a TcContext);
 impl Packet for Skb<'_> {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        let mut bytes = [0_u8; N];
-        // SAFETY: the context is valid for this run, and the buffer is N bytes.
+        // SAFETY: every bit pattern is a value of such an array.
+        unsafe { self.read(offset) }
+    }
+
+    #[inline(always)]
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        // SAFETY: as above.
+        unsafe { self.read(offset) }
+    }
+}
+
+impl Skb<'_> {
+    /// Bytes at `offset`. The buffer is not cleared before, for that alone
+    /// would cost a loop over its bytes.
+    ///
+    /// # Safety
+    ///
+    /// Every bit pattern must be a `T`.
+    #[inline(always)]
+    unsafe fn read<T>(&self, offset: usize) -> Option<T> {
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: the context is valid for this run, and the buffer has the
+        // size given.
         let result = unsafe {
             bpf_skb_load_bytes(
                 self.0.as_ptr(),
                 offset as u32,
-                bytes.as_mut_ptr().cast::<c_void>(),
-                N as u32,
+                value.as_mut_ptr().cast::<c_void>(),
+                size_of::<T>() as u32,
             )
         };
-        (result == 0).then_some(bytes)
+        if result == 0 {
+            // SAFETY: the helper has filled it, and the caller vouches for
+            // what it holds.
+            Some(unsafe { value.assume_init() })
+        } else {
+            None
+        }
     }
 }
 
-struct Maps;
+struct Maps<'a>(&'a TcContext);
 
-impl World for Maps {
+impl World for Maps<'_> {
     #[inline(always)]
     fn own_mark(&self) -> u32 {
         own_mark()
@@ -322,6 +358,120 @@ impl World for Maps {
     #[inline(always)]
     fn is_staged(&self, address: &[u8; 16]) -> bool {
         STAGED.get_ptr(address).is_some()
+    }
+
+    #[inline(always)]
+    fn track(
+        &self,
+        key: &FlowKey,
+        segment: &Segment,
+        direction: Direction,
+        fate: Fate,
+        is_watching: bool,
+    ) {
+        let Some(record) = FLOWS.get_ptr_mut(key) else {
+            // Only what the workload's own kernel says proves a connection.
+            if matches!((direction, fate), (Direction::Egress, Fate::Passes))
+                && segment.is_established()
+            {
+                self.newcomer(key);
+            }
+            return;
+        };
+        // SAFETY: the record stays readable while the program runs, also when
+        // the entry goes meanwhile. Others may write it at the same time: a
+        // count is lost then, see `FlowRecord`.
+        let record = unsafe { &mut *record };
+        let way = match direction {
+            Direction::Ingress => &mut record.ingress,
+            Direction::Egress => &mut record.egress,
+        };
+        let packets = segments(self.0);
+        match fate {
+            Fate::Passes => {
+                way.packets += packets;
+                way.bytes += u64::from(self.0.len());
+                way.last_ns = self.now_ns();
+                count(|counters| counters.tracked_packets += 1);
+            }
+            Fate::Kept => way.kept = way.kept.wrapping_add(packets as u32),
+            Fate::Returned => way.returned = way.returned.wrapping_add(packets as u32),
+        }
+        if is_watching {
+            watch(way, segment, fate, packets as u32);
+        }
+        if record.is_newcomer != 0
+            && matches!(fate, Fate::Passes)
+            && record.finish(segment, direction)
+            && FLOWS.remove(key).is_ok()
+        {
+            add_newcomers(-1);
+        }
+    }
+}
+
+impl Maps<'_> {
+    /// Takes in a connection that one of the workload's listeners has accepted.
+    #[inline(always)]
+    fn newcomer(&self, key: &FlowKey) {
+        if !self.has_listener(&key.listener()) && !self.has_listener(&key.wildcard_listener()) {
+            return;
+        }
+        let room = match CONTROL.get_ptr(0) {
+            // SAFETY: as in `state`.
+            Some(control) => unsafe {
+                core::ptr::read_volatile(&raw const (*control).newcomers) < u64::from(NEWCOMERS_MAX)
+            },
+            None => false,
+        };
+        let mut record = FlowRecord::default();
+        record.egress.packets = segments(self.0);
+        record.egress.bytes = u64::from(self.0.len());
+        record.egress.last_ns = self.now_ns();
+        record.is_newcomer = 1;
+        if room && FLOWS.insert(key, record, NOEXIST).is_ok() {
+            add_newcomers(1);
+            count(|counters| counters.tracked_packets += 1);
+        } else {
+            count(|counters| counters.newcomers_missed += 1);
+        }
+    }
+}
+
+/// Sequence numbers, and the first packet since the mark. Off while the gate
+/// is only open, so its cost does not matter.
+#[inline(always)]
+fn watch(way: &mut Way, segment: &Segment, fate: Fate, packets: u32) {
+    way.watch(segment, fate, packets);
+    if matches!(fate, Fate::Kept) {
+        return;
+    }
+    let Some(control) = CONTROL.get_ptr(0) else {
+        return;
+    };
+    // SAFETY: as in `World::state`.
+    let mark_ns = unsafe { core::ptr::read_volatile(&raw const (*control).mark_ns) };
+    // The exact clock: what is told of it is a matter of milliseconds.
+    // SAFETY: the helper has no preconditions.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    way.last_ns = now_ns;
+    if way.first_ns < mark_ns {
+        way.first_ns = now_ns;
+    }
+}
+
+/// Two CPUs at once may lose one of their changes, for the target has no atomic
+/// addition in safe reach; the bound has slack, and user space puts the number
+/// right at every round.
+#[inline(always)]
+fn add_newcomers(number: i64) {
+    if let Some(control) = CONTROL.get_ptr_mut(0) {
+        // SAFETY: an aligned word of a map that lives as long as the program.
+        unsafe {
+            let newcomers = &raw mut (*control).newcomers;
+            let sum = newcomers.read_volatile().wrapping_add(number as u64);
+            newcomers.write_volatile(sum);
+        }
     }
 }
 

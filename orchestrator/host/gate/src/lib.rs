@@ -52,12 +52,21 @@
 //! (a bond and its members, a VLAN and its parent) a gate takes one layer;
 //! on both, a packet given back to the lower one is held again by the upper.
 //!
+//! **Tracking.** From [`Gate::start_tracking`] on every packet of a flow is
+//! counted while it passes: packets, bytes and the time of the last one, per
+//! direction. A flow is *dirty* when it had traffic since the round began
+//! ([`Gate::next_round`]). Connections that the tree's listeners accept are
+//! taken in by the programs themselves, up to a bound; those that the tree
+//! opens are for the caller to name. From [`Gate::start_watching`] on, sequence
+//! numbers are looked at too: what was sent again, and resets.
+//!
 //! With tracing at level TRACE for `migrate_gate::packets` when the gate is
 //! attached, every dropped packet is traced (as [`Gate::counters`] is read);
 //! otherwise the kernel leaves the tracing out of the programs.
 
 mod bpffs;
 mod error;
+mod flows;
 mod hold;
 mod owner;
 mod sys;
@@ -81,10 +90,11 @@ use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
 use migrate_core::{Flow, Listener};
-pub use migrate_ebpf_common::{Counters, Direction};
+pub use migrate_ebpf_common::{Counters, Direction, Way};
 use migrate_ebpf_common::{EXEMPT_MARK, FlowKey, Mode};
 
 pub use crate::error::GateError;
+pub use crate::flows::{FlowActivity, FlowCount};
 use crate::hold::Hold;
 pub use crate::hold::frame::{FRAME_BYTES_MAX, FrameError};
 pub use crate::hold::{HeldPacket, HeldPackets, HeldStats, HoldOptions};
@@ -136,8 +146,8 @@ pub struct GateOptions {
     pub id: String,
     /// Which end this is.
     pub role: Role,
-    /// How many flows fit. Memory for all of them is taken at once, about 100
-    /// bytes each.
+    /// How many flows fit. Memory is taken as they come, about 250 bytes each,
+    /// and 16 at once.
     pub flow_capacity: u32,
     /// Where the pins go, for example `/run/migrate/bpf`. Made with mode 0700
     /// and mounted as a bpf file system if it is none; taken away again with
@@ -251,6 +261,68 @@ impl Gate {
     /// [`GateError::Full`] past the capacity; a part may then be in.
     pub fn add_flows(&self, flows: &[Flow]) -> Result<(), GateError> {
         self.tables.add_flows(flows)
+    }
+
+    /// Counts the packets of flows from now on; the first round begins.
+    pub fn start_tracking(&self) {
+        self.tables.start_tracking();
+    }
+
+    /// Looks at sequence numbers as well from now on, and notes when a flow's
+    /// next packet passes in each direction. Costs more, so it is for the time
+    /// around the blackout.
+    pub fn start_watching(&self) {
+        self.tables.start_watching();
+    }
+
+    /// Ends a round and begins the next one.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn next_round(&self) -> Result<FlowCount, GateError> {
+        self.tables.next_round()
+    }
+
+    /// Forgets flows that have ended: those that are not among `flows` and had
+    /// no traffic in this round.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or changed.
+    pub fn retain_flows(&self, flows: &[Flow]) -> Result<(), GateError> {
+        self.tables.retain_flows(flows)
+    }
+
+    /// What is remembered of every flow.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn activity(&self) -> Result<Vec<FlowActivity>, GateError> {
+        let dropped = self.hold.as_ref().ok().map(Hold::flow_dropped);
+        self.tables.activity(dropped.as_ref())
+    }
+
+    /// How many packets of flows have passed so far: as long as the number
+    /// stays the same, nobody speaks.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn tracked_packets(&self) -> Result<u64, GateError> {
+        Ok(self.tables.counters()?.tracked_packets)
+    }
+
+    /// Notes where the migration stands, for [`leftovers`] to tell.
+    pub fn set_progress(&self, phase: u8, rounds: u32) {
+        self.tables.set_progress(phase, rounds);
+    }
+
+    /// When the watch was marked last, on the clock of [`Way::first_ns`].
+    #[must_use]
+    pub fn mark_ns(&self) -> u64 {
+        self.tables.mark_ns()
     }
 
     /// Adds listening sockets of the tree: closed, the gate keeps new
@@ -472,6 +544,10 @@ pub struct Leftover {
     pub interfaces: Vec<u32>,
     /// How many flows it knows.
     pub flows: usize,
+    /// How many of them had traffic since the last round began.
+    pub dirty_flows: usize,
+    /// What its owner has noted with [`Gate::set_progress`]: phase and rounds.
+    pub progress: (u8, u32),
     /// When it opens by itself, zero if it has; `None` without a lease.
     pub deadline_in: Option<Duration>,
 }
@@ -524,6 +600,8 @@ fn inspect(path: &Path, id: String, role: Role) -> Leftover {
         mode: LeftoverMode::Unknown,
         interfaces: attached_interfaces(path),
         flows: 0,
+        dirty_flows: 0,
+        progress: (0, 0),
         deadline_in: None,
     };
     if let Ok(tables) = Tables::open(path) {
@@ -539,7 +617,10 @@ fn inspect(path: &Path, id: String, role: Role) -> Leftover {
         } else {
             LeftoverMode::Open
         };
-        leftover.flows = tables.count_flows().unwrap_or(0);
+        let count = tables.count_flows().unwrap_or_default();
+        leftover.flows = count.flows;
+        leftover.dirty_flows = count.dirty;
+        leftover.progress = tables.progress();
     }
     leftover
 }

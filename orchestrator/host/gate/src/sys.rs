@@ -12,9 +12,14 @@ use std::sync::atomic::AtomicU64;
 use migrate_ebpf_common::Control;
 
 // Command numbers of bpf(2), `enum bpf_cmd` in linux/bpf.h.
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+/// `BPF_NOEXIST`: insert, and leave alone what is there.
+const BPF_NOEXIST: u64 = 1;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// Device types, linux/if_arp.h.
@@ -47,23 +52,39 @@ unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::
     }
 }
 
-/// Puts all keys into a hash map with value 0, in one call.
-pub(crate) fn insert_keys<K: aya::Pod>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<()> {
-    #[repr(C)]
-    struct Batch {
-        in_batch: u64,
-        out_batch: u64,
-        keys: u64,
-        values: u64,
-        count: u32,
-        map_fd: u32,
-        elem_flags: u64,
-        flags: u64,
-    }
+/// Of `union bpf_attr`: commands about many elements.
+#[repr(C)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// Of `union bpf_attr`: commands about one element.
+#[repr(C)]
+struct Element {
+    map_fd: u32,
+    _pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Puts all keys into a hash map with the same value, in one call.
+pub(crate) fn insert_keys<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    value: V,
+) -> io::Result<()> {
     if keys.is_empty() {
         return Ok(());
     }
-    let values = vec![0_u32; keys.len()];
+    let values = vec![value; keys.len()];
     let mut batch = Batch {
         in_batch: 0,
         out_batch: 0,
@@ -75,21 +96,112 @@ pub(crate) fn insert_keys<K: aya::Pod>(map: BorrowedFd<'_>, keys: &[K]) -> io::R
         flags: 0,
     };
     // SAFETY: both arrays outlive the call and have `count` elements of the
-    // map's key size (the key types' sizes are asserted where they are
-    // defined) and of its value size, which is 4 in all of the gate's maps.
+    // map's key and value size: callers name the types that the programs name
+    // for the same map.
     unsafe { bpf(BPF_MAP_UPDATE_BATCH, &mut batch) }.map(drop)
+}
+
+/// Puts one key in, unless it is there.
+pub(crate) fn insert_new<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    key: &K,
+    value: &V,
+) -> io::Result<()> {
+    let mut element = Element {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        _pad: 0,
+        key: address(key),
+        value: address(value),
+        flags: BPF_NOEXIST,
+    };
+    // SAFETY: key and value outlive the call and have the map's sizes, as above.
+    match unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut element) } {
+        Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Reads one value; `false` when the key is not there.
+pub(crate) fn look_up<K: aya::Pod, V: aya::Pod>(
+    map: BorrowedFd<'_>,
+    key: &K,
+    value: &mut V,
+) -> io::Result<bool> {
+    let mut element = Element {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        _pad: 0,
+        key: address(key),
+        value: address(std::ptr::from_mut(value)),
+        flags: 0,
+    };
+    // SAFETY: both outlive the call and have the map's sizes, and the value is
+    // ours alone; it may hold any bytes.
+    match unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut element) } {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Elements asked for at once: more than one of the map's buckets ever holds.
+const READ_AT_ONCE: u32 = 16_384;
+
+/// Reads a whole hash map, which has room for `capacity`. What comes or goes
+/// meanwhile may be in or not; nothing is in twice that stays.
+pub(crate) fn read_all<K: aya::Pod + Default, V: aya::Pod + Default>(
+    map: BorrowedFd<'_>,
+    capacity: u32,
+) -> io::Result<Vec<(K, V)>> {
+    let room = usize::try_from(READ_AT_ONCE.min(capacity.max(1))).map_err(io::Error::other)?;
+    let mut keys = vec![K::default(); room];
+    let mut values = vec![V::default(); room];
+    let mut read = Vec::new();
+    // The kernel's place in the map: the number of a bucket.
+    let (mut from, mut to) = (0_u32, 0_u32);
+    let mut is_first = true;
+    // Each turn moves on by a bucket at least, and there are at most twice as
+    // many buckets as elements.
+    for _ in 0..=u64::from(capacity) * 2 {
+        let mut batch = Batch {
+            in_batch: if is_first {
+                0
+            } else {
+                address(&raw const from)
+            },
+            out_batch: address(&raw mut to),
+            keys: address(keys.as_mut_ptr()),
+            values: address(values.as_mut_ptr()),
+            count: u32::try_from(room).map_err(io::Error::other)?,
+            map_fd: map.as_raw_fd().cast_unsigned(),
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: the arrays are ours and have room for `count` elements of the
+        // map's sizes, which the caller's types have; the places are `u32`, as
+        // hash maps want them.
+        let result = unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut batch) };
+        let is_last = match result {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
+        };
+        let got = usize::try_from(batch.count).unwrap_or(0).min(room);
+        read.extend(
+            keys[..got]
+                .iter()
+                .copied()
+                .zip(values[..got].iter().copied()),
+        );
+        if is_last {
+            break;
+        }
+        (from, is_first) = (to, false);
+    }
+    Ok(read)
 }
 
 /// Removes a key; a key that is not there is no error.
 pub(crate) fn remove_key<K: aya::Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<()> {
-    #[repr(C)]
-    struct Element {
-        map_fd: u32,
-        _pad: u32,
-        key: u64,
-        value: u64,
-        flags: u64,
-    }
     let mut element = Element {
         map_fd: map.as_raw_fd().cast_unsigned(),
         _pad: 0,
@@ -275,6 +387,22 @@ impl ControlPage {
         self.word(offset_of!(Control, owner_start_ticks))
     }
 
+    pub(crate) fn round_ns(&self) -> &AtomicU64 {
+        self.word(offset_of!(Control, round_ns))
+    }
+
+    pub(crate) fn progress(&self) -> &AtomicU64 {
+        self.word(offset_of!(Control, progress))
+    }
+
+    pub(crate) fn mark_ns(&self) -> &AtomicU64 {
+        self.word(offset_of!(Control, mark_ns))
+    }
+
+    pub(crate) fn newcomers(&self) -> &AtomicU64 {
+        self.word(offset_of!(Control, newcomers))
+    }
+
     pub(crate) fn layout_version(&self) -> &AtomicU64 {
         self.word(offset_of!(Control, layout_version))
     }
@@ -289,11 +417,21 @@ impl Drop for ControlPage {
 
 /// `CLOCK_MONOTONIC` in nanoseconds, never behind what the programs read.
 pub(crate) fn now_ns() -> u64 {
+    clock_ns(libc::CLOCK_MONOTONIC)
+}
+
+/// The clock that the programs count with, which moves on with the kernel's
+/// tick.
+pub(crate) fn coarse_ns() -> u64 {
+    clock_ns(libc::CLOCK_MONOTONIC_COARSE)
+}
+
+fn clock_ns(clock: libc::clockid_t) -> u64 {
     let mut now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: the clock always exists and the structure is ours.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    // SAFETY: both clocks always exist and the structure is ours.
+    unsafe { libc::clock_gettime(clock, &raw mut now) };
     now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }

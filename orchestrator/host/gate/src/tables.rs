@@ -12,10 +12,11 @@ use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
 use aya::{Ebpf, EbpfLoader};
 use migrate_core::{Flow, Listener};
 use migrate_ebpf_common::key::{ANY_V4, ANY_V6, mapped};
-use migrate_ebpf_common::state::expired;
+use migrate_ebpf_common::state::{NEWCOMERS_MAX, expired};
 use migrate_ebpf_common::{Counters, Direction, FlowKey, LAYOUT_VERSION, ListenerKey, Mode, State};
 
 use crate::GateError;
+use crate::flows::{FlowActivity, FlowCount, FlowTable};
 use crate::owner::Owner;
 use crate::sys::{self, ControlPage};
 use crate::trace;
@@ -53,7 +54,7 @@ impl KeySet {
     }
 
     fn insert<K: aya::Pod>(&self, keys: &[K]) -> Result<(), GateError> {
-        sys::insert_keys(descriptor(&self.map), keys).map_err(|source| {
+        sys::insert_keys(descriptor(&self.map), keys, 0_u32).map_err(|source| {
             match source.raw_os_error() {
                 Some(libc::E2BIG) => GateError::Full {
                     table: self.table,
@@ -93,7 +94,7 @@ impl KeySet {
 pub(crate) struct Tables {
     control_map: Map,
     control: ControlPage,
-    flows: KeySet,
+    flows: FlowTable,
     listeners: KeySet,
     staged: KeySet,
     /// Held while staged addresses and the flag that tells of them change.
@@ -108,7 +109,7 @@ pub(crate) fn load(flow_capacity: u32, own_mark: u32) -> Result<(Ebpf, Tables), 
     let mut ebpf = EbpfLoader::new()
         .override_global(aya_log::LEVEL, &trace_level, true)
         .override_global(OWN_MARK, &own_mark, true)
-        .map_max_entries(FLOWS, flow_capacity.max(1))
+        .map_max_entries(FLOWS, flow_capacity.max(1).saturating_add(NEWCOMERS_MAX))
         .load(OBJECT)
         .map_err(|error| GateError::Load(error.into()))?;
     let tables = Tables::collect(|name| {
@@ -130,7 +131,7 @@ impl Tables {
         Ok(Self {
             control_map,
             control,
-            flows: KeySet::new(map(FLOWS)?, "flows")?,
+            flows: flow_table(map(FLOWS)?)?,
             listeners: KeySet::new(map(LISTENERS)?, "listeners")?,
             staged: KeySet::new(map(STAGED)?, "staged addresses")?,
             staging: Mutex::new(()),
@@ -165,7 +166,7 @@ impl Tables {
     pub(crate) fn pin(&self, path: &Path) -> Result<(), GateError> {
         for (name, map) in [
             (CONTROL, &self.control_map),
-            (FLOWS, &self.flows.map),
+            (FLOWS, self.flows.map()),
             (LISTENERS, &self.listeners.map),
             (STAGED, &self.staged.map),
             (COUNTERS, &self.counters),
@@ -194,8 +195,67 @@ impl Tables {
     }
 
     pub(crate) fn add_flows(&self, flows: &[Flow]) -> Result<(), GateError> {
-        let keys: Vec<FlowKey> = flows.iter().map(flow_key).collect();
-        self.flows.insert(&keys)
+        self.flows.add(flows)
+    }
+
+    /// Counts flows from now on.
+    pub(crate) fn start_tracking(&self) {
+        self.control
+            .round_ns()
+            .store(sys::coarse_ns(), Ordering::SeqCst);
+        self.set_state(State::tracking);
+    }
+
+    /// Watches flows from now on, and notes what passes first.
+    pub(crate) fn start_watching(&self) {
+        self.control
+            .mark_ns()
+            .store(sys::now_ns(), Ordering::SeqCst);
+        self.set_state(State::watching);
+    }
+
+    pub(crate) fn mark_ns(&self) -> u64 {
+        self.control.mark_ns().load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn next_round(&self) -> Result<FlowCount, GateError> {
+        // The next round begins before this one is counted, so that no packet
+        // falls between them.
+        let round_ns = self
+            .control
+            .round_ns()
+            .swap(sys::coarse_ns(), Ordering::SeqCst);
+        self.flows.count(round_ns)
+    }
+
+    pub(crate) fn retain_flows(&self, flows: &[Flow]) -> Result<(), GateError> {
+        let round_ns = self.control.round_ns().load(Ordering::SeqCst);
+        let newcomers = self.flows.retain(flows, round_ns)?;
+        self.control.newcomers().store(newcomers, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(crate) fn count_flows(&self) -> Result<FlowCount, GateError> {
+        let round_ns = self.control.round_ns().load(Ordering::SeqCst);
+        self.flows.count(round_ns)
+    }
+
+    pub(crate) fn activity(
+        &self,
+        dropped: Option<&std::collections::HashMap<FlowKey, u32>>,
+    ) -> Result<Vec<FlowActivity>, GateError> {
+        self.flows.activity(dropped)
+    }
+
+    pub(crate) fn set_progress(&self, phase: u8, rounds: u32) {
+        let progress = u64::from(rounds) << 8 | u64::from(phase);
+        self.control.progress().store(progress, Ordering::Relaxed);
+    }
+
+    pub(crate) fn progress(&self) -> (u8, u32) {
+        let progress = self.control.progress().load(Ordering::Relaxed);
+        let [phase, ..] = progress.to_le_bytes();
+        (phase, u32::try_from(progress >> 8).unwrap_or(u32::MAX))
     }
 
     pub(crate) fn add_listeners(&self, listeners: &[Listener]) -> Result<(), GateError> {
@@ -231,15 +291,6 @@ impl Tables {
         Ok(self.flows.contains(key)?
             || self.listeners.contains(&key.listener())?
             || self.listeners.contains(&key.wildcard_listener())?)
-    }
-
-    pub(crate) fn count_flows(&self) -> Result<usize, GateError> {
-        let flows = HashMap::<_, FlowKey, u32>::try_from(&self.flows.map)
-            .map_err(|error| self.flows.failed("read", io::Error::other(error)))?;
-        // A concurrent change may make the kernel start the walk anew; the
-        // number of steps stays bounded by the map's size.
-        let bound = usize::try_from(self.flows.capacity).unwrap_or(usize::MAX);
-        Ok(flows.keys().take(bound).filter(Result::is_ok).count())
     }
 
     pub(crate) fn counters(&self) -> Result<Counters, GateError> {
@@ -346,7 +397,16 @@ fn lease_expired(deadline_ns: u64, now_ns: u64) -> GateError {
     }
 }
 
-fn data(map: &Map) -> &MapData {
+/// The table of flows; what the programs may add is no part of its capacity.
+fn flow_table(map: Map) -> Result<FlowTable, GateError> {
+    let entries = data(&map)
+        .info()
+        .map_err(|error| GateError::Load(error.into()))?
+        .max_entries();
+    Ok(FlowTable::new(map, entries.saturating_sub(NEWCOMERS_MAX)))
+}
+
+pub(crate) fn data(map: &Map) -> &MapData {
     match map {
         Map::Array(data) | Map::PerCpuArray(data) | Map::HashMap(data) => data,
         // Every other kind has been refused by name or by the loader: the

@@ -24,6 +24,7 @@ macro_rules! needs_tun {
 mod hold;
 mod network;
 pub(crate) mod packets;
+mod track;
 
 use std::io;
 use std::net::IpAddr;
@@ -227,7 +228,15 @@ fn costs_per_packet() {
             println!("{what}, {whose} packet: {ns} ns");
         }
     };
+    cost(&mut programs, "open, nothing counted");
+    programs.tables.start_tracking();
     cost(&mut programs, "open");
+    let (local, peer) = ("[fd00:77::100]:6379", "[fd00:77::1]:40000");
+    programs.tables.add_flows(&[flow(local, peer)]).unwrap();
+    let ipv6 = Packet::tcp(peer, local, ACK).bytes();
+    println!("open, IPv6: {} ns", programs.cost_ns("gate_ingress", &ipv6));
+    programs.tables.start_watching();
+    cost(&mut programs, "open, watched");
     programs.tables.stage(&[ip("10.77.0.100")]).unwrap();
     cost(&mut programs, "open, an address staged");
     programs.tables.unstage(&[ip("10.77.0.100")]).unwrap();
@@ -504,7 +513,7 @@ fn flows_beyond_the_capacity_are_an_error() {
     programs.tables.add_flows(&flows(1..1001)).unwrap();
     // Known ones take no room.
     programs.tables.add_flows(&flows(1..1001)).unwrap();
-    assert_eq!(programs.tables.count_flows().unwrap(), 1000);
+    assert_eq!(programs.tables.count_flows().unwrap().flows, 1000);
     let error = programs.tables.add_flows(&flows(2000..3000)).unwrap_err();
     assert!(
         matches!(

@@ -29,7 +29,7 @@ pub(crate) mod frame;
 mod store;
 mod tap;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::os::fd::AsFd;
@@ -39,7 +39,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use aya::Ebpf;
-use aya::maps::HashMap;
+use aya::maps::HashMap as RouteMap;
 use aya::programs::tc::SchedClassifierLink;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
@@ -363,6 +363,11 @@ impl Hold {
         self.shared.reader()
     }
 
+    /// Frames of each flow for which there was no room here.
+    pub(crate) fn flow_dropped(&self) -> HashMap<FlowKey, u32> {
+        self.shared.store().flow_dropped().clone()
+    }
+
     /// Frames for which there was no room, in the kernel or here.
     pub(crate) fn dropped_frames(&self) -> Result<u64, GateError> {
         let mut text = String::new();
@@ -422,7 +427,7 @@ fn write_routes(ebpf: &mut Ebpf, ports: &[Arc<Port>]) -> Result<(), HoldError> {
     let map = ebpf
         .map_mut("ROUTES")
         .ok_or_else(|| HoldError("the object has no map ROUTES".to_owned()))?;
-    let mut routes = HashMap::<_, u32, Route>::try_from(map).map_err(failed)?;
+    let mut routes = RouteMap::<_, u32, Route>::try_from(map).map_err(failed)?;
     for port in ports {
         let (there, back) = (port.interface_index, port.tap.index);
         let mut of_interface = routes.get(&there, 0).unwrap_or_default();

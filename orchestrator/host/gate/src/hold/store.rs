@@ -11,6 +11,10 @@ use super::{HeldPacket, HeldStats, HoldOptions};
 /// are tiny: the queue's entry, the buffer's own record, the flow's share.
 const OVERHEAD_BYTES: usize = 128;
 
+/// Flows whose dropped frames are counted one by one: a listener's packets may
+/// come from anywhere.
+const FLOWS_DROPPED_MAX: usize = 65_536;
+
 #[derive(Debug)]
 pub(crate) struct Store {
     bounds: HoldOptions,
@@ -21,6 +25,8 @@ pub(crate) struct Store {
     flow_bytes: HashMap<FlowKey, usize>,
     dropped_frames: u64,
     dropped_bytes: u64,
+    /// By flow, for those that had any.
+    flow_dropped: HashMap<FlowKey, u32>,
     /// Nothing comes any more.
     has_ended: bool,
 }
@@ -34,6 +40,7 @@ impl Store {
             flow_bytes: HashMap::new(),
             dropped_frames: 0,
             dropped_bytes: 0,
+            flow_dropped: HashMap::new(),
             has_ended: false,
         }
     }
@@ -54,6 +61,9 @@ impl Store {
         {
             self.dropped_frames += 1;
             self.dropped_bytes += u64::try_from(frame.len()).unwrap_or(u64::MAX);
+            if self.flow_dropped.len() < FLOWS_DROPPED_MAX || self.flow_dropped.contains_key(&key) {
+                *self.flow_dropped.entry(key).or_default() += 1;
+            }
             return;
         }
         self.total_bytes += cost;
@@ -79,6 +89,11 @@ impl Store {
             }
         }
         Some(packet)
+    }
+
+    /// Frames of each flow that found no room.
+    pub(crate) fn flow_dropped(&self) -> &HashMap<FlowKey, u32> {
+        &self.flow_dropped
     }
 
     pub(crate) fn end(&mut self) {
@@ -138,6 +153,10 @@ mod tests {
                 dropped_frames: 2,
                 dropped_bytes: 200,
             }
+        );
+        assert_eq!(
+            (store.flow_dropped()[&key(1)], store.flow_dropped()[&key(2)]),
+            (1, 1)
         );
         assert_eq!(store.pop().unwrap().frame[0], 1);
         // What has been taken makes room.
