@@ -3,8 +3,9 @@
 use std::io::{IsTerminal, Write};
 
 use migrate_core::Phase;
+use migrate_core::facts::SocketFacts;
 use migrate_core::preflight::{Finding, Severity};
-use migrate_core::report::{Report, counted};
+use migrate_core::report::{Continuity, Report, counted};
 use migrate_session::source::Failure;
 use migrate_session::{Error, Progress};
 use serde::Serialize;
@@ -33,6 +34,14 @@ struct FailureLine<'a> {
     leftovers: &'a [String],
     exit_code: u8,
     runs_on: Option<String>,
+}
+
+/// A socket of the tree in `--json`.
+#[derive(Serialize)]
+struct SocketLine<'a> {
+    event: &'static str,
+    #[serde(flatten)]
+    socket: &'a SocketFacts,
 }
 
 impl Show {
@@ -103,6 +112,8 @@ impl Show {
                 bytes,
                 took_us,
                 blackout_us_predicted,
+                flows,
+                dirty_flows,
                 ..
             } => {
                 let mut text = format!(
@@ -112,6 +123,9 @@ impl Show {
                     thousands(*pages_scanned),
                     mib(*bytes)
                 );
+                if let (Some(flows), Some(dirty)) = (flows, dirty_flows) {
+                    text += &format!(", {dirty} of {} dirty", counted(*flows, "connection"));
+                }
                 if let Some(predicted) = blackout_us_predicted {
                     text += &format!(", blackout now {}", ms(*predicted));
                 }
@@ -147,6 +161,20 @@ impl Show {
             text += &format!("\n           -> {}", finding.way_out);
         }
         text
+    }
+
+    /// The tree's TCP sockets.
+    pub fn sockets(&mut self, sockets: &[SocketFacts]) {
+        if self.json {
+            for socket in sockets {
+                self.json(&SocketLine {
+                    event: "socket",
+                    socket,
+                });
+            }
+        } else if !self.quiet && !sockets.is_empty() {
+            say(&socket_table(sockets));
+        }
     }
 
     /// All findings, with a verdict at the end.
@@ -265,6 +293,7 @@ fn block(report: &Report) -> String {
         dropped_packets,
         rst_sent,
         total_us,
+        continuity,
         ..
     } = report;
     let parts = [
@@ -280,6 +309,7 @@ fn block(report: &Report) -> String {
         0 => String::new(),
         _ => format!(", all but {} while it ran", thousands(*frozen_pages)),
     };
+    let noticed = continuity.as_ref().map(noticed).unwrap_or_default();
     format!(
         "
   moved        {} pages{while_it_ran}, {} sent, in {}
@@ -287,7 +317,7 @@ fn block(report: &Report) -> String {
   blackout     {}, in which no peer was served:
     {parts}
   connections  {connections} kept, {rst_sent} resets sent
-  packets      {} held, {} dropped",
+  packets      {} held, {} dropped{noticed}",
         thousands(*pages),
         mib(*bytes),
         ms(*total_us),
@@ -296,6 +326,59 @@ fn block(report: &Report) -> String {
         thousands(*held_packets),
         thousands(*dropped_packets)
     )
+}
+
+/// What peers noticed, as a line of the closing block. What was not measured
+/// is not in it.
+fn noticed(continuity: &Continuity) -> String {
+    let mut parts = Vec::new();
+    if let Some(silence_us) = continuity.silence_us {
+        parts.push(format!("silent for {} at most", ms(silence_us)));
+    }
+    let repeated = continuity.repeated_segments;
+    parts.push(format!("{} segments sent again", thousands(repeated)));
+    if !continuity.both_hosts {
+        parts.push("seen by this host alone".to_owned());
+    }
+    if continuity.flows == 0 {
+        return String::new();
+    }
+    format!("\n  peers        {}", parts.join(", "))
+}
+
+/// Sockets shown one by one; a person does not read more.
+const SOCKETS_SHOWN: usize = 10;
+
+/// Sockets as a table whose columns are as wide as they have to be.
+fn socket_table(sockets: &[SocketFacts]) -> String {
+    let head = ["state", "unread", "unsent", "local", "peer"].map(str::to_owned);
+    let rows: Vec<[String; 5]> = std::iter::once(head)
+        .chain(sockets.iter().take(SOCKETS_SHOWN).map(|socket| {
+            [
+                socket.state.clone(),
+                thousands(socket.receive_queue.into()),
+                thousands(socket.send_queue.into()),
+                socket.local.to_string(),
+                socket
+                    .peer
+                    .map_or_else(|| "-".to_owned(), |peer| peer.to_string()),
+            ]
+        }))
+        .collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let [state, unread, unsent, local, _] = std::array::from_fn(width);
+    let mut lines: Vec<String> = rows
+        .iter()
+        .map(|[a, b, c, d, e]| {
+            format!("  {a:<state$}  {b:>unread$}  {c:>unsent$}  {d:<local$}  {e}")
+        })
+        .collect();
+    if let Some(more) = sockets.len().checked_sub(SOCKETS_SHOWN)
+        && more > 0
+    {
+        lines.push(format!("  … and {} more", thousands(more as u64)));
+    }
+    lines.join("\n")
 }
 
 /// Prints a line; a reader that has gone away is no reason to stop.
@@ -360,6 +443,15 @@ mod tests {
             dropped_packets: 3,
             rst_sent: 0,
             total_us: 1_235_300,
+            continuity: Some(Continuity {
+                was_quiet: true,
+                flows: 20,
+                both_hosts: true,
+                repeated_segments: 1_004,
+                resets: 0,
+                silence_us: Some(1_140_700),
+                worst: Vec::new(),
+            }),
         };
         let text = block(&report);
         assert_eq!(
@@ -372,9 +464,34 @@ mod tests {
                 "    freeze 1.1 + dump 1079.9 + transfer 0.3 + restore 48.3 + takeover 67.8",
                 "  connections  20 kept, 0 resets sent",
                 "  packets      1,020 held, 3 dropped",
+                "  peers        silent for 1140.7 ms at most, 1,004 segments sent again",
             ]
         );
         assert!(text.lines().all(|line| line.len() <= 80));
+    }
+
+    #[test]
+    fn sockets_are_listed_and_a_crowd_is_summed_up() {
+        let socket = |port: u16| SocketFacts {
+            local: "10.77.0.100:6379".parse().unwrap(),
+            peer: (port > 0).then(|| ([10, 77, 0, 1], 40_000 + port).into()),
+            state: if port == 0 { "LISTEN" } else { "ESTAB" }.into(),
+            receive_queue: u32::from(port) * 1000,
+            send_queue: 0,
+        };
+        let two: Vec<SocketFacts> = (0..2).map(socket).collect();
+        assert_eq!(
+            socket_table(&two).lines().collect::<Vec<_>>(),
+            [
+                "  state   unread  unsent  local             peer",
+                "  LISTEN       0       0  10.77.0.100:6379  -",
+                "  ESTAB    1,000       0  10.77.0.100:6379  10.77.0.1:40001",
+            ]
+        );
+        let many: Vec<SocketFacts> = (0..105).map(socket).collect();
+        let text = socket_table(&many);
+        assert_eq!(text.lines().count(), 1 + SOCKETS_SHOWN + 1);
+        assert_eq!(text.lines().last(), Some("  … and 95 more"));
     }
 
     #[test]

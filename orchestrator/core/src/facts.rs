@@ -2,7 +2,7 @@
 //!
 //! Gathered by the adapters, compared by [`crate::preflight`].
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -145,6 +145,23 @@ pub enum FileRole {
     Appended,
     /// A working or root directory.
     Directory,
+}
+
+/// A TCP socket of the tree, for people to look at.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SocketFacts {
+    /// The tree's end.
+    pub local: SocketAddr,
+    /// The peer's end; none for a socket without one.
+    pub peer: Option<SocketAddr>,
+    /// The state's name in the words of `ss`.
+    pub state: String,
+    /// Bytes received and not read; for a listener the connections that wait
+    /// to be accepted.
+    pub receive_queue: u32,
+    /// Bytes written and not acknowledged; for a listener the connections that
+    /// may wait.
+    pub send_queue: u32,
 }
 
 /// An IP address that belongs to the workload, and where it sits.

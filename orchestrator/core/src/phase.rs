@@ -103,6 +103,18 @@ impl Phase {
         Self::Undecided,
     ];
 
+    /// The phase's place in [`Self::ALL`].
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        self as u8
+    }
+
+    /// The phase at that place, if there is one.
+    #[must_use]
+    pub fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(number)).copied()
+    }
+
     /// The phase that follows, or a refusal.
     ///
     /// # Errors
@@ -182,6 +194,14 @@ mod tests {
         Event::Failed,
         Event::Disowned,
     ];
+
+    #[test]
+    fn a_phase_is_found_by_its_number() {
+        for phase in Phase::ALL {
+            assert_eq!(Phase::from_number(phase.number()), Some(phase));
+        }
+        assert_eq!(Phase::from_number(13), None);
+    }
 
     #[test]
     fn every_pair_is_pinned() {

@@ -1,9 +1,11 @@
 //! What a migration reports at its end.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::flow::Flow;
 use crate::phase::Phase;
 
 /// The blackout, split by phase, in microseconds. The parts add up to the whole.
@@ -53,6 +55,169 @@ impl fmt::Display for Millis {
     }
 }
 
+/// What one host's gate has seen of a connection since shortly before it closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowSeen {
+    /// The connection.
+    pub flow: Flow,
+    /// Packets of the peer that were held back or dropped, segments of merged
+    /// ones counted one by one.
+    pub kept: u32,
+    /// Frames dropped, because there was no room or no means to hold them.
+    pub dropped: u32,
+    /// Held packets that went in again; merged ones count once.
+    pub returned: u32,
+    /// Segments of the peer with bytes that the gate had seen before.
+    pub repeated_by_peer: u32,
+    /// Such segments of the tree.
+    pub repeated_by_tree: u32,
+    /// RST segments of the peer.
+    pub resets_by_peer: u32,
+    /// RST segments to the peer, those that were kept in among them.
+    pub resets_by_tree: u32,
+    /// From the moment at which the destination owned the tree until a packet
+    /// left for the peer, in microseconds. Only the destination can tell.
+    pub first_out_us: Option<u64>,
+}
+
+/// One connection in the report, both hosts together. See [`FlowSeen`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowReport {
+    /// The connection.
+    #[serde(flatten)]
+    pub flow: Flow,
+    /// Packets of the peer that were kept back.
+    pub held_packets: u64,
+    /// Those given to the tree; merged ones count once.
+    pub returned_packets: u64,
+    /// Those dropped.
+    pub dropped_packets: u64,
+    /// Segments that the peer has sent again.
+    pub repeated_by_peer: u64,
+    /// Segments that the tree has sent again.
+    pub repeated_by_tree: u64,
+    /// RST segments of the peer.
+    pub resets_by_peer: u64,
+    /// RST segments to the peer; a gate that is closed keeps them in.
+    pub resets_by_tree: u64,
+    /// From the closing of the source's gate to the first packet that the
+    /// destination has sent to the peer, without the time that the commit
+    /// message was under way; none when the destination has sent none.
+    pub silence_us: Option<u64>,
+}
+
+impl FlowReport {
+    fn of(flow: Flow) -> Self {
+        Self {
+            flow,
+            held_packets: 0,
+            returned_packets: 0,
+            dropped_packets: 0,
+            repeated_by_peer: 0,
+            repeated_by_tree: 0,
+            resets_by_peer: 0,
+            resets_by_tree: 0,
+            silence_us: None,
+        }
+    }
+
+    fn add(&mut self, seen: &FlowSeen) {
+        self.held_packets += u64::from(seen.kept);
+        self.returned_packets += u64::from(seen.returned);
+        self.dropped_packets += u64::from(seen.dropped);
+        self.repeated_by_peer += u64::from(seen.repeated_by_peer);
+        self.repeated_by_tree += u64::from(seen.repeated_by_tree);
+        self.resets_by_peer += u64::from(seen.resets_by_peer);
+        self.resets_by_tree += u64::from(seen.resets_by_tree);
+    }
+
+    fn resets(&self) -> u64 {
+        self.resets_by_peer + self.resets_by_tree
+    }
+
+    fn repeated(&self) -> u64 {
+        self.repeated_by_peer + self.repeated_by_tree
+    }
+}
+
+/// What peers noticed, as far as the gates of both hosts can tell, from shortly
+/// before the source's gate closed until both were detached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Continuity {
+    /// Whether the gate closed at a moment without traffic; otherwise the
+    /// waiting for one was given up.
+    pub was_quiet: bool,
+    /// Connections that were watched.
+    pub flows: u64,
+    /// Whether the destination has told what it saw; the rest is what the
+    /// source alone knows if not.
+    pub both_hosts: bool,
+    /// Segments with bytes that a gate had seen before, of either side.
+    pub repeated_segments: u64,
+    /// RST segments of either side, those that were kept in among them.
+    pub resets: u64,
+    /// The longest of [`FlowReport::silence_us`].
+    pub silence_us: Option<u64>,
+    /// The connections that had most to bear, worst first, at most
+    /// [`Self::WORST_MAX`].
+    pub worst: Vec<FlowReport>,
+}
+
+impl Continuity {
+    /// Connections listed one by one.
+    pub const WORST_MAX: usize = 100;
+
+    /// Sums up what both hosts have seen. `until_owned_us` is the time from the
+    /// closing of the source's gate to the commit.
+    #[must_use]
+    pub fn of(
+        source: &[FlowSeen],
+        destination: Option<&[FlowSeen]>,
+        until_owned_us: u64,
+        was_quiet: bool,
+    ) -> Self {
+        let mut flows = BTreeMap::<Flow, FlowReport>::new();
+        let theirs = destination.unwrap_or_default();
+        for seen in source.iter().chain(theirs) {
+            flows
+                .entry(seen.flow)
+                .or_insert_with(|| FlowReport::of(seen.flow))
+                .add(seen);
+        }
+        for seen in theirs {
+            if let (Some(report), Some(first_out_us)) =
+                (flows.get_mut(&seen.flow), seen.first_out_us)
+            {
+                report.silence_us = Some(until_owned_us.saturating_add(first_out_us));
+            }
+        }
+        let mut worst: Vec<FlowReport> = flows.into_values().collect();
+        let (count, sum) = (worst.len() as u64, |what: fn(&FlowReport) -> u64| {
+            worst.iter().map(what).sum()
+        });
+        let (repeated_segments, resets) = (sum(FlowReport::repeated), sum(FlowReport::resets));
+        let silence_us = worst.iter().filter_map(|flow| flow.silence_us).max();
+        worst.sort_by_key(|flow| {
+            std::cmp::Reverse((
+                flow.resets(),
+                flow.dropped_packets,
+                flow.repeated(),
+                flow.silence_us,
+            ))
+        });
+        worst.truncate(Self::WORST_MAX);
+        Self {
+            was_quiet,
+            flows: count,
+            both_hosts: destination.is_some(),
+            repeated_segments,
+            resets,
+            silence_us,
+            worst,
+        }
+    }
+}
+
 /// The closing block, also written as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
@@ -91,6 +256,8 @@ pub struct Report {
     pub rst_sent: u64,
     /// From the command to the end, in microseconds.
     pub total_us: u64,
+    /// What peers noticed; none without a gate.
+    pub continuity: Option<Continuity>,
 }
 
 /// A number of things in words: `1 process`, `2 processes`, `0 connections`.
@@ -107,6 +274,61 @@ pub fn counted(number: usize, thing: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn seen(port: u16) -> FlowSeen {
+        FlowSeen {
+            flow: Flow::new("10.0.0.1:80".parse().unwrap(), ([10, 0, 0, 2], port).into()),
+            kept: 1,
+            dropped: 0,
+            returned: 0,
+            repeated_by_peer: 0,
+            repeated_by_tree: 0,
+            resets_by_peer: 0,
+            resets_by_tree: 0,
+            first_out_us: None,
+        }
+    }
+
+    #[test]
+    fn what_both_hosts_saw_is_one_report_with_the_worst_first() {
+        let early = FlowSeen {
+            // Before the gate closed.
+            first_out_us: Some(7),
+            ..seen(1)
+        };
+        let source = [early, seen(2), seen(3)];
+        let repeated = FlowSeen {
+            repeated_by_peer: 2,
+            repeated_by_tree: 1,
+            returned: 2,
+            first_out_us: Some(10),
+            ..seen(2)
+        };
+        let slow = FlowSeen {
+            first_out_us: Some(500),
+            ..seen(3)
+        };
+        let reset = FlowSeen {
+            resets_by_tree: 1,
+            ..seen(4)
+        };
+        let all = Continuity::of(&source, Some(&[repeated, slow, reset]), 1000, true);
+        assert_eq!((all.flows, all.repeated_segments, all.resets), (4, 3, 1));
+        assert_eq!(all.silence_us, Some(1500));
+        let ports: Vec<u16> = all.worst.iter().map(|f| f.flow.remote.port()).collect();
+        assert_eq!(ports, [4, 2, 3, 1]);
+        let second = &all.worst[1];
+        assert_eq!((second.held_packets, second.returned_packets), (2, 2));
+        assert_eq!(second.silence_us, Some(1010));
+
+        let many: Vec<FlowSeen> = (1..=500).map(seen).collect();
+        let alone = Continuity::of(&many, None, 1000, false);
+        assert_eq!(
+            (alone.flows, alone.worst.len()),
+            (500, Continuity::WORST_MAX)
+        );
+        assert_eq!((alone.silence_us, alone.both_hosts), (None, false));
+    }
 
     #[test]
     fn things_are_counted_in_words() {

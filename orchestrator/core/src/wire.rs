@@ -27,6 +27,8 @@
 //!   Go               ------------------>  ===== the commit =====
 //!                    <------------------  Owned
 //!                    <------------------  Running
+//!   (end)            ------------------>
+//!                    <------------------  Seen
 //! ```
 //! At any time before `Go`: `Abort` from the source, `Failed` from the
 //! destination, or the end of the connection; each of them undoes everything
@@ -40,6 +42,7 @@ use crate::flow::Flow;
 use crate::journal::Stage;
 use crate::phase::Phase;
 use crate::preflight::Finding;
+use crate::report::FlowSeen;
 
 /// Version of this protocol; both sides must have the same.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -245,7 +248,14 @@ pub enum Message {
     /// All connections have joined; what follows comes over all of them
     /// ([`crate::stream`]), up to `Dumped`.
     Streams,
+    /// The destination's last word, once the source has closed its half: what
+    /// its gate has seen of each connection, at most [`FLOWS_SEEN_MAX`].
+    Seen(Vec<FlowSeen>),
 }
+
+/// Connections in one [`Message::Seen`]: with their longest addresses they fit
+/// a control message.
+pub const FLOWS_SEEN_MAX: usize = 20_000;
 
 /// Introduction of a side.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

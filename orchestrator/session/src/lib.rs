@@ -23,8 +23,9 @@ mod held;
 mod inbox;
 pub mod journal;
 pub mod progress;
+pub mod seen;
 pub mod source;
-pub mod state;
+mod state;
 pub mod sweep;
 
 pub use cancel::Cancel;

@@ -49,6 +49,10 @@ pub enum Progress {
         dirty_bytes_per_s: Option<u64>,
         /// Measured rate of the page stream, in bytes per second.
         link_bytes_per_s: u64,
+        /// Connections that the gate knows; none where there is no gate.
+        flows: Option<usize>,
+        /// Those of them that had traffic in this round.
+        dirty_flows: Option<usize>,
         /// How long the blackout would be now, in microseconds, once that is known.
         blackout_us_predicted: Option<u64>,
         /// Why this was the last round.

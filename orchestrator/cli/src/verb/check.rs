@@ -4,7 +4,7 @@ use migrate_channel::StreamOptions;
 use migrate_core::convergence::Policy;
 use migrate_core::preflight::refused;
 use migrate_session::Reporter;
-use migrate_session::source::{self, Choices};
+use migrate_session::source::{self, Checked, Choices};
 
 use super::migrate::{SupervisorChoice, TreeArgs};
 use crate::Output;
@@ -57,7 +57,8 @@ pub async fn run(args: Args, output: &Output) -> Exit {
     )
     .await
     {
-        Ok(findings) => {
+        Ok(Checked { findings, sockets }) => {
+            show.sockets(&sockets);
             show.table(&findings);
             if refused(&findings) {
                 Exit::Refused

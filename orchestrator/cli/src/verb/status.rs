@@ -1,8 +1,9 @@
 //! `migrate status`: records and gates of this host.
 
+use migrate_core::Phase;
 use migrate_core::journal::{Record, Side, Stage};
 use migrate_core::report::counted;
-use migrate_gate::{Leftover, LeftoverMode};
+use migrate_gate::{Leftover, LeftoverMode, Role};
 use migrate_session::{State, journal, sweep};
 use serde::Serialize;
 
@@ -15,6 +16,11 @@ struct Line<'a> {
     #[serde(flatten)]
     record: &'a Record,
     owner_alive: bool,
+    /// Where the one that drives it has come; none without a gate.
+    phase: Option<Phase>,
+    rounds: Option<u32>,
+    flows: Option<usize>,
+    dirty_flows: Option<usize>,
 }
 
 pub fn run(output: &Output) -> Exit {
@@ -32,9 +38,14 @@ pub fn run(output: &Output) -> Exit {
     };
     if output.json {
         for record in &records {
+            let gate = gate_of(record, &gates);
             let line = Line {
                 record,
                 owner_alive: sweep::owner_alive(record),
+                phase: gate.and_then(|gate| Phase::from_number(gate.progress.0)),
+                rounds: gate.map(|gate| gate.progress.1),
+                flows: gate.map(|gate| gate.flows),
+                dirty_flows: gate.map(|gate| gate.dirty_flows),
             };
             if let Ok(line) = serde_json::to_string(&line) {
                 println!("{line}");
@@ -46,12 +57,45 @@ pub fn run(output: &Output) -> Exit {
         println!("nothing is under way and nothing was left behind");
     }
     for record in &records {
-        println!("{}", sentence(record, sweep::owner_alive(record)));
+        let alive = sweep::owner_alive(record);
+        let progress = gate_of(record, &gates)
+            .filter(|_| alive)
+            .and_then(progress)
+            .unwrap_or_default();
+        println!("{}{progress}", sentence(record, alive));
     }
     for gate in &gates {
         println!("{}", gate_sentence(gate));
     }
     Exit::Done
+}
+
+/// The gate that belongs to a record.
+fn gate_of<'a>(record: &Record, gates: &'a [Leftover]) -> Option<&'a Leftover> {
+    let role = match record.side {
+        Side::Source => Role::Source,
+        Side::Destination => Role::Destination,
+    };
+    gates
+        .iter()
+        .find(|gate| gate.id == record.migration_id && gate.role == role)
+}
+
+/// Where a migration stands on its source, as its gate has it.
+fn progress(gate: &Leftover) -> Option<String> {
+    let (phase, rounds) = gate.progress;
+    if gate.role != Role::Source {
+        return None;
+    }
+    let phase = Phase::from_number(phase)?.name();
+    let rounds = match rounds {
+        0 => String::new(),
+        rounds => {
+            let rounds = usize::try_from(rounds).unwrap_or(usize::MAX);
+            format!(", {} done", counted(rounds, "round"))
+        }
+    };
+    Some(format!("\n  in {phase}{rounds}"))
 }
 
 fn sentence(record: &Record, alive: bool) -> String {
@@ -94,8 +138,9 @@ fn gate_sentence(gate: &Leftover) -> String {
         LeftoverMode::Unknown => "unreadable",
     };
     format!(
-        "gate {}: {mode}, {}, {owner}",
+        "gate {}: {mode}, {} ({} with traffic since the last round), {owner}",
         gate.id,
-        counted(gate.flows, "connection")
+        counted(gate.flows, "connection"),
+        gate.dirty_flows
     )
 }

@@ -29,4 +29,4 @@ pub use diag::{
 };
 pub use error::NetError;
 pub use route::{Address, Interface, Net, Placement, Staged, Withdrawn};
-pub use survey::{SurveyOptions, TreeSockets, compare, survey};
+pub use survey::{SurveyOptions, TreeSockets, compare, survey, tree_flows};

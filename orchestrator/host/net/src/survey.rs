@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use migrate_core::facts::{AddressFacts, TreeFacts};
+use migrate_core::facts::{AddressFacts, SocketFacts, TreeFacts};
 use migrate_core::flow::{Flow, Listener, canonical, is_host_local};
 use migrate_core::preflight::Finding;
 
@@ -40,6 +40,8 @@ pub struct TreeSockets {
     pub addresses: Vec<AddressFacts>,
     /// What was found, worst and best.
     pub findings: Vec<Finding>,
+    /// Every TCP socket of the tree, listeners first.
+    pub sockets: Vec<SocketFacts>,
     /// Indexes of the interfaces where the moving addresses sit.
     pub interfaces: Vec<u32>,
     /// Inodes of the tree's Unix sockets whose other end is outside the tree.
@@ -113,6 +115,31 @@ pub async fn survey(
     Ok(Judge::new(&seen, inodes).run(&options.forced_addresses))
 }
 
+/// The tree's connections and listeners and nothing more: cheap enough to be
+/// asked in every round. Connections that cannot leave the host are left out.
+///
+/// # Errors
+///
+/// The kernel does not list its sockets.
+pub fn tree_flows(inodes: &Inodes) -> Result<(Vec<Flow>, Vec<Listener>), NetError> {
+    let (mut flows, mut listeners) = (Vec::new(), Vec::new());
+    for socket in tcp_sockets()? {
+        if !inodes.contains_key(&socket.inode) {
+            continue;
+        }
+        let (local, remote) = ends(&socket);
+        if socket.state == TcpState::Listen {
+            listeners.push(Listener {
+                local,
+                v6only: socket.v6only,
+            });
+        } else if socket.state.is_connected() && !is_host_local(remote.ip()) {
+            flows.push(Flow::new(local, remote));
+        }
+    }
+    Ok((flows, listeners))
+}
+
 /// Judges what was seen.
 struct Judge<'a> {
     seen: &'a Seen,
@@ -155,6 +182,7 @@ impl<'a> Judge<'a> {
         self.unix();
         self.unlisted();
         let (addresses, interfaces) = self.addresses(forced);
+        let sockets = self.sockets();
         if addresses.is_empty() {
             self.nothing_moves();
         }
@@ -163,9 +191,33 @@ impl<'a> Judge<'a> {
             listeners: self.listeners.into_iter().collect(),
             addresses,
             findings: self.findings,
+            sockets,
             interfaces,
             external_unix: self.external_unix,
         }
+    }
+
+    fn sockets(&self) -> Vec<SocketFacts> {
+        let mut of_tree: Vec<&TcpSocket> = self
+            .seen
+            .tcp
+            .iter()
+            .filter(|s| self.is_tree(s.inode))
+            .collect();
+        of_tree.sort_by_key(|s| (s.state != TcpState::Listen, ends(s)));
+        of_tree
+            .into_iter()
+            .map(|socket| {
+                let (local, remote) = ends(socket);
+                SocketFacts {
+                    local,
+                    peer: (remote.port() != 0).then_some(remote),
+                    state: socket.state.name().to_owned(),
+                    receive_queue: socket.rqueue,
+                    send_queue: socket.wqueue,
+                }
+            })
+            .collect()
     }
 
     fn is_tree(&self, inode: u64) -> bool {

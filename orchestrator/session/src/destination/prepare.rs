@@ -64,6 +64,7 @@ impl Destination {
             gate.add_listeners(&order.tree.listeners)?;
             gate.stage_addresses(&addresses)?;
             gate.close()?;
+            gate.start_watching();
             self.held = gate.held().ok();
             if let Some(reason) = gate.drop_reason() {
                 tracing::warn!(reason, "packets are dropped, not held");

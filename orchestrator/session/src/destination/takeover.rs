@@ -45,6 +45,10 @@ impl Destination {
     /// Runs the tree.
     pub(super) async fn take_over(&mut self) -> Result<(), Error> {
         let begun = Instant::now();
+        if let Some(gate) = &self.gate {
+            // What leaves from here on is what peers have waited for.
+            gate.start_watching();
+        }
         // The source may be gone by now; the tree runs all the same.
         let told = self.send(&Message::Owned).await;
         if let Err(error) = told {
@@ -151,6 +155,14 @@ impl Destination {
         if ended.is_err() {
             tracing::warn!("the source has not closed the connection");
         }
+        if let Some(gate) = &self.gate {
+            let seen = Message::Seen(crate::seen::seen(gate));
+            // For the report only; the source may be gone.
+            let told = tokio::time::timeout(Self::LAST_WORD_LIMIT, self.send(&seen)).await;
+            if !matches!(told, Ok(Ok(()))) {
+                tracing::debug!("the source does not hear what the gate has seen");
+            }
+        }
         self.held = None;
         if let Some(gate) = self.gate.take()
             && let Err(error) = gate.detach()
@@ -167,6 +179,9 @@ impl Destination {
     /// How long the source may take to remove its tree and to close. Killing
     /// takes 22 ms a GiB.
     const STRAGGLER_LIMIT: Duration = Duration::from_secs(30);
+
+    /// How long the source may take to hear the last word.
+    const LAST_WORD_LIMIT: Duration = Duration::from_secs(2);
 
     /// Gives the sockets what still comes to the old host, and what this host
     /// held at the moment of opening, until the source closes.

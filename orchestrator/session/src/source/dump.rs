@@ -53,6 +53,10 @@ impl Migration {
 
         // The limit is for the tree's sake, and must not keep it frozen.
         self.link()?.sender.set_limit(None);
+        self.was_quiet = self.await_quiet().await;
+        if let Some(gate) = self.gate() {
+            gate.start_watching();
+        }
         // CRIU is loaded and waits; the tree still runs. One map write, and
         // nothing reaches the tree any more. What it still says gets out: an
         // answer lost now would be sent again by the restored socket only
@@ -104,9 +108,14 @@ impl Migration {
             ));
         }
         let detail = format!(
-            "{}, {}",
+            "{}, {}{}",
             counted(tree.processes.len(), "process"),
-            counted(sockets.flows.len(), "connection")
+            counted(sockets.flows.len(), "connection"),
+            match (self.was_quiet, sockets.flows.is_empty()) {
+                (_, true) => "",
+                (true, false) => ", at a quiet moment",
+                (false, false) => ", under steady traffic",
+            }
         );
         if let Some(plan) = self.plan.as_mut() {
             plan.facts.flows = sockets.flows;

@@ -17,11 +17,12 @@ use std::time::{Duration, Instant};
 
 use migrate_core::journal::Stage;
 use migrate_core::phase::Event;
+use migrate_core::report::{Continuity, FlowSeen};
 use migrate_core::wire::Message;
 use migrate_criu::{Notice, Session};
 
 use super::preflight::connect;
-use super::{Engine, Go, Migration, STEP_LIMIT, detach, not_yet};
+use super::{Engine, Go, Migration, STEP_LIMIT, detach, micros, not_yet};
 use crate::error::Error;
 
 impl Migration {
@@ -112,6 +113,7 @@ impl Migration {
     async fn go(&mut self) -> Result<(), Error> {
         const AWAITED: &str = "the destination's word that it owns the tree";
         self.go = Go::MaybeSent;
+        self.moments.committed = Some(Instant::now());
         self.send(&Message::Go).await?;
         match self.next_while_carrying(AWAITED, Self::OWNED_LIMIT).await? {
             Message::Owned => Ok(()),
@@ -195,6 +197,7 @@ impl Migration {
     async fn remove(&mut self) {
         let mut leftovers = Vec::new();
         let mut removed = true;
+        let mut seen = None;
         if let Engine::Dumping(session) = std::mem::replace(&mut self.engine, Engine::None)
             && let Err(error) = kill(session).await
         {
@@ -238,6 +241,7 @@ impl Migration {
             if let Ok(counted) = gate.counters() {
                 self.counted = counted;
             }
+            seen = Some(crate::seen::seen(&gate));
             // What the kernel has to say for a tree that is left is not for
             // its peers: they talk to the copy.
             if removed && let Err(error) = detach(gate) {
@@ -247,6 +251,9 @@ impl Migration {
         if let Some(images) = self.images.take() {
             let _ = std::fs::remove_dir_all(images);
         }
+        if let Some(seen) = seen {
+            self.continuity = Some(self.sum_up(&seen).await);
+        }
         if let Some(journal) = self.journal.take()
             && leftovers.is_empty()
         {
@@ -255,6 +262,33 @@ impl Migration {
         for leftover in leftovers {
             self.reporter.warn(leftover);
         }
+    }
+}
+
+impl Migration {
+    /// How long the destination may take for its last word. It is for the
+    /// report only; the destination has no more to do than to wipe images.
+    const LAST_WORD_LIMIT: Duration = Duration::from_secs(2);
+
+    /// What peers noticed: what this host's gate has seen, and the other's.
+    async fn sum_up(&mut self, seen: &[FlowSeen]) -> Continuity {
+        let closed = self.moments.gate_closed;
+        let until_owned = match (closed, self.moments.committed) {
+            (Some(closed), Some(committed)) => committed.saturating_duration_since(closed),
+            _ => Duration::ZERO,
+        };
+        // Only on the connection over which it has said that the tree runs.
+        let theirs = match (&mut self.link, self.moments.running) {
+            (Some(link), Some(_)) => {
+                let last = link.inbox.next_within("what it saw", Self::LAST_WORD_LIMIT);
+                match last.await {
+                    Ok(Message::Seen(seen)) => Some(seen),
+                    Ok(_) | Err(_) => None,
+                }
+            }
+            _ => None,
+        };
+        Continuity::of(seen, theirs.as_deref(), micros(until_owned), self.was_quiet)
     }
 }
 

@@ -8,6 +8,7 @@
 mod carry;
 mod dump;
 mod handover;
+mod look;
 mod precopy;
 mod preflight;
 mod prepare;
@@ -21,7 +22,7 @@ use migrate_channel::{Destination, Further, Sender, StreamOptions};
 use migrate_core::convergence::Policy;
 use migrate_core::facts::{HostFacts, TreeFacts};
 use migrate_core::phase::{Event, Phase};
-use migrate_core::report::{Blackout, Report};
+use migrate_core::report::{Blackout, Continuity, Report};
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
@@ -39,7 +40,7 @@ use crate::progress::{Progress, Reporter};
 use crate::state::{State, TreeLock};
 
 pub use precopy::{Engine as MemoryEngine, EngineChoice};
-pub use preflight::check;
+pub use preflight::{Checked, check};
 
 /// What the user asked for.
 #[derive(Debug, Clone)]
@@ -235,6 +236,7 @@ struct Moments {
     dumped: Option<Instant>,
     sent: Option<Instant>,
     restored: Option<Instant>,
+    committed: Option<Instant>,
     running: Option<Instant>,
 }
 
@@ -263,6 +265,10 @@ struct Migration {
     link_bytes_per_s: u64,
     sent_bytes: u64,
     running: migrate_core::wire::RunningReport,
+    /// The gate closed while nobody spoke.
+    was_quiet: bool,
+    /// What peers noticed.
+    continuity: Option<Continuity>,
     /// What is known about who may run the tree once `HandedOver` is on record.
     go: Go,
 
@@ -312,6 +318,8 @@ impl Migration {
             link_bytes_per_s: 0,
             sent_bytes: 0,
             running: migrate_core::wire::RunningReport::default(),
+            was_quiet: false,
+            continuity: None,
             go: Go::NotSent,
             _lock: lock,
             link: None,
@@ -353,6 +361,9 @@ impl Migration {
     fn advance(&mut self, event: Event, detail: String) -> Result<(), Error> {
         let ended = self.phase;
         self.phase = ended.on(event)?;
+        if let Some(gate) = &self.gate {
+            gate.set_progress(self.phase.number(), self.rounds);
+        }
         let took = std::mem::replace(&mut self.phase_begun, Instant::now()).elapsed();
         self.reporter.tell(Progress::Ended {
             phase: ended,
@@ -570,6 +581,7 @@ impl Migration {
             dropped_packets: crate::dropped_packets(&self.counted) + self.running.dropped_packets,
             rst_sent: self.counted.rst_sent + self.running.rst_sent,
             total_us: micros(self.begun.elapsed()),
+            continuity: self.continuity.clone(),
         }
     }
 }

@@ -13,6 +13,7 @@ use migrate_criu::{Criu, Track};
 use migrate_memory::{Limits, Precopy, RoundError, RoundStats, TrackingState};
 
 use super::dump::Outgoing;
+use super::look::Look;
 use super::{Migration, micros, not_yet};
 use crate::error::Error;
 use crate::progress::Progress;
@@ -103,7 +104,11 @@ impl Migration {
         let begun = Instant::now();
         self.precopy = Some(Precopy::new(self.request.pid, Limits::default())?);
         let mut convergence = Convergence::new(self.request.choices.policy);
+        let mut look = Look::default();
         loop {
+            if self.gate.is_some() {
+                look.begin(self.request.pid);
+            }
             let link = self
                 .link
                 .as_mut()
@@ -149,6 +154,7 @@ impl Migration {
             };
             let verdict = convergence.after_round(&round);
             self.rounds = verdict.iteration;
+            let counted = self.count_flows(&mut look).await;
             let stopped = match verdict.decision {
                 Decision::Another => None,
                 Decision::Stop { reason, .. } => Some(reason),
@@ -163,6 +169,8 @@ impl Migration {
                 took_us: stats.took_us,
                 dirty_bytes_per_s: verdict.dirty_bytes_per_s,
                 link_bytes_per_s: round.link_bytes_per_s,
+                flows: counted.map(|count| count.flows),
+                dirty_flows: counted.map(|count| count.dirty),
                 blackout_us_predicted: verdict.blackout_us_predicted,
                 stopped,
             });

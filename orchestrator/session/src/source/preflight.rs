@@ -1,7 +1,7 @@
 //! Preflight: look at the tree, let the destination compare, refuse in time.
 
 use migrate_channel::Destination;
-use migrate_core::facts::{HostFacts, StdioFacts, StdioKind, TreeFacts};
+use migrate_core::facts::{HostFacts, SocketFacts, StdioFacts, StdioKind, TreeFacts};
 use migrate_core::preflight::{Finding, Severity};
 use migrate_core::report::counted;
 use migrate_core::wire::{Message, StdioChoice};
@@ -17,10 +17,20 @@ use crate::inbox::Inbox;
 use crate::progress::{Progress, Reporter};
 use crate::state::State;
 
+/// What [`check`] has found.
+#[derive(Debug)]
+pub struct Checked {
+    /// One line per check.
+    pub findings: Vec<Finding>,
+    /// Every TCP socket of the tree.
+    pub sockets: Vec<SocketFacts>,
+}
+
 /// What an examination of the tree brought to light.
 pub(super) struct Examined {
     pub(super) plan: Plan,
     pub(super) findings: Vec<Finding>,
+    pub(super) sockets: Vec<SocketFacts>,
 }
 
 /// Bytes a second that a full dump and restore are expected to move, for the
@@ -74,7 +84,7 @@ pub async fn check(
     destination: Option<&Destination>,
     choices: &Choices,
     reporter: &Reporter,
-) -> Result<Vec<Finding>, Error> {
+) -> Result<Checked, Error> {
     migrate_proc::validate_target(pid)?;
     let state = State::open()?;
     let net = Net::open().await?;
@@ -97,7 +107,10 @@ pub async fn check(
         let _ = link.sender.close().await;
         link.inbox.closed(Migration::PEER_UNDO_LIMIT).await;
     }
-    Ok(findings)
+    Ok(Checked {
+        findings,
+        sockets: examined.sockets,
+    })
 }
 
 pub(super) async fn connect(
@@ -208,6 +221,7 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
             supervisor,
         },
         findings,
+        sockets: sockets.sockets,
     })
 }
 

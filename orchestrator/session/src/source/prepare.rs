@@ -62,6 +62,8 @@ impl Migration {
             .lease(Some(Self::LEASE))
             .and_then(|()| gate.add_flows(flows))
             .and_then(|()| gate.add_listeners(listeners));
+        gate.start_tracking();
+        gate.set_progress(self.phase.number(), 0);
         self.held = gate.held().ok();
         if let Some(reason) = gate.drop_reason() {
             self.reporter
