@@ -18,7 +18,7 @@ use crate::error::{Attempt, Error, Result};
 use crate::files::{self, Keys};
 use crate::helper::{INIT, InitArgs};
 use crate::host::Host;
-use crate::layout::{HostName, Member};
+use crate::layout::{HostName, INTERFACE, Member};
 use crate::{cgroup, processes};
 
 /// A host is up within 300 ms as a rule; this is for a machine under load.
@@ -60,6 +60,8 @@ impl fmt::Display for LabName {
 pub struct Lab {
     name: LabName,
     inits: BTreeMap<HostName, i32>,
+    /// The init of the bridge between them.
+    switch: i32,
 }
 
 impl Lab {
@@ -147,6 +149,37 @@ impl Lab {
         }
     }
 
+    /// Lets every link of the lab carry packets of `mtu` bytes, in all hosts and the bridge
+    /// between them.
+    ///
+    /// # Errors
+    ///
+    /// If `ip` cannot be run or refuses.
+    pub fn set_mtu(&self, mtu: u32) -> Result<()> {
+        let interfaces = |host: HostName| (self.inits[&host], INTERFACE.to_owned());
+        let ports = |host: HostName| (self.switch, host.to_string());
+        let all = HostName::ALL
+            .into_iter()
+            .flat_map(|host| [interfaces(host), ports(host)]);
+        for (init, interface) in all {
+            let mut member = self.host(HostName::Client);
+            member.init = init;
+            let output = member.in_network(|| {
+                Command::new("ip")
+                    .args(["link", "set", &interface, "mtu", &mtu.to_string()])
+                    .output()
+            })?;
+            let output = output.attempt(|| "run ip".to_owned())?;
+            if !output.status.success() {
+                return Err(Error::System {
+                    attempt: format!("set the MTU of {interface}"),
+                    source: io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()),
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// The lab, if all of it is there.
     fn find(name: &LabName) -> Result<Option<Self>> {
         let found = processes::inits(&name.0)?;
@@ -156,6 +189,7 @@ impl Lab {
         if !is_whole || !files::state_dir(&name.0).join(READY).exists() {
             return Ok(None);
         }
+        let switch = found.get(&Member::Switch).copied().flatten();
         let hosts = found.into_iter().filter_map(|(member, pid)| match member {
             Member::Host(host) => Some((host, pid?)),
             Member::Switch => None,
@@ -163,6 +197,7 @@ impl Lab {
         Ok(Some(Self {
             name: name.clone(),
             inits: hosts.collect(),
+            switch: switch.unwrap_or_default(),
         }))
     }
 
@@ -194,6 +229,7 @@ impl Lab {
         Ok(Self {
             name: name.clone(),
             inits,
+            switch,
         })
     }
 }
