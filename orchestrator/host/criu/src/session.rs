@@ -214,8 +214,9 @@ impl Session {
     }
 
     async fn died(&mut self) -> CriuError {
-        self.state = State::Over;
         let status = self.process.wait(EXIT_LIMIT).await;
+        // Not before: who was cancelled meanwhile may ask again.
+        self.state = State::Over;
         CriuError::Died {
             action: self.action,
             status,

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use migrate_channel::{ChannelError, Sender};
 use migrate_core::report::counted;
 use migrate_core::wire::{ImagePiece, Message, PageRun};
-use migrate_criu::{DumpOptions, Notice, PageSink, PageStats, serve_pages};
+use migrate_criu::{CriuError, DumpOptions, Notice, PageSink, PageStats, serve_pages};
 
 use super::preflight::{externals, survey};
 use super::{Engine, Migration, not_yet};
@@ -160,8 +160,11 @@ impl Migration {
                         });
                     }
                     notice = session.next(DUMP_LIMIT) => match (notice, streamed.take()) {
+                        // It ended the stream itself, and says why.
+                        (Err(error), Some(Err(CriuError::PageStreamEnded { .. }) | Ok(_)) | None) => {
+                            break Err(Error::DumpRefused(error));
+                        }
                         (_, Some(Err(error))) => break Err(Error::Criu(error)),
-                        (Err(error), _) => break Err(Error::DumpRefused(error)),
                         (Ok(Notice::PostDump), Some(Ok(_))) => break Ok(()),
                         (Ok(Notice::NetworkLock), served) => {
                             streamed = served;
