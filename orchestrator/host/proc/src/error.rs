@@ -65,8 +65,8 @@ pub enum ProcError {
         /// The process it belongs to.
         leader: i32,
     },
-    /// The tree never read the same twice.
-    #[error("the process tree of PID {pid} changed during each of {attempts} reads")]
+    /// The tree could not be read whole.
+    #[error("a process of the tree of PID {pid} ended during each of {attempts} reads")]
     Unstable {
         /// The root.
         pid: i32,

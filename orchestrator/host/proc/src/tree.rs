@@ -2,16 +2,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use migrate_core::facts::{ProcessFacts, TreeFacts};
 
 use crate::error::ProcError;
 use crate::{cgroup, parse, read};
 
-/// How often the tree is read before giving up on two equal reads. A read
-/// takes a few milliseconds, so that only a tree that forks all the time
-/// comes to the end.
+/// How often the tree is read to see the same twice. A read takes a few
+/// milliseconds, so that only a tree that forks all the time comes to the end.
 const READS_MAX: u32 = 20;
+/// How long to try for a read during which nothing of the tree ends, on a
+/// machine so busy that a read takes long.
+const READ_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Refuses a PID that cannot be moved, before anything else is looked at.
 ///
@@ -76,7 +79,8 @@ pub(crate) fn own_ancestors() -> Result<BTreeSet<i32>, ProcError> {
     Ok(ancestors)
 }
 
-/// A process tree, as two equal reads of /proc showed it.
+/// A process tree, as two equal reads of /proc showed it, or one moment of a
+/// tree that is never the same twice.
 #[derive(Debug, Clone)]
 pub struct Tree {
     /// Every process, parents before children. A process that has ended and
@@ -100,61 +104,75 @@ struct Sight {
     with_terminal: BTreeSet<i32>,
 }
 
-/// Reads the tree of `root` until two reads agree, bounded.
+/// Reads the tree of `root` until two reads agree.
+///
+/// A tree that forks all the time never comes out the same twice: then it is
+/// as the last of [`READS_MAX`] reads saw it. It will be another one a moment
+/// later whatever is done here, and is read again when it stands still.
 ///
 /// # Errors
 /// [`ProcError::NoSuchProcess`] when the root is not there,
-/// [`ProcError::Unstable`] when the tree forks faster than it can be read.
+/// [`ProcError::Unstable`] when something of it ended during every read.
 pub fn tree(root: i32) -> Result<Tree, ProcError> {
     let mut last = None;
     for _ in 0..READS_MAX {
-        let Some((sight, stopped)) = look(root)? else {
-            last = None;
-            if read::stat(root)?.is_none() {
-                return Err(ProcError::NoSuchProcess { pid: root });
-            }
-            continue;
+        let Some((sight, stopped)) = look_whole(root)? else {
+            return Err(ProcError::NoSuchProcess { pid: root });
         };
-        if last.as_ref() == Some(&sight) {
-            let resident_bytes = resident(&sight)?;
-            let cgroup = cgroup::of_tree(root)?.unwrap_or_else(|| "/".to_owned());
-            return Ok(Tree {
-                processes: sight.processes,
-                ended: sight.ended,
-                stopped,
-                with_terminal: sight.with_terminal,
-                resident_bytes,
-                cgroup,
-            });
+        let same = last.as_ref().is_some_and(|(before, _)| *before == sight);
+        last = Some((sight, stopped));
+        if same {
+            break;
         }
-        last = Some(sight);
     }
-    Err(ProcError::Unstable {
-        pid: root,
-        attempts: READS_MAX,
+    let Some((sight, stopped)) = last else {
+        return Err(ProcError::NoSuchProcess { pid: root });
+    };
+    let resident_bytes = resident(&sight)?;
+    let cgroup = cgroup::of_tree(root)?.unwrap_or_else(|| "/".to_owned());
+    Ok(Tree {
+        processes: sight.processes,
+        ended: sight.ended,
+        stopped,
+        with_terminal: sight.with_terminal,
+        resident_bytes,
+        cgroup,
     })
 }
 
 /// PIDs and start ticks of the tree as it is right now; empty when the root
 /// has gone.
 pub(crate) fn living_now(root: i32) -> Result<Vec<(i32, u64)>, ProcError> {
-    for _ in 0..READS_MAX {
-        if let Some((sight, _)) = look(root)? {
-            return Ok(sight
-                .processes
-                .iter()
-                .filter(|process| !sight.ended.contains(&process.pid))
-                .map(|process| (process.pid, process.start_ticks))
-                .collect());
+    let Some((sight, _)) = look_whole(root)? else {
+        return Ok(Vec::new());
+    };
+    Ok(sight
+        .processes
+        .iter()
+        .filter(|process| !sight.ended.contains(&process.pid))
+        .map(|process| (process.pid, process.start_ticks))
+        .collect())
+}
+
+/// A pass over /proc during which nothing of the tree ended; `None` when the
+/// root has gone.
+fn look_whole(root: i32) -> Result<Option<(Sight, BTreeSet<i32>)>, ProcError> {
+    let deadline = Instant::now() + READ_WAIT_MAX;
+    for attempts in 1.. {
+        if let Some(seen) = look(root)? {
+            return Ok(Some(seen));
         }
         if read::stat(root)?.is_none() {
-            return Ok(Vec::new());
+            return Ok(None);
+        }
+        if attempts >= READS_MAX && Instant::now() >= deadline {
+            return Err(ProcError::Unstable {
+                pid: root,
+                attempts,
+            });
         }
     }
-    Err(ProcError::Unstable {
-        pid: root,
-        attempts: READS_MAX,
-    })
+    Ok(None)
 }
 
 /// One pass over /proc. `None` when something ended under our eyes.

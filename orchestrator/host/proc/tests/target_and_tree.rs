@@ -150,3 +150,18 @@ fn killing_spares_nobody_asked_for_and_minds_no_absence() {
     assert!(!std::path::Path::new(&format!("/proc/{}", running.pid())).exists());
     migrate_proc::kill_tree(&tree.pids()).unwrap();
 }
+
+#[test]
+fn a_tree_that_forks_all_the_time_is_one_moment_of_it() {
+    require!(root);
+    // Many at once, so that no two reads of /proc are the same.
+    let program = "while :; do for i in 1 2 3 4 5 6 7 8; do sleep 0.001 & done; wait; done";
+    let running = Running::start(&["sh", "-c", program]);
+    for _ in 0..5 {
+        let tree = migrate_proc::tree(running.pid()).unwrap();
+        assert_eq!(tree.root(), running.pid());
+        let inside = |pid| tree.processes.iter().any(|process| process.pid == pid);
+        let mut below = tree.processes.iter().skip(1);
+        assert!(below.all(|process| inside(process.parent)));
+    }
+}
