@@ -58,6 +58,7 @@ mod error;
 mod images;
 mod locate;
 mod log;
+mod offsets;
 mod pages;
 mod rpc;
 mod rseq;

@@ -152,7 +152,7 @@ struct TerminalData {
 }
 
 /// What becomes of a record.
-enum Edit {
+pub(crate) enum Edit {
     Keep,
     Drop,
     Replace(Vec<u8>),
@@ -258,18 +258,18 @@ fn terminal_infos(directory: &Path, resource: &str) -> Result<BTreeSet<u32>, Cri
     Ok(found)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, CriuError> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, CriuError> {
     fs::read(path).map_err(|source| CriuError::image("read", path, source))
 }
 
-fn malformed(path: &Path, why: &dyn std::fmt::Display) -> CriuError {
+pub(crate) fn malformed(path: &Path, why: &dyn std::fmt::Display) -> CriuError {
     CriuError::ImageData {
         what: format!("{}: {why}", path.display()),
     }
 }
 
 /// The records of an image, without their sizes.
-fn records<'a>(path: &Path, image: &'a [u8]) -> Result<Vec<&'a [u8]>, CriuError> {
+pub(crate) fn records<'a>(path: &Path, image: &'a [u8]) -> Result<Vec<&'a [u8]>, CriuError> {
     let cut = || malformed(path, &"cut in the middle of a record");
     let mut rest = image.get(MAGIC_BYTES..).ok_or_else(cut)?;
     let mut found = Vec::new();
@@ -285,7 +285,7 @@ fn records<'a>(path: &Path, image: &'a [u8]) -> Result<Vec<&'a [u8]>, CriuError>
 }
 
 /// Rewrites an image record by record; what is kept stays byte for byte.
-fn edit(
+pub(crate) fn edit(
     path: &Path,
     mut decide: impl FnMut(&[u8]) -> Result<Edit, prost::DecodeError>,
 ) -> Result<(), CriuError> {

@@ -249,6 +249,7 @@ impl Destination {
         let Engine::Ready(worker) = std::mem::replace(&mut self.engine, Engine::None) else {
             return Err(nothing("CRIU"));
         };
+        images.part_offsets()?;
         // Each stream that led out of the tree becomes what was opened for it.
         let mut inherit_fd = Vec::new();
         for (index, resource) in self.streams.iter().enumerate() {
