@@ -8,6 +8,7 @@
 //! when the call returns `EINTR`. A line on standard input is answered.
 //! `victim filtered`: is killed by the kernel when it calls `userfaultfd`.
 //! `victim signals`: a timer's signals all the while; answers with their number.
+//! `victim family MIB`: fills so much memory and has a child that waits, too.
 //! `victim fork`: for each line forks a child that writes; answers its PID.
 //! `victim exec`: at the next line becomes `victim write 4`.
 //! `victim shape SEED`: maps, grows, moves, protects, drops and unmaps at
@@ -41,6 +42,24 @@ fn main() -> io::Result<()> {
         ["idle", mib] => {
             let mut memory = Memory::map(number(mib)? << 20)?;
             memory.fill(1);
+            ready()?;
+            wait_for_end()
+        }
+        ["family", mib] => {
+            let mut memory = Memory::map(number(mib)? << 20)?;
+            memory.fill(1);
+            // SAFETY: this process has one thread, and the child only waits.
+            match unsafe { libc::fork() } {
+                0 => {
+                    // SAFETY: takes no pointer.
+                    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+                    loop {
+                        thread::park();
+                    }
+                }
+                -1 => return Err(io::Error::last_os_error()),
+                _ => {}
+            }
             ready()?;
             wait_for_end()
         }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::ops::Range;
-use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _};
 
 use bytes::BytesMut;
 use migrate_core::wire::PAGE_BYTES;
@@ -255,28 +255,173 @@ impl Drop for Owed<'_> {
     }
 }
 
-/// Reads pieces of memory. Fewer bytes than asked for, always whole pages, when
-/// a page could not be read; `None` when the process has ended.
-pub(crate) fn read_pieces(
+/// The memory that a process has now, for reading.
+#[derive(Debug)]
+pub(crate) struct Memory {
     pid: i32,
-    pieces: &[Range<u64>],
-    buffer: &mut BytesMut,
-) -> Result<Option<BytesMut>, MemoryError> {
-    match sys::read_pages(pid, pieces, buffer) {
-        Ok(read) => {
-            buffer.truncate(read / PAGE_BYTES * PAGE_BYTES);
-            Ok(Some(buffer.split()))
-        }
-        Err(error) => match error.raw_os_error() {
-            Some(libc::EFAULT) => Ok(Some(BytesMut::new())),
-            Some(libc::ESRCH) => Ok(None),
-            _ => Err(MemoryError::Read {
-                pid,
-                vaddr: pieces.first().map_or(0, |piece| piece.start),
-                source: error,
-            }),
-        },
+    pagemap: File,
+    content: File,
+}
+
+impl Memory {
+    /// Opens the memory that the process has now.
+    pub(crate) fn open(pid: i32) -> Result<Self, MemoryError> {
+        let open = |name: &str| {
+            let path = format!("/proc/{pid}/{name}");
+            File::open(&path).map_err(|source| maps::proc_failed(pid, &path, source))
+        };
+        Ok(Self {
+            pid,
+            pagemap: open("pagemap")?,
+            content: open("mem")?,
+        })
     }
+
+    /// For scans.
+    pub(crate) fn pagemap(&self) -> &File {
+        &self.pagemap
+    }
+
+    /// Reads pieces of memory. Fewer bytes than asked for, always whole pages,
+    /// when a page could not be read; `None` when the process has ended.
+    ///
+    /// `process_vm_readv` pins what it reads, and a page that parent and child
+    /// have shared since a fork is copied for that: the tree would need the
+    /// more memory the more of it is read, and Linux 6.18 then loses pages of
+    /// the child which the parent gives back with `MADV_FREE`, for the copy
+    /// does not count as written. Such pages are read through `/proc/PID/mem`,
+    /// which takes twice as long and changes nothing.
+    pub(crate) fn read(
+        &self,
+        pieces: &[Range<u64>],
+        buffer: &mut BytesMut,
+    ) -> Result<Option<BytesMut>, MemoryError> {
+        let parts = match own_parts(&self.pagemap, pieces) {
+            Ok(parts) => parts,
+            Err(source) => {
+                let path = format!("/proc/{}/pagemap", self.pid);
+                return match maps::proc_failed(self.pid, &path, source) {
+                    MemoryError::Gone { .. } => Ok(None),
+                    error => Err(error),
+                };
+            }
+        };
+        for group in parts.chunk_by(|one, next| one.own == next.own) {
+            let pieces: Vec<Range<u64>> = group.iter().map(|part| part.range.clone()).collect();
+            let wanted: u64 = pieces.iter().map(|piece| piece.end - piece.start).sum();
+            let before = buffer.len();
+            let read = if group.first().is_some_and(|part| part.own) {
+                sys::read_pages(self.pid, &pieces, buffer)
+            } else {
+                read_shared(&self.content, &pieces, buffer)
+            };
+            match read {
+                Ok(read) if read as u64 == wanted => {}
+                Ok(read) => {
+                    buffer.truncate(before + read / PAGE_BYTES * PAGE_BYTES);
+                    break;
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EFAULT | libc::EIO) => break,
+                    Some(libc::ESRCH) => {
+                        buffer.clear();
+                        return Ok(None);
+                    }
+                    _ => {
+                        buffer.clear();
+                        return Err(MemoryError::Read {
+                            pid: self.pid,
+                            vaddr: pieces.first().map_or(0, |piece| piece.start),
+                            source: error,
+                        });
+                    }
+                },
+            }
+        }
+        Ok(Some(buffer.split()))
+    }
+}
+
+/// A part of a piece to be read.
+#[derive(Debug)]
+struct Part {
+    range: Range<u64>,
+    /// No other process has these pages.
+    own: bool,
+}
+
+/// Splits pieces by whether another process has their pages, too.
+fn own_parts(pagemap: &File, pieces: &[Range<u64>]) -> io::Result<Vec<Part>> {
+    /// Entries read at once, 8 KiB of them.
+    const ENTRIES_MAX: u64 = 1024;
+    const ENTRY_BYTES: u64 = 8;
+    /// Bit 56 of an entry: mapped by one process only. See
+    /// `Documentation/admin-guide/mm/pagemap.rst`.
+    const OWN: u64 = 1 << 56;
+    let mut parts: Vec<Part> = Vec::new();
+    let mut entries = Vec::new();
+    let mut window = 0..0;
+    let end_of_all = pieces.last().map_or(0, |piece| piece.end);
+    for piece in pieces {
+        let mut first_of_piece = true;
+        for page in piece.start / PAGE..piece.end / PAGE {
+            if !window.contains(&page) {
+                // Pieces close to each other in one go.
+                let end = (end_of_all / PAGE).min(page + ENTRIES_MAX).max(page + 1);
+                let bytes = usize::try_from((end - page) * ENTRY_BYTES).unwrap_or(0);
+                entries.resize(bytes, 0);
+                let read = pagemap.read_at(&mut entries, page * ENTRY_BYTES)? as u64;
+                window = page..page + read / ENTRY_BYTES;
+                if window.is_empty() {
+                    // The process has ended, and with it its memory.
+                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                }
+            }
+            let at = usize::try_from((page - window.start) * ENTRY_BYTES).unwrap_or(0);
+            let own = entries
+                .get(at..)
+                .and_then(|entry| entry.first_chunk())
+                .is_some_and(|entry| u64::from_ne_bytes(*entry) & OWN != 0);
+            let range = page * PAGE..(page + 1) * PAGE;
+            match parts.last_mut() {
+                Some(last) if !first_of_piece && last.own == own => last.range.end = range.end,
+                _ => parts.push(Part { range, own }),
+            }
+            first_of_piece = false;
+        }
+    }
+    Ok(parts)
+}
+
+/// Reads pages without pinning them, behind what `into` holds. Returns how many
+/// bytes were read.
+fn read_shared(content: &File, pieces: &[Range<u64>], into: &mut BytesMut) -> io::Result<usize> {
+    let mut sum = 0;
+    for piece in pieces {
+        let bytes = usize::try_from(piece.end - piece.start).unwrap_or(0);
+        let before = into.len();
+        into.resize(before + bytes, 0);
+        let mut read = 0;
+        while read < bytes {
+            match content.read_at(&mut into[before + read..], piece.start + read as u64) {
+                Ok(0) => break,
+                Ok(more) => read += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // What was read by then counts.
+                Err(_) if sum + read > 0 => break,
+                Err(error) => {
+                    into.truncate(before);
+                    return Err(error);
+                }
+            }
+        }
+        into.truncate(before + read);
+        sum += read;
+        if read < bytes {
+            break;
+        }
+    }
+    Ok(sum)
 }
 
 /// Populated pages of a mapping, without touching any mark.
@@ -300,12 +445,6 @@ pub(crate) fn populated_pages(
         range.start = next.max(range.start + PAGE);
     }
     Ok(pages)
-}
-
-/// Opens the pagemap of the memory that the process has now.
-pub(crate) fn open_pagemap(pid: i32) -> Result<File, MemoryError> {
-    let path = format!("/proc/{pid}/pagemap");
-    File::open(&path).map_err(|source| maps::proc_failed(pid, &path, source))
 }
 
 /// Signs that a device may write to memory of this process without a fault:

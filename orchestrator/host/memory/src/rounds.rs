@@ -13,7 +13,6 @@
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
-use std::fs::File;
 use std::future::Future;
 use std::ops::Range;
 use std::time::Instant;
@@ -256,12 +255,13 @@ impl Precopy {
         const EXECS_MAX: usize = 3;
         for _ in 0..EXECS_MAX {
             let vmas = maps::read(pid)?;
-            let pagemap = process::open_pagemap(pid)?;
+            let memory = process::Memory::open(pid)?;
             let guards = self.support.guard_pages;
             let process = track(&mut self.processes, member, &vmas, stats)?;
             let Some(watch) = &mut process.watch else {
                 for vma in vmas.iter().filter(|vma| vma.private()) {
-                    stats.pages_untracked += process::populated_pages(pid, &pagemap, vma, guards)?;
+                    stats.pages_untracked +=
+                        process::populated_pages(pid, memory.pagemap(), vma, guards)?;
                 }
                 return Ok(());
             };
@@ -274,7 +274,7 @@ impl Precopy {
                 pid,
                 watch: &*watch,
                 refused,
-                pagemap: &pagemap,
+                memory: &memory,
                 guards,
                 buffer: &mut self.buffer,
                 sink,
@@ -357,7 +357,7 @@ struct Pass<'a, S> {
     watch: &'a Watch,
     /// Mappings that cannot be watched now.
     refused: Vec<Range<u64>>,
-    pagemap: &'a File,
+    memory: &'a process::Memory,
     guards: bool,
     buffer: &'a mut BytesMut,
     sink: &'a mut S,
@@ -376,8 +376,9 @@ impl<S: PageSink> Pass<'_, S> {
             let piece = at..vdso.range.end.min(at + RUN_PAGES_MAX * PAGE);
             at = piece.end;
             let wanted = piece.end - piece.start;
-            let Some(data) =
-                process::read_pieces(self.pid, std::slice::from_ref(&piece), self.buffer)?
+            let Some(data) = self
+                .memory
+                .read(std::slice::from_ref(&piece), self.buffer)?
             else {
                 return Err(MemoryError::Gone { pid: self.pid }.into());
             };
@@ -400,7 +401,7 @@ impl<S: PageSink> Pass<'_, S> {
         }
         let mut range = vma.range.clone();
         while range.start < range.end {
-            let scan = match self.watch.scan(self.pagemap, &range, self.guards) {
+            let scan = match self.watch.scan(self.memory.pagemap(), &range, self.guards) {
                 Ok(scan) => scan,
                 Err(Unwatched::OtherMemory) => return Ok(false),
                 Err(Unwatched::Part) => {
@@ -421,7 +422,7 @@ impl<S: PageSink> Pass<'_, S> {
 
     fn untracked(&mut self, vma: &Vma) -> Result<(), MemoryError> {
         self.stats.pages_untracked +=
-            process::populated_pages(self.pid, self.pagemap, vma, self.guards)?;
+            process::populated_pages(self.pid, self.memory.pagemap(), vma, self.guards)?;
         Ok(())
     }
 
@@ -433,7 +434,7 @@ impl<S: PageSink> Pass<'_, S> {
                 return Ok(());
             }
             let wanted: u64 = pieces.iter().map(|piece| piece.end - piece.start).sum();
-            let Some(data) = process::read_pieces(self.pid, &pieces, self.buffer)? else {
+            let Some(data) = self.memory.read(&pieces, self.buffer)? else {
                 return Err(MemoryError::Gone { pid: self.pid }.into());
             };
             let read = data.len() as u64;

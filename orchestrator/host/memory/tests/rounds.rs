@@ -477,6 +477,42 @@ async fn forks_between_rounds_are_followed() {
     assert_tracked(&precopy);
 }
 
+/// Half of the private memory that a process and its child both have, in bytes:
+/// the share in it that does not count as the process's own.
+fn shared_bytes(pid: i32) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let field = |name: &str| -> u64 {
+        let line = rollup.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    (field("Anonymous:") - field("Pss_Anon:")) << 10
+}
+
+#[tokio::test]
+async fn what_parent_and_child_share_stays_shared() {
+    require_tracking!("what_parent_and_child_share_stays_shared");
+    const MIB: u64 = 8;
+    let victim = Victim::start(&["family", &MIB.to_string()]);
+    let before = shared_bytes(victim.pid());
+    assert!(before >= MIB << 19, "{before}");
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    for round in 0..2 {
+        let stats = precopy.round(&mut sink).await.unwrap();
+        print(&format!("round {round}"), &stats);
+    }
+    assert_tracked(&precopy);
+    // But for what the injection has touched.
+    let after = shared_bytes(victim.pid());
+    assert!(
+        after + (64 << 10) >= before,
+        "{before} before, {after} after"
+    );
+    let pids: Vec<i32> = precopy.processes().map(|process| process.pid).collect();
+    assert_eq!(pids.len(), 2);
+    stop_and_compare(&pids, &mut precopy, &mut sink).await;
+}
+
 #[tokio::test]
 async fn exec_between_rounds_is_noticed() {
     require_tracking!("exec_between_rounds_is_noticed");
