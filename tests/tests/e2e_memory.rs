@@ -5,7 +5,8 @@
 
 use std::time::Duration;
 
-use migrate_test_hosts::{HostName, Lab, LabGuard};
+use migrate_test_hosts::{Host, HostName, Lab, LabGuard};
+use migrate_tests::field::processes;
 use migrate_tests::hosts::{eventually, runs};
 use migrate_tests::migration::{Migration, migrate, serves_old_connections};
 use migrate_tests::require;
@@ -30,6 +31,11 @@ fn rounds(migration: &Migration) -> Vec<&serde_json::Value> {
         .iter()
         .filter(|event| event["event"] == "round")
         .collect()
+}
+
+/// A count of pages in a `round` event.
+fn pages(round: &serde_json::Value, field: &str) -> u64 {
+    round[field].as_u64().unwrap()
 }
 
 /// Moves a busy workload in rounds and lets both hosts compare every page.
@@ -128,17 +134,29 @@ fn rounds_go_on_until_the_goal_or_the_limit() {
 }
 
 #[test]
-fn everything_moves_frozen_when_the_user_says_so() {
-    require!("everything_moves_frozen_when_the_user_says_so": root, tcx, criu, migrate, redis);
+fn without_tracking_unchanged_pages_are_told_by_their_content() {
+    require!("without_tracking_unchanged_pages_are_told_by_their_content": root, tcx, criu, migrate, redis);
     let lab = lab("full");
     let workload = Workload::start(Kind::Redis, &lab).unwrap();
-    let mut client = workload.client(&lab, 5, &[]).unwrap();
-    let moved = move_with(&lab, &workload, &["--engine", "full", "--verify"]);
-    let report = moved.expect_committed();
-    assert_eq!((report.rounds, report.pages), (0, report.frozen_pages));
-    assert!(rounds(&moved).is_empty());
+    let keys = ["--keys", "50000", "--populate", "--verify"];
+    let mut client = workload.client(&lab, 5, &keys).unwrap();
     serves_old_connections(&mut client);
-    assert!(client.stop().unwrap().is_clean());
+    let options = ["--engine", "full", "--verify", "--max-blackout", "60"];
+    let moved = move_with(&lab, &workload, &options);
+    let report = moved.expect_committed();
+    let made = rounds(&moved);
+    assert!(made.len() >= 2, "{made:?}");
+    assert!(pages(made[0], "pages_skipped") < pages(made[0], "pages_written") / 4);
+    let last = made[made.len() - 1];
+    assert!(
+        pages(last, "pages_skipped") > pages(last, "pages_scanned") / 2,
+        "{made:?}"
+    );
+    // The frozen tree had to send little, although CRIU listed everything.
+    assert!(report.frozen_pages < report.pages / 2, "{report:?}");
+    serves_old_connections(&mut client);
+    let verdict = client.stop().unwrap();
+    assert!(verdict.is_clean(), "{verdict:?}");
 }
 
 /// The local ports of what `host` talks to host2 over, SSH left out: the
@@ -236,4 +254,104 @@ fn the_loss_of_any_connection_rolls_back() {
     let _ = moved.expect_committed();
     serves_old_connections(&mut client);
     assert!(client.stop().unwrap().is_clean());
+}
+
+/// A parent with three workers of 16 MiB each, of which two write to 900 pages
+/// a second, one after the other.
+const WORKERS: &str = "\
+import mmap, os, sys, time
+PAGES, RATE = 4096, 900
+flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+memory = [mmap.mmap(-1, PAGES * 4096, flags=flags) for _ in range(3)]
+for m in memory:
+    m.write(os.urandom(PAGES * 4096))
+for i, m in enumerate(memory):
+    if os.fork() == 0:
+        for other in memory:
+            if other is not m:
+                other.close()
+        begun, done = time.monotonic(), 0
+        while True:
+            due = int((time.monotonic() - begun) * RATE) if i else 0
+            done = max(done, due - PAGES)
+            while done < due:
+                m[done % PAGES * 4096] = done & 255
+                done += 1
+            time.sleep(0.01)
+for m in memory:
+    m.close()
+while True:
+    os.wait()
+";
+
+#[test]
+fn the_goal_decides_how_many_rounds_a_tree_takes() {
+    require!("the_goal_decides_how_many_rounds_a_tree_takes": root, tcx, criu, migrate, python);
+    let lab = lab("goal");
+    let (host1, host2) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
+    let root = host1
+        .spawn_detached(["/usr/bin/python3", "-c", WORKERS], "/dev/null")
+        .unwrap();
+    assert!(eventually(Duration::from_secs(60), || {
+        let all = processes(&host1).unwrap();
+        all.iter().filter(|process| process.parent == root).count() == 3
+    }));
+    // The network takes not quite twice of what the workers change, so that each
+    // round finds somewhat more than half of what the one before it has found.
+    let moved = |from: &Host, to: &str, goal: &str| {
+        let pid = root.to_string();
+        let moved = migrate(
+            from,
+            [
+                "--engine",
+                "uffd",
+                "--verify",
+                "--max-blackout",
+                "60",
+                "--bandwidth",
+                "12M",
+                "--compress",
+                "none",
+                "--downtime-limit",
+                "3600000",
+                "--goal",
+                goal,
+                "--to",
+                to,
+                &pid,
+            ],
+        )
+        .unwrap();
+        let _ = moved.expect_committed();
+        moved
+    };
+    let high = moved(&host1, "host2", "90");
+    let low = moved(&host2, "host1", "40");
+    for (migration, goal) in [(&high, 90), (&low, 40)] {
+        let made = rounds(migration);
+        for (index, round) in made.iter().enumerate() {
+            let count = |field: &str| pages(round, field);
+            let (written, skipped) = (count("pages_written"), count("pages_skipped"));
+            assert_eq!(count("round"), index as u64 + 1);
+            assert_eq!(count("pages_scanned"), written + skipped, "{round}");
+            let percent = 100 * skipped / (written + skipped);
+            assert_eq!(count("skipped_percent"), percent, "{round}");
+            assert!(count("bytes") <= written * 4096, "{round}");
+            assert!(
+                count("took_us") > 0 && count("link_bytes_per_s") > 0,
+                "{round}"
+            );
+            assert!(count("blackout_us_predicted") > 0, "{round}");
+            assert_eq!(round["dirty_bytes_per_s"].is_u64(), index > 0, "{round}");
+            if index + 1 < made.len() {
+                assert!(percent < goal && round["stopped"].is_null(), "{round}");
+            } else {
+                assert!(percent >= goal, "{round}");
+                assert_eq!(round["stopped"], "converged");
+            }
+        }
+    }
+    let (high, low) = (rounds(&high).len(), rounds(&low).len());
+    println!("goal 90: {high} rounds, goal 40: {low} rounds");
+    assert!(high >= low + 2, "{high} and {low} rounds");
 }

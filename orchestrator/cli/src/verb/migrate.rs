@@ -49,8 +49,8 @@ pub struct TreeArgs {
     /// ignore it because you have seen to it
     #[arg(long, value_name = "refuse|ignore", value_enum, default_value_t = SupervisorChoice::Refuse)]
     pub supervisor: SupervisorChoice,
-    /// How memory moves: in rounds while the tree runs (uffd), or all of it while the tree
-    /// stands still (full); auto takes the best that works
+    /// How unchanged memory is told in rounds: the kernel tracks it (uffd), or all of it is
+    /// read and compared, also of the frozen tree (full); auto takes the best that works
     #[arg(long, value_name = "auto|uffd|full", value_enum, default_value_t = EngineName::Auto)]
     pub engine: EngineName,
 }
@@ -123,7 +123,7 @@ pub enum EngineName {
     Auto,
     /// Rounds, tracked by userfaultfd.
     Uffd,
-    /// Everything while the tree stands still.
+    /// Rounds, compared by content.
     Full,
 }
 

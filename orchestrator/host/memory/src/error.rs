@@ -185,6 +185,15 @@ pub enum MemoryError {
         #[source]
         source: Unsupported,
     },
+    /// CRIU's list of pages has more runs than are kept for a comparison.
+    #[error("the tree's memory lies in more than {limit} pieces, too many to compare")]
+    TooManyRuns {
+        /// The limit.
+        limit: usize,
+    },
+    /// Nobody waits for the result any longer.
+    #[error("stopped")]
+    Stopped,
 }
 
 impl MemoryError {
@@ -196,7 +205,9 @@ impl MemoryError {
                 Some("move a smaller tree, or stop what forks without an end")
             }
             Self::Unsupported { .. } => Some("choose another engine; `full` works everywhere"),
+            Self::TooManyRuns { .. } => Some("migrate without --verify"),
             Self::Gone { .. }
+            | Self::Stopped
             | Self::Proc { .. }
             | Self::Format { .. }
             | Self::Scan { .. }

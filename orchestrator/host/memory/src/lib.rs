@@ -3,7 +3,7 @@
 //! Source: [`Precopy`] finds the pages that changed since its last round and
 //! hands them to a [`PageSink`]. Nothing is frozen; one thread of each process
 //! stands still once, for well under a millisecond. [`probe`] says whether this
-//! host can do that.
+//! host can do that; where it cannot, [`ContentPrecopy`] compares content.
 //!
 //! Destination: [`PageStore`] keeps the pages, the latest of each, until CRIU's
 //! final list says which of them count, and [`LazyServer`] puts them in place
@@ -27,6 +27,7 @@
 //! mark. Processes that show signs of that are not tracked at all
 //! ([`UntrackedReason::Pinned`]).
 
+mod content;
 mod digests;
 mod error;
 #[cfg(target_arch = "x86_64")]
@@ -45,7 +46,8 @@ mod sys;
 mod trace;
 mod tree;
 
-pub use digests::digests;
+pub use content::{ContentPrecopy, alike};
+pub use digests::{Listed, digests};
 pub use error::{MemoryError, RoundError, StoreError, Unsupported, UntrackedReason};
 pub use inject::Injection;
 pub use lazy::{LazyError, LazyOptions, LazyReport, LazyServer, LazyServing};

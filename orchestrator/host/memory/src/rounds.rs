@@ -478,7 +478,7 @@ impl<S: PageSink> Pass<'_, S> {
 }
 
 /// Splits pages side by side into runs of zeros and runs of content.
-fn runs(pid: i32, vaddr: u64, data: &Bytes) -> impl Iterator<Item = (PageRun, Bytes)> {
+pub(crate) fn runs(pid: i32, vaddr: u64, data: &Bytes) -> impl Iterator<Item = (PageRun, Bytes)> {
     let owner = PageOwner::Task(pid.unsigned_abs());
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -554,6 +554,6 @@ fn without(before: &[Range<u64>], now: &[Range<u64>]) -> Vec<Range<u64>> {
     gone
 }
 
-fn micros(duration: std::time::Duration) -> u64 {
+pub(crate) fn micros(duration: std::time::Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

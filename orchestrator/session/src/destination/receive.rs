@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use migrate_channel::Frame;
 use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::{ImageDir, Notice, RestoreOptions};
-use migrate_memory::{Content, PageStore};
+use migrate_memory::{Content, Listed, PageStore};
 
 use super::{Destination, Engine, Incoming, SILENCE};
 use crate::error::Error;
@@ -28,7 +28,7 @@ struct Memory {
     /// The rounds are over: what comes is CRIU's final list.
     frozen: bool,
     /// The final list, when somebody wants to compare.
-    listed: Option<Vec<PageRun>>,
+    listed: Option<Listed>,
 }
 
 impl Memory {
@@ -47,7 +47,7 @@ impl Memory {
                     .saturating_add(Self::SPARE_BYTES),
             ),
             frozen: false,
-            listed: verify.then(Vec::new),
+            listed: verify.then(Listed::default),
         }
     }
 
@@ -56,7 +56,7 @@ impl Memory {
             return Ok(self.store.put(run, data)?);
         }
         if let Some(listed) = &mut self.listed {
-            listed.push(run);
+            listed.add(run)?;
             if !data.is_empty() {
                 self.store.put(run, data)?;
             }
@@ -100,15 +100,35 @@ impl Memory {
         Ok(())
     }
 
-    /// Compares with what the frozen tree's memory amounts to.
-    fn verify(&mut self, digests: &[(u32, [u8; 32])], masks: &[(u64, u32)]) -> Result<(), Error> {
-        let Some(mut listed) = self.listed.take() else {
-            return Ok(());
+    /// Compares with what the frozen tree's memory amounts to. Hashing all of it
+    /// takes a while, and must not be in the way of a cancellation.
+    async fn verified(
+        mut self,
+        digests: Vec<(u32, [u8; 32])>,
+        masks: Vec<(u64, u32)>,
+    ) -> Result<Self, Error> {
+        let Some(listed) = self.listed.take() else {
+            return Ok(self);
         };
-        listed.sort_by_key(|run| (run.owner, run.vaddr));
+        let verifying = tokio::task::spawn_blocking(move || {
+            self.verify(&listed.sorted(), &digests, &masks)?;
+            Ok(self)
+        });
+        match verifying.await {
+            Ok(verified) => verified,
+            Err(error) => Err(Error::Changed(format!("hashing memory failed: {error}"))),
+        }
+    }
+
+    fn verify(
+        &mut self,
+        listed: &[PageRun],
+        digests: &[(u32, [u8; 32])],
+        masks: &[(u64, u32)],
+    ) -> Result<(), Error> {
         for &(pid, digest) in digests {
             let owner = PageOwner::Task(pid);
-            self.store.retain(owner, &listed);
+            self.store.retain(owner, listed);
             if self.store.digest(owner, masks) != digest {
                 return Err(Error::NotTheSame { pid });
             }
@@ -138,7 +158,7 @@ impl Destination {
             return Err(nothing("the image directory"));
         };
         memory.fill(images)?;
-        memory.verify(&digests, &masks)?;
+        let memory = memory.verified(digests, masks).await?;
         // Giving back the store's memory takes a while, and nothing waits for it.
         tokio::task::spawn_blocking(move || drop(memory));
         let stats = images.finish()?;

@@ -1,12 +1,15 @@
 //! Freeze and dump: from the closed gate to the last image.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use migrate_channel::{ChannelError, Sender};
 use migrate_core::report::counted;
-use migrate_core::wire::{ImagePiece, Message, PageRun};
-use migrate_criu::{CriuError, DumpOptions, Notice, PageSink, PageStats, serve_pages};
+use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageOwner, PageRun};
+use migrate_criu::{CriuError, DumpOptions, Notice, PARENT, PageSink, PageStats, serve_pages};
+use migrate_memory::{ContentPrecopy, Listed, MemoryError};
 
 use super::preflight::{externals, survey};
 use super::{Engine, Migration, not_yet};
@@ -142,7 +145,8 @@ impl Migration {
         session.answer(true).await.map_err(Error::DumpRefused)?;
 
         let mut sink = Outgoing::new(&mut link.sender);
-        sink.listed = self.request.choices.verify.then(Vec::new);
+        sink.content = self.content.as_ref();
+        sink.listed = self.request.choices.verify.then(Listed::default);
         let dumped = {
             let pages = serve_pages(socket, version, &mut sink, DUMP_LIMIT);
             tokio::pin!(pages);
@@ -186,7 +190,7 @@ impl Migration {
                 let directory = self.images.as_ref();
                 let directory = directory.ok_or_else(|| not_yet("the image directory"))?;
                 let masks = migrate_criu::rseq_areas(directory)?;
-                (migrate_memory::digests(&listed, &masks)?, masks)
+                (hashed(listed, masks.clone()).await?, masks)
             }
             None => Default::default(),
         };
@@ -299,8 +303,10 @@ pub(super) struct Outgoing<'a> {
     sender: &'a mut Sender,
     pages: u64,
     in_store: u64,
+    /// What rounds have sent, where CRIU cannot leave it out by itself.
+    content: Option<&'a ContentPrecopy>,
     /// What CRIU has listed, when somebody wants to compare.
-    listed: Option<Vec<PageRun>>,
+    listed: Option<Listed>,
 }
 
 impl<'a> Outgoing<'a> {
@@ -309,6 +315,7 @@ impl<'a> Outgoing<'a> {
             sender,
             pages: 0,
             in_store: 0,
+            content: None,
             listed: None,
         }
     }
@@ -319,21 +326,85 @@ impl<'a> Outgoing<'a> {
         } else {
             self.pages += run.pages;
         }
-        if let Some(listed) = &mut self.listed {
-            listed.push(run);
-        }
         self.sender.pages(&run, data).await
+    }
+
+    /// Sends what CRIU has listed; pages that are as a round has sent them go
+    /// without their content.
+    async fn send_listed(&mut self, run: PageRun, data: &[u8]) -> Result<(), DumpSinkError> {
+        if let Some(listed) = &mut self.listed {
+            listed.add(run)?;
+        }
+        let (Some(content), PageOwner::Task(pid)) = (self.content, run.owner) else {
+            return Ok(self.send(run, data).await?);
+        };
+        let addresses = (run.vaddr..).step_by(PAGE_BYTES);
+        let held: Vec<bool> = data
+            .chunks_exact(PAGE_BYTES)
+            .zip(addresses)
+            .map(|(page, vaddr)| content.holds(pid, vaddr, page))
+            .collect();
+        if held.is_empty() {
+            return Ok(self.send(run, data).await?);
+        }
+        for (pages, held) in migrate_memory::alike(&held) {
+            let part = PageRun {
+                vaddr: run.vaddr + (pages.start * PAGE_BYTES) as u64,
+                pages: pages.len() as u64,
+                ..run
+            };
+            if held {
+                let flags = run.flags & !PageRun::PRESENT | PARENT;
+                self.send(PageRun { flags, ..part }, &[]).await?;
+            } else {
+                let bytes = pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+                self.send(part, &data[bytes]).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why pages of the final dump did not go out.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DumpSinkError {
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+/// What the frozen tree's memory amounts to. Hashing all of it takes a while,
+/// and must not be in the way of a cancellation.
+async fn hashed(listed: Listed, masks: Vec<(u64, u32)>) -> Result<Vec<(u32, [u8; 32])>, Error> {
+    let stop = Stop::default();
+    let flag = Arc::clone(&stop.0);
+    let hashing =
+        tokio::task::spawn_blocking(move || migrate_memory::digests(listed, &masks, &flag));
+    match hashing.await {
+        Ok(digests) => Ok(digests?),
+        Err(error) => Err(Error::Changed(format!("hashing memory failed: {error}"))),
+    }
+}
+
+/// Tells a thread that its result is not wanted any more.
+#[derive(Default)]
+struct Stop(Arc<AtomicBool>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
 impl PageSink for Outgoing<'_> {
-    type Error = ChannelError;
+    type Error = DumpSinkError;
 
-    async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), ChannelError> {
-        self.send(run, &data).await
+    async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), DumpSinkError> {
+        self.send_listed(run, &data).await
     }
 
-    async fn close(&mut self, _stats: PageStats) -> Result<(), ChannelError> {
-        self.sender.flush().await
+    async fn close(&mut self, _stats: PageStats) -> Result<(), DumpSinkError> {
+        Ok(self.sender.flush().await?)
     }
 }

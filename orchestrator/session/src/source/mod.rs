@@ -26,7 +26,7 @@ use migrate_core::report::{Blackout, Continuity, Report};
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
-use migrate_memory::Precopy;
+use migrate_memory::{ContentPrecopy, Precopy};
 use migrate_net::{Net, Withdrawn};
 use migrate_proc::{Fence, HoldDown, Supervisor, Tree};
 use tokio::sync::watch;
@@ -288,6 +288,8 @@ struct Migration {
     images: Option<PathBuf>,
     /// The tracking; it has to last until CRIU has dumped the tree.
     precopy: Option<Precopy>,
+    /// What rounds have sent, where memory cannot be tracked.
+    content: Option<ContentPrecopy>,
     engine: Engine,
     withdrawn: Vec<Withdrawn>,
 }
@@ -333,6 +335,7 @@ impl Migration {
             fence: None,
             images: None,
             precopy: None,
+            content: None,
             engine: Engine::None,
             withdrawn: Vec::new(),
         })
