@@ -1,9 +1,10 @@
 //! Questions about a test host, answered by its kernel and not by `migrate`.
 
 use std::fs;
-use std::io;
+use std::io::{self, BufRead, BufReader, Read};
 use std::net::IpAddr;
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use aya::programs::SchedClassifier;
@@ -118,6 +119,109 @@ pub fn reset_connections(host: &Host) -> io::Result<u64> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no EstabResets"))
 }
 
+/// What a host's TCP has counted that no peer should have to bear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TcpCounts {
+    /// Segments sent again.
+    pub retransmitted: u64,
+    /// Retransmission timers that ran out.
+    pub timeouts: u64,
+    /// RST segments sent.
+    pub resets_sent: u64,
+    /// Connections that a RST (or a timeout) ended.
+    pub resets: u64,
+}
+
+impl TcpCounts {
+    /// Those of a host up to now.
+    ///
+    /// # Errors
+    ///
+    /// When the host is gone.
+    pub fn of(host: &Host) -> io::Result<Self> {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{}/net/{name}", host.init_pid()));
+        let (plain, extended) = (read("snmp")?, read("netstat")?);
+        let count = |text: &str, group: &str, name: &str| {
+            snmp(text, group, name)
+                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("no {name}")))
+        };
+        Ok(Self {
+            retransmitted: count(&plain, "Tcp:", "RetransSegs")?,
+            timeouts: count(&extended, "TcpExt:", "TCPTimeouts")?,
+            resets_sent: count(&plain, "Tcp:", "OutRsts")?,
+            resets: count(&plain, "Tcp:", "EstabResets")?,
+        })
+    }
+
+    /// What has been added since an earlier look.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self {
+            retransmitted: self.retransmitted - earlier.retransmitted,
+            timeouts: self.timeouts - earlier.timeouts,
+            resets_sent: self.resets_sent - earlier.resets_sent,
+            resets: self.resets - earlier.resets,
+        }
+    }
+}
+
+/// A capture of every RST that passes a host's interface, either way.
+#[derive(Debug)]
+pub struct ResetCapture {
+    tcpdump: std::process::Child,
+}
+
+impl ResetCapture {
+    /// Begins, and waits until it has begun.
+    ///
+    /// # Errors
+    ///
+    /// When tcpdump does not start.
+    pub fn start(host: &Host) -> io::Result<Self> {
+        /// RST in the TCP flags of IPv4 and, without extension headers, IPv6.
+        const FILTER: &str = "tcp[13] & 4 != 0 or (ip6[6] == 6 and ip6[53] & 4 != 0)";
+        let mut tcpdump = host
+            .command("tcpdump")
+            .args(["-i", INTERFACE, "-n", "-l", "--immediate-mode", FILTER])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let stderr = tcpdump.stderr.take();
+        let mut said = String::new();
+        for line in stderr
+            .into_iter()
+            .flat_map(|stderr| BufReader::new(stderr).lines())
+        {
+            said += &line?;
+            if said.contains("listening on") {
+                return Ok(Self { tcpdump });
+            }
+        }
+        let _ = tcpdump.wait();
+        Err(io::Error::other(said))
+    }
+
+    /// The packets, one a line.
+    ///
+    /// # Errors
+    ///
+    /// When tcpdump does not end.
+    pub fn stop(mut self) -> io::Result<Vec<String>> {
+        let pid = nix::unistd::Pid::from_raw(self.tcpdump.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+        let mut said = String::new();
+        if let Some(stdout) = &mut self.tcpdump.stdout {
+            stdout.read_to_string(&mut said)?;
+        }
+        self.tcpdump.wait()?;
+        Ok(said
+            .lines()
+            .filter(|line| !line.is_empty())
+            .map(ToOwned::to_owned)
+            .collect())
+    }
+}
+
 /// One counter of `/proc/net/snmp`: names in one line, values in the next.
 fn snmp(text: &str, group: &str, name: &str) -> Option<u64> {
     let mut lines = text.lines().filter(|line| line.starts_with(group));
@@ -160,6 +264,7 @@ pub fn lacking(need: &str) -> Option<String> {
             (!there).then(|| "needs CRIU: run scripts/setup".to_owned())
         }
         "redis" => (!on_path("redis-server")).then(|| "needs redis-server".to_owned()),
+        "tcpdump" => (!on_path("tcpdump")).then(|| "needs tcpdump: run scripts/setup".to_owned()),
         "python" => (!Path::new("/usr/bin/python3").exists()).then(|| "needs python3".to_owned()),
         program => (!on_path(program)).then(|| format!("needs {program}")),
     }

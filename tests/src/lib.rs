@@ -12,5 +12,6 @@ pub mod field;
 pub mod hosts;
 pub mod migration;
 pub mod refusals;
+pub mod streams;
 pub mod strict;
 pub mod workload;

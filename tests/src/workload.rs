@@ -37,6 +37,10 @@ pub enum Kind {
     EchoWildcard,
     /// Python's `http.server`, one thread per connection.
     Http,
+    /// `stream-server` on the workload's IPv4 and IPv6 addresses.
+    Streams,
+    /// The same, and it accepts nothing.
+    Deaf,
     /// A shell that counts, and starts `sleep` for every turn: no sockets.
     ShellLoop,
 }
@@ -50,7 +54,7 @@ impl Kind {
             Self::Memcached => Some("memcached"),
             Self::Echo | Self::EchoV6 | Self::EchoWildcard => Some("echo"),
             Self::Http => Some("http"),
-            Self::ShellLoop => None,
+            Self::Streams | Self::Deaf | Self::ShellLoop => None,
         }
     }
 
@@ -60,6 +64,7 @@ impl Kind {
             Self::Memcached => 11211,
             Self::Echo | Self::EchoV6 | Self::EchoWildcard => 7000,
             Self::Http => 8000,
+            Self::Streams | Self::Deaf => 7100,
             Self::ShellLoop => 0,
         }
     }
@@ -129,6 +134,16 @@ impl Kind {
                 WEB_ROOT,
                 &port,
             ],
+            Self::Streams | Self::Deaf => {
+                let mut words = vec![program("stream-server").into()];
+                for address in [IpAddr::from(WORKLOAD_V4), WORKLOAD_V6.into()] {
+                    words.push(SocketAddr::new(address, self.port()).to_string().into());
+                }
+                if self == Self::Deaf {
+                    words.push("--deaf".into());
+                }
+                return words;
+            }
             // It writes its count only when asked, so that no file of its own
             // is open as a rule.
             Self::ShellLoop => vec![

@@ -2,8 +2,8 @@
 
 use crate::EXEMPT_MARK;
 use crate::key::{FlowKey, ListenerKey};
-use crate::parse::{Direction, Layer2, Packet, Parsed, TCP_RST, parse};
-use crate::state::{Mode, State, expired};
+use crate::parse::{Direction, Layer2, Packet, Parsed, TCP_RST, is_opening, parse};
+use crate::state::{Ended, Mode, State, expired};
 use crate::track::{Fate, Segment};
 
 /// What the decision needs to know beside the packet: the gate's maps and the
@@ -22,6 +22,10 @@ pub trait World {
     fn has_flow(&self, key: &FlowKey) -> bool;
     /// Whether the listener belongs to the workload.
     fn has_listener(&self, key: &ListenerKey) -> bool;
+    /// What becomes of a flow that the workload has closed; `None` for others.
+    fn ended(&self, key: &FlowKey) -> Option<Ended>;
+    /// Takes a flow from the closed ones: its peer begins a new one.
+    fn forget_ended(&self, key: &FlowKey);
     /// Whether the address is staged: present here, but not to be seen.
     fn is_staged(&self, address: &[u8; 16]) -> bool;
     /// Remembers a packet of the flow, if it is the workload's.
@@ -64,6 +68,9 @@ pub enum Judgement {
 /// not the workload's passes; what cannot be told apart from it (see
 /// [`Parsed::Unreadable`]) is dropped while the gate is closed.
 ///
+/// Flows that the workload has closed are judged before the others, see
+/// [`Ended`]; a peer that opens a new connection with the same ports ends that.
+///
 /// An RST on its way out is never held: it may be the kernel's answer for
 /// sockets that have moved, and sent later it would end their connections.
 #[inline(always)]
@@ -100,7 +107,7 @@ pub fn judge<P: Packet + ?Sized, W: World>(
         let fate = match mode(state, direction, world) {
             _ if is_own => Fate::Returned,
             Mode::Drop | Mode::Hold => Fate::Kept,
-            Mode::Open => Fate::Passes,
+            Mode::Open | Mode::HoldNew => Fate::Passes,
         };
         world.track(key, &segment, direction, fate, state.is_watching());
     }
@@ -110,7 +117,7 @@ pub fn judge<P: Packet + ?Sized, W: World>(
     match parsed {
         Parsed::Other => Judgement::Pass,
         Parsed::Unreadable => match mode(state, direction, world) {
-            Mode::Open => Judgement::Pass,
+            Mode::Open | Mode::HoldNew => Judgement::Pass,
             Mode::Drop | Mode::Hold => Judgement::Drop { reset: false },
         },
         Parsed::Neighbour {
@@ -129,17 +136,51 @@ pub fn judge<P: Packet + ?Sized, W: World>(
         }
         Parsed::Tcp { key, flags, .. } => {
             let reset = matches!(direction, Direction::Egress) && flags & TCP_RST != 0;
+            if state.has_ended()
+                && let Some(judgement) = judge_ended(&key, flags, direction, world)
+            {
+                return judgement;
+            }
             let mode = mode(state, direction, world);
+            if matches!(mode, Mode::HoldNew) {
+                let waits = matches!(direction, Direction::Ingress)
+                    && is_opening(flags)
+                    && has_listener(&key, world);
+                return if waits {
+                    Judgement::Hold
+                } else {
+                    Judgement::Pass
+                };
+            }
             let passes = matches!(mode, Mode::Open) && (!reset || state.is_open());
             if passes || !is_workload(&key, world) {
                 return Judgement::Pass;
             }
             match mode {
-                Mode::Open => Judgement::PassReset,
+                Mode::Open | Mode::HoldNew => Judgement::PassReset,
                 Mode::Hold if !reset => Judgement::Hold,
                 Mode::Drop | Mode::Hold => Judgement::Drop { reset },
             }
         }
+    }
+}
+
+/// About a flow that the workload has closed; `None` for others.
+#[inline(always)]
+fn judge_ended<W: World>(
+    key: &FlowKey,
+    flags: u8,
+    direction: Direction,
+    world: &W,
+) -> Option<Judgement> {
+    match (world.ended(key)?, direction) {
+        (Ended::Pass, _) => Some(Judgement::Pass),
+        (Ended::Answer, Direction::Ingress) if is_opening(flags) => {
+            world.forget_ended(key);
+            None
+        }
+        (Ended::Answer, Direction::Ingress) => Some(Judgement::Hold),
+        (Ended::Answer, Direction::Egress) => None,
     }
 }
 
@@ -161,9 +202,12 @@ fn mode<W: World>(state: State, direction: Direction, world: &W) -> Mode {
 
 #[inline(always)]
 fn is_workload<W: World>(key: &FlowKey, world: &W) -> bool {
-    world.has_flow(key)
-        || world.has_listener(&key.listener())
-        || world.has_listener(&key.wildcard_listener())
+    world.has_flow(key) || has_listener(key, world)
+}
+
+#[inline(always)]
+fn has_listener<W: World>(key: &FlowKey, world: &W) -> bool {
+    world.has_listener(&key.listener()) || world.has_listener(&key.wildcard_listener())
 }
 
 #[cfg(test)]
@@ -185,6 +229,7 @@ mod tests {
         now_ns: u64,
         is_workload: bool,
         is_staged: bool,
+        ended: Option<Ended>,
     }
 
     impl World for Fixed {
@@ -207,6 +252,10 @@ mod tests {
             // Reached last, so the look-ups before it have been made.
             self.is_workload && key.local == crate::key::ANY_V4
         }
+        fn ended(&self, _: &FlowKey) -> Option<Ended> {
+            self.ended
+        }
+        fn forget_ended(&self, _: &FlowKey) {}
         fn is_staged(&self, address: &[u8; 16]) -> bool {
             self.is_staged && *address == mapped([10, 0, 0, 2])
         }
@@ -228,6 +277,7 @@ mod tests {
             now_ns: 1000,
             is_workload: true,
             is_staged: false,
+            ended: None,
         }
     }
 
@@ -340,6 +390,54 @@ mod tests {
         for flags in [0, TCP_RST] {
             let got = verdict(&segment(flags), IPV4, Direction::Egress, tracking(open));
             assert_eq!(got, Judgement::Pass);
+        }
+    }
+
+    #[test]
+    fn only_new_connections_wait_where_the_others_shall_finish() {
+        use Direction::{Egress, Ingress};
+        let world = Fixed {
+            state: State(0).next(Mode::HoldNew, Mode::Open),
+            ..closed()
+        };
+        let foreign = Fixed {
+            is_workload: false,
+            ..world
+        };
+        let (syn, ack, syn_ack) = (0x02, 0x10, 0x12);
+        for (flags, direction, world, expected) in [
+            (syn, Ingress, world, Judgement::Hold),
+            (syn, Ingress, foreign, Judgement::Pass),
+            (ack, Ingress, world, Judgement::Pass),
+            (syn_ack, Ingress, world, Judgement::Pass),
+            (syn, Egress, world, Judgement::Pass),
+        ] {
+            let got = verdict(&segment(flags), IPV4, direction, world);
+            assert_eq!(got, expected, "{flags} {direction:?} {world:?}");
+        }
+    }
+
+    #[test]
+    fn closed_flows_are_judged_before_the_others() {
+        use Direction::{Egress, Ingress};
+        let holding = State(0).next(Mode::Hold, Mode::Hold).with_ended(true);
+        let open = State(0).with_ended(true);
+        let world = |state, ended| Fixed {
+            state,
+            ended: Some(ended),
+            ..closed()
+        };
+        let (syn, fin) = (0x02, 0x11);
+        for (flags, direction, world, expected) in [
+            (fin, Ingress, world(holding, Ended::Pass), Judgement::Pass),
+            (fin, Egress, world(holding, Ended::Pass), Judgement::Pass),
+            (fin, Ingress, world(open, Ended::Answer), Judgement::Hold),
+            (fin, Ingress, world(holding, Ended::Answer), Judgement::Hold),
+            (syn, Ingress, world(open, Ended::Answer), Judgement::Pass),
+            (fin, Egress, world(holding, Ended::Answer), Judgement::Hold),
+        ] {
+            let got = verdict(&segment(flags), IPV4, direction, world);
+            assert_eq!(got, expected, "{flags} {direction:?} {world:?}");
         }
     }
 

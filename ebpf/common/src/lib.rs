@@ -23,7 +23,7 @@ pub mod track;
 pub use judge::{Judgement, World, judge};
 pub use key::{FlowKey, ListenerKey};
 pub use parse::{Direction, Layer2, Packet, Parsed, parse};
-pub use state::{Control, Counters, LAYOUT_VERSION, Mode, Route, State};
+pub use state::{Control, Counters, Ended, LAYOUT_VERSION, Mode, Route, State};
 pub use track::{Fate, FlowRecord, Segment, Way};
 
 /// The mark that CRIU puts on the packets it forges while it restores

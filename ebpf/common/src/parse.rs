@@ -43,6 +43,13 @@ pub const TCP_SYN: u8 = 0x02;
 /// The ACK bit.
 pub const TCP_ACK: u8 = 0x10;
 
+/// Whether a segment with these flags opens a connection.
+#[inline(always)]
+#[must_use]
+pub const fn is_opening(flags: u8) -> bool {
+    flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN) == TCP_SYN
+}
+
 /// Which way a packet goes, seen from the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {

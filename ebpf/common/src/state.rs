@@ -4,7 +4,7 @@ use crate::parse::Direction;
 
 /// Version of every map's layout. A gate that another version has pinned is
 /// not adopted, only removed.
-pub const LAYOUT_VERSION: u64 = 4;
+pub const LAYOUT_VERSION: u64 = 5;
 
 /// What the gate does with the workload's packets in one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,9 @@ pub enum Mode {
     /// Packets are moved to user space, which gives them back later. Where
     /// that is not possible they are dropped.
     Hold = 2,
+    /// New connections wait, as with `Hold`; everything else passes. For the
+    /// way in only.
+    HoldNew = 3,
 }
 
 /// Both modes, a flag and the epoch in one word, so that one aligned store
@@ -28,12 +31,15 @@ pub enum Mode {
 /// ```
 ///
 /// The epoch counts changes of the modes. Bit 16 says that there are staged
-/// addresses, bit 18 that flows are counted, bit 19 that they are watched.
+/// addresses, bit 17 that there are flows which the workload has closed, bit 18
+/// that flows are counted, bit 19 that they are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct State(pub u64);
 
 /// Bit of [`State`]: there are staged addresses.
 const STAGED: u64 = 1 << 16;
+/// Bit of [`State`]: there are closed flows, see [`Ended`].
+const ENDED: u64 = 1 << 17;
 /// Bit of [`State`]: packets of flows are counted.
 const TRACKED: u64 = 1 << 18;
 /// Bit of [`State`]: sequence numbers are looked at as well.
@@ -55,6 +61,7 @@ impl State {
         match (self.0 >> shift) & 0xff {
             0 => Mode::Open,
             2 => Mode::Hold,
+            3 => Mode::HoldNew,
             _ => Mode::Drop,
         }
     }
@@ -107,6 +114,23 @@ impl State {
         Self(self.0 | TRACKED | WATCHED)
     }
 
+    /// Whether there are flows that the workload has closed.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_ended(self) -> bool {
+        self.0 & ENDED != 0
+    }
+
+    /// This state, with or without closed flows.
+    #[must_use]
+    pub const fn with_ended(self, has_ended: bool) -> Self {
+        if has_ended {
+            Self(self.0 | ENDED)
+        } else {
+            Self(self.0 & !ENDED)
+        }
+    }
+
     /// The next state: these modes, the epoch one higher (wrapping).
     #[must_use]
     pub const fn next(self, ingress: Mode, egress: Mode) -> Self {
@@ -121,6 +145,32 @@ impl State {
             Self(self.0 | STAGED)
         } else {
             Self(self.0 & !STAGED)
+        }
+    }
+}
+
+/// What becomes of a flow that the workload has closed and the kernel has not
+/// done with: the value of a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Ended {
+    /// The host that has the socket: its packets pass whatever the mode, so
+    /// that it can come to its end while the workload stands still.
+    Pass = 1,
+    /// The host without the socket: what the peer still sends goes to user
+    /// space in every mode, for the kernel would answer with an RST.
+    Answer = 2,
+}
+
+impl Ended {
+    /// Of the map's value.
+    #[inline(always)]
+    #[must_use]
+    pub const fn read(value: u32) -> Option<Self> {
+        match value {
+            1 => Some(Self::Pass),
+            2 => Some(Self::Answer),
+            _ => None,
         }
     }
 }
@@ -276,14 +326,14 @@ mod tests {
 
     #[test]
     fn an_unknown_mode_is_closed() {
-        assert_eq!(State(0x03).mode(Direction::Ingress), Mode::Drop);
+        assert_eq!(State(0x04).mode(Direction::Ingress), Mode::Drop);
         assert_eq!(State(0xff00).mode(Direction::Egress), Mode::Drop);
         assert!(State(0xff00).is_closed(Direction::Egress));
     }
 
     #[test]
     fn every_mode_is_read_as_written() {
-        let modes = [Mode::Open, Mode::Drop, Mode::Hold];
+        let modes = [Mode::Open, Mode::Drop, Mode::Hold, Mode::HoldNew];
         for ingress in modes {
             for egress in modes {
                 let state = State(0).with_staged(true).next(ingress, egress);

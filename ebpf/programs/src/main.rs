@@ -33,7 +33,7 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
 use migrate_ebpf_common::state::NEWCOMERS_MAX;
 use migrate_ebpf_common::{
-    Control, Counters, Direction, Fate, FlowKey, FlowRecord, Judgement, Layer2, ListenerKey,
+    Control, Counters, Direction, Ended, Fate, FlowKey, FlowRecord, Judgement, Layer2, ListenerKey,
     Packet, Route, Segment, State, Way, World, judge,
 };
 
@@ -60,6 +60,10 @@ static FLOWS: HashMap<FlowKey, FlowRecord, 4096, NO_PREALLOC> = HashMap::new();
 static LISTENERS: HashMap<ListenerKey, u32, 4096> = HashMap::new();
 #[btf_map]
 static STAGED: HashMap<[u8; 16], u32, 256> = HashMap::new();
+/// Flows that the workload has closed and its peers have not done with, and
+/// what becomes of them (`Ended`).
+#[btf_map]
+static ENDED: HashMap<FlowKey, u32, 4096> = HashMap::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Counters, 1> = PerCpuArray::new();
 /// By interface index. Two entries per interface at least: its own and those
@@ -353,6 +357,19 @@ impl World for Maps<'_> {
     #[inline(always)]
     fn has_listener(&self, key: &ListenerKey) -> bool {
         LISTENERS.get_ptr(key).is_some()
+    }
+
+    #[inline(always)]
+    fn ended(&self, key: &FlowKey) -> Option<Ended> {
+        // SAFETY: a value that is replaced meanwhile reads as the old or the
+        // new one: it is one aligned word.
+        Ended::read(unsafe { *ENDED.get_ptr(key)? })
+    }
+
+    #[inline(always)]
+    fn forget_ended(&self, key: &FlowKey) {
+        // Fails only for one that is gone already.
+        let _ = ENDED.remove(key);
     }
 
     #[inline(always)]

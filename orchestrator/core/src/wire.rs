@@ -194,6 +194,10 @@ pub enum Message {
     /// Connections found when the tree stood still, the earlier ones among
     /// them; they replace the list of `Preflight`.
     Flows(Vec<Flow>),
+    /// Connections that the tree has closed and the source's kernel had not
+    /// done with: the destination knows nothing of them, and must not say so
+    /// to their peers.
+    Ended(Vec<Flow>),
     /// Every page and image has been sent.
     Dumped {
         /// Pages with data that were sent, for the receiver to compare.

@@ -115,6 +115,20 @@ pub enum Error {
     /// What was checked is not what is there any more.
     #[error("{0}")]
     Changed(String),
+    /// The tree lets connections wait that CRIU cannot carry.
+    #[error(
+        "the tree has not accepted {} at {listener} within {} ms",
+        migrate_core::report::counted(*waiting as usize, "connection"),
+        waited.as_millis()
+    )]
+    NotAccepted {
+        /// Where they wait.
+        listener: std::net::SocketAddr,
+        /// How many.
+        waiting: u32,
+        /// How long the tree was given.
+        waited: Duration,
+    },
     /// CRIU announced something out of order.
     #[error("CRIU announced {got} while {awaited} was awaited")]
     OutOfOrder {
@@ -173,6 +187,7 @@ impl Error {
             Self::PeerGone { peer, .. } => Some(see_log(peer)),
             Self::PeerSilent { peer, .. } => Some(check(peer)),
             Self::BlackoutLimit { .. } => Some("check the network between the hosts; where it is only slow, allow more with `--max-blackout SECONDS`, or move the tree when it is smaller or less busy".to_owned()),
+            Self::NotAccepted { .. } => Some("connections that were never accepted cannot be moved: see why the workload does not accept (a limit on its connections or descriptors, a worker that is stuck), then try again".to_owned()),
             Self::Changed(_) => Some("try again".to_owned()),
             Self::Busy { .. } => Some("`migrate status` shows what is under way".to_owned()),
             Self::Unexpected { .. } | Self::OutOfOrder { .. } | Self::Illegal(_) => {

@@ -90,8 +90,9 @@ use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
 use migrate_core::{Flow, Listener};
+use migrate_ebpf_common::parse::is_opening;
 pub use migrate_ebpf_common::{Counters, Direction, Way};
-use migrate_ebpf_common::{EXEMPT_MARK, FlowKey, Mode};
+use migrate_ebpf_common::{EXEMPT_MARK, Ended, FlowKey, Mode};
 
 pub use crate::error::GateError;
 pub use crate::flows::{FlowActivity, FlowCount};
@@ -354,6 +355,67 @@ impl Gate {
         self.tables.unstage(addresses)
     }
 
+    /// Keeps new connections to the tree's listeners waiting, and nothing else:
+    /// those that have begun come to their end before the gate closes.
+    ///
+    /// # Errors
+    ///
+    /// As [`close`](Self::close).
+    pub fn hold_new(&self) -> Result<(), GateError> {
+        self.tables.close_ingress(Mode::HoldNew)
+    }
+
+    /// Lets flows that the tree has closed come to their end on this host,
+    /// whatever the mode, until [`end_all`](Self::end_all). Flows of the tree's
+    /// own must not be among them.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::Full`] past 4096 flows; a part may then be in.
+    pub fn let_end(&self, flows: &[Flow]) -> Result<(), GateError> {
+        self.tables.end_flows(flows, Ended::Pass)
+    }
+
+    /// Whether a held packet is of a flow that [`let_end`](Self::let_end) has
+    /// let go.
+    #[must_use]
+    pub fn is_ending(&self, packet: &HeldPacket) -> bool {
+        hold::frame::segment_of(&packet.frame, packet.direction)
+            .is_some_and(|(key, _)| matches!(self.tables.ended(&key), Ok(Some(Ended::Pass))))
+    }
+
+    /// Takes back what [`let_end`](Self::let_end) has allowed: flows that the
+    /// gate knows otherwise are kept back as the mode says.
+    pub fn end_all(&self) {
+        self.tables.forget_all_ended();
+    }
+
+    /// Speaks for flows that the tree has closed on another host, whatever the
+    /// mode: an end of their peers that is still under way is acknowledged when
+    /// it is given to [`inject_ingress`](Self::inject_ingress), and everything
+    /// else of theirs stays unanswered. The kernel, which knows nothing of
+    /// them, would answer with an RST.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::Full`] past 4096 flows; a part may then be in.
+    pub fn answer_for(&self, flows: &[Flow]) -> Result<(), GateError> {
+        self.tables.end_flows(flows, Ended::Answer)
+    }
+
+    /// Takes one back of those that [`answer_for`](Self::answer_for) was given.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn answer_no_more(&self, flow: &Flow) -> Result<(), GateError> {
+        self.tables.forget_ended(&tables::flow_key(flow))
+    }
+
+    /// How many flows [`let_end`](Self::let_end) and
+    /// [`answer_for`](Self::answer_for) take.
+    pub const ENDED_MAX: usize = 4096;
+
     /// Lets no packet of the tree in, in one step; those on their way out are
     /// treated as before. From an open gate this is the state for the time
     /// between a closed ingress and a tree that stands still: replies that the
@@ -443,9 +505,18 @@ impl Gate {
         interface_index: u32,
         frame: &[u8],
     ) -> Result<(), GateError> {
+        let hold = self.means()?;
+        if direction == Direction::Ingress
+            && let Some((key, flags)) = hold::frame::segment_of(frame, direction)
+            && self.tables.ended(&key)? == Some(Ended::Answer)
+        {
+            if !is_opening(flags) {
+                return hold.answer(interface_index, frame);
+            }
+            self.tables.forget_ended(&key)?;
+        }
         let knows = |key: &FlowKey| self.tables.knows(key);
-        self.means()?
-            .give_back(direction, interface_index, frame, knows)
+        hold.give_back(direction, interface_index, frame, knows)
     }
 
     fn means(&self) -> Result<&Hold, GateError> {

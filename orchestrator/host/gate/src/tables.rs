@@ -13,7 +13,9 @@ use aya::{Ebpf, EbpfLoader};
 use migrate_core::{Flow, Listener};
 use migrate_ebpf_common::key::{ANY_V4, ANY_V6, mapped};
 use migrate_ebpf_common::state::{NEWCOMERS_MAX, expired};
-use migrate_ebpf_common::{Counters, Direction, FlowKey, LAYOUT_VERSION, ListenerKey, Mode, State};
+use migrate_ebpf_common::{
+    Counters, Direction, Ended, FlowKey, LAYOUT_VERSION, ListenerKey, Mode, State,
+};
 
 use crate::GateError;
 use crate::flows::{FlowActivity, FlowCount, FlowTable};
@@ -28,6 +30,7 @@ pub(crate) const CONTROL: &str = "CONTROL";
 const FLOWS: &str = "FLOWS";
 const LISTENERS: &str = "LISTENERS";
 const STAGED: &str = "STAGED";
+const ENDED: &str = "ENDED";
 const COUNTERS: &str = "COUNTERS";
 const OWN_MARK: &str = "OWN_MARK";
 
@@ -54,7 +57,11 @@ impl KeySet {
     }
 
     fn insert<K: aya::Pod>(&self, keys: &[K]) -> Result<(), GateError> {
-        sys::insert_keys(descriptor(&self.map), keys, 0_u32).map_err(|source| {
+        self.insert_as(keys, 0)
+    }
+
+    fn insert_as<K: aya::Pod>(&self, keys: &[K], value: u32) -> Result<(), GateError> {
+        sys::insert_keys(descriptor(&self.map), keys, value).map_err(|source| {
             match source.raw_os_error() {
                 Some(libc::E2BIG) => GateError::Full {
                     table: self.table,
@@ -71,11 +78,15 @@ impl KeySet {
     }
 
     fn contains<K: aya::Pod>(&self, key: &K) -> Result<bool, GateError> {
+        Ok(self.value(key)?.is_some())
+    }
+
+    fn value<K: aya::Pod>(&self, key: &K) -> Result<Option<u32>, GateError> {
         let failed = |error: MapError| self.failed("read", io::Error::other(error));
         let map = HashMap::<_, K, u32>::try_from(&self.map).map_err(failed)?;
         match map.get(key, 0) {
-            Ok(_) => Ok(true),
-            Err(MapError::KeyNotFound) => Ok(false),
+            Ok(value) => Ok(Some(value)),
+            Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(failed(error)),
         }
     }
@@ -97,6 +108,7 @@ pub(crate) struct Tables {
     flows: FlowTable,
     listeners: KeySet,
     staged: KeySet,
+    ended: KeySet,
     /// Held while staged addresses and the flag that tells of them change.
     staging: Mutex<()>,
     counters: Map,
@@ -134,6 +146,7 @@ impl Tables {
             flows: flow_table(map(FLOWS)?)?,
             listeners: KeySet::new(map(LISTENERS)?, "listeners")?,
             staged: KeySet::new(map(STAGED)?, "staged addresses")?,
+            ended: KeySet::new(map(ENDED)?, "closed flows")?,
             staging: Mutex::new(()),
             counters: map(COUNTERS)?,
         })
@@ -169,6 +182,7 @@ impl Tables {
             (FLOWS, self.flows.map()),
             (LISTENERS, &self.listeners.map),
             (STAGED, &self.staged.map),
+            (ENDED, &self.ended.map),
             (COUNTERS, &self.counters),
         ] {
             let pin = path.join(name.to_lowercase());
@@ -263,6 +277,32 @@ impl Tables {
         self.listeners.insert(&keys)
     }
 
+    pub(crate) fn end_flows(&self, flows: &[Flow], how: Ended) -> Result<(), GateError> {
+        if flows.is_empty() {
+            return Ok(());
+        }
+        let keys: Vec<FlowKey> = flows.iter().map(flow_key).collect();
+        let added = self.ended.insert_as(&keys, how as u32);
+        // Also after a part of them.
+        self.set_state(|state| state.with_ended(true));
+        added
+    }
+
+    pub(crate) fn ended(&self, key: &FlowKey) -> Result<Option<Ended>, GateError> {
+        if !self.state().has_ended() {
+            return Ok(None);
+        }
+        Ok(self.ended.value(key)?.and_then(Ended::read))
+    }
+
+    pub(crate) fn forget_ended(&self, key: &FlowKey) -> Result<(), GateError> {
+        self.ended.remove(key)
+    }
+
+    pub(crate) fn forget_all_ended(&self) {
+        self.set_state(|state| state.with_ended(false));
+    }
+
     pub(crate) fn stage(&self, addresses: &[IpAddr]) -> Result<(), GateError> {
         let _staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         let keys: Vec<[u8; 16]> = addresses.iter().copied().map(address_key).collect();
@@ -350,6 +390,8 @@ impl Tables {
     pub(crate) fn drop_instead_of_hold(&self) {
         let without = |mode| match mode {
             Mode::Hold => Mode::Drop,
+            // A new connection that nobody answers would wait a second.
+            Mode::HoldNew => Mode::Open,
             other => other,
         };
         self.set_state(|state| {

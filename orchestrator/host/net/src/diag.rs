@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use netlink_packet_core::{DecodeError, Emitable, Parseable};
@@ -23,6 +23,10 @@ use crate::error::NetError;
 
 /// `SOCK_DIAG_BY_FAMILY`, linux/sock_diag.h.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// `SOCK_DESTROY`, linux/sock_diag.h.
+const SOCK_DESTROY: u16 = 21;
+/// `NLM_F_REQUEST | NLM_F_ACK`, linux/netlink.h.
+const REQUEST_ACK: u16 = 0x0005;
 /// `NLMSG_ERROR` and `NLMSG_DONE`, linux/netlink.h.
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
@@ -148,6 +152,8 @@ pub struct TcpSocket {
     pub wqueue: u32,
     /// Index of the interface that it is bound to; zero for none.
     pub ifindex: u32,
+    /// The kernel's name for this very socket.
+    pub cookie: [u8; 8],
 }
 
 /// A UDP socket of this network namespace.
@@ -216,11 +222,52 @@ pub enum SocketKind {
 ///
 /// The kernel refuses the dump or its reply makes no sense.
 pub fn tcp_sockets() -> Result<Vec<TcpSocket>, NetError> {
+    tcp_sockets_in(u32::MAX)
+}
+
+/// The TCP sockets of both families whose state is in a set: bit 1 for the
+/// kernel's state 1 and so on.
+pub(crate) fn tcp_sockets_in(states: u32) -> Result<Vec<TcpSocket>, NetError> {
     let mut out = Vec::new();
-    inet_sockets("TCP sockets", IPPROTO_TCP, None, |r| {
+    inet_sockets("TCP sockets", IPPROTO_TCP, None, states, |r| {
         out.push(tcp_socket(&r));
     })?;
     Ok(out)
+}
+
+/// Removes a socket that no process holds. The kernel may send an RST for it,
+/// which a closed gate keeps in.
+///
+/// # Errors
+///
+/// The kernel does not know it (any more), or cannot remove sockets.
+pub(crate) fn destroy(socket: &TcpSocket) -> Result<(), NetError> {
+    let mut socket_id = match socket.local.ip() {
+        IpAddr::V4(_) => SocketId::new_v4(),
+        IpAddr::V6(_) => SocketId::new_v6(),
+    };
+    socket_id.source_address = socket.local.ip();
+    socket_id.source_port = socket.local.port();
+    socket_id.destination_address = socket.remote.ip();
+    socket_id.destination_port = socket.remote.port();
+    socket_id.interface_id = socket.ifindex;
+    socket_id.cookie = socket.cookie;
+    let request = InetRequest {
+        family: if socket.local.is_ipv4() {
+            AF_INET
+        } else {
+            AF_INET6
+        },
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::from_bits_retain(u32::MAX),
+        socket_id,
+    };
+    let mut body = vec![0; request.buffer_len()];
+    request.emit(&mut body);
+    converse("closed sockets", SOCK_DESTROY, REQUEST_ACK, &body, |_| {
+        Ok(())
+    })
 }
 
 fn tcp_socket(response: &InetResponse) -> TcpSocket {
@@ -236,6 +283,7 @@ fn tcp_socket(response: &InetResponse) -> TcpSocket {
         rqueue: header.recv_queue,
         wqueue: header.send_queue,
         ifindex: id.interface_id,
+        cookie: id.cookie,
     }
 }
 
@@ -252,7 +300,7 @@ pub fn mptcp_inodes() -> Result<BTreeSet<u64>, NetError> {
     let mut out = BTreeSet::new();
     // Kernels that do not know the attribute (before 5.9) go by the byte in the
     // request: zero names no protocol and is refused.
-    let listed = inet_sockets("MPTCP sockets", 0, Some(IPPROTO_MPTCP), |r| {
+    let listed = inet_sockets("MPTCP sockets", 0, Some(IPPROTO_MPTCP), u32::MAX, |r| {
         out.insert(u64::from(r.header.inode));
     });
     match listed {
@@ -269,7 +317,7 @@ pub fn mptcp_inodes() -> Result<BTreeSet<u64>, NetError> {
 /// The kernel's reply makes no sense.
 pub fn udp_sockets() -> Result<Vec<UdpSocket>, NetError> {
     let mut out = Vec::new();
-    let listed = inet_sockets("UDP sockets", IPPROTO_UDP, None, |r| {
+    let listed = inet_sockets("UDP sockets", IPPROTO_UDP, None, u32::MAX, |r| {
         let id = &r.header.socket_id;
         out.push(UdpSocket {
             inode: u64::from(r.header.inode),
@@ -291,7 +339,7 @@ pub fn udp_sockets() -> Result<Vec<UdpSocket>, NetError> {
 /// The kernel's reply makes no sense, or `/proc` is not there.
 pub fn other_sockets() -> Result<BTreeMap<u64, SocketKind>, NetError> {
     let mut out = BTreeMap::new();
-    let raw = inet_sockets("raw sockets", IPPROTO_RAW, None, |r| {
+    let raw = inet_sockets("raw sockets", IPPROTO_RAW, None, u32::MAX, |r| {
         out.insert(u64::from(r.header.inode), SocketKind::Raw);
     });
     match raw {
@@ -396,6 +444,7 @@ fn inet_sockets(
     what: &'static str,
     protocol: u8,
     wide_protocol: Option<u32>,
+    states: u32,
     mut each: impl FnMut(InetResponse),
 ) -> Result<(), NetError> {
     for (family, socket_id) in [
@@ -406,8 +455,8 @@ fn inet_sockets(
             family,
             protocol,
             extensions: ExtensionFlags::empty(),
-            // Includes the states that are newer than the flags' definition.
-            states: StateFlags::from_bits_retain(u32::MAX),
+            // May include states that are newer than the flags' definition.
+            states: StateFlags::from_bits_retain(states),
             socket_id,
         };
         let mut body = vec![0; request.buffer_len()];
@@ -429,6 +478,17 @@ fn inet_sockets(
 fn dump(
     what: &'static str,
     body: &[u8],
+    each: impl FnMut(&[u8]) -> Result<(), DecodeError>,
+) -> Result<(), NetError> {
+    converse(what, SOCK_DIAG_BY_FAMILY, REQUEST_DUMP, body, each)
+}
+
+/// Sends one request and hands every reply to `each`, up to the end.
+fn converse(
+    what: &'static str,
+    kind: u16,
+    flags: u16,
+    body: &[u8],
     mut each: impl FnMut(&[u8]) -> Result<(), DecodeError>,
 ) -> Result<(), NetError> {
     let failed = |source: io::Error| NetError::List { what, source };
@@ -449,8 +509,8 @@ fn dump(
         .map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
     let mut request = Vec::with_capacity(HEADER_BYTES + body.len());
     request.extend_from_slice(&length.to_ne_bytes());
-    request.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    request.extend_from_slice(&REQUEST_DUMP.to_ne_bytes());
+    request.extend_from_slice(&kind.to_ne_bytes());
+    request.extend_from_slice(&flags.to_ne_bytes());
     request.extend_from_slice(&1u32.to_ne_bytes());
     request.extend_from_slice(&0u32.to_ne_bytes());
     request.extend_from_slice(body);

@@ -13,6 +13,7 @@ use crate::diag::{
     IPPROTO_MPTCP, SocketKind, TcpSocket, TcpState, UdpSocket, UnixKind, UnixSocket, mptcp_inodes,
     other_sockets, tcp_sockets, udp_sockets, unix_sockets,
 };
+use crate::ending;
 use crate::error::{NetError, promote_help};
 use crate::route::{Address, Net, Placement, promotes_secondaries};
 use crate::rules::{self, Owner, join};
@@ -25,6 +26,9 @@ type Inodes = BTreeMap<u64, Vec<(i32, i32)>>;
 pub struct SurveyOptions {
     /// Addresses that move in any case (`--address`), even the host's own.
     pub forced_addresses: Vec<IpAddr>,
+    /// [`TreeSockets::doubted`] of an earlier survey: what is in doubt again
+    /// belongs to others.
+    pub doubted: BTreeSet<u64>,
 }
 
 /// A tree's network, and what stands in the way of moving it.
@@ -44,6 +48,17 @@ pub struct TreeSockets {
     pub sockets: Vec<SocketFacts>,
     /// Indexes of the interfaces where the moving addresses sit.
     pub interfaces: Vec<u32>,
+    /// Connections at the moving addresses that the tree has closed and the
+    /// kernel has not done with, those in TIME_WAIT last.
+    pub ended: Vec<Flow>,
+    /// Those of them whose peers have not acknowledged everything.
+    pub closing: Vec<Flow>,
+    /// Connections at the tree's listeners that no process of the tree held
+    /// when it was looked at: accepted since, or by others. A second survey
+    /// tells.
+    pub doubted: BTreeSet<u64>,
+    /// Listeners with connections that the tree has not accepted, and how many.
+    pub unaccepted: Vec<(SocketAddr, u32)>,
     /// Inodes of the tree's Unix sockets whose other end is outside the tree.
     /// A stream that is nobody's descriptor 0, 1 or 2 has been refused above;
     /// a datagram socket has a note.
@@ -112,7 +127,9 @@ pub async fn survey(
             .find_map(|(pid, fd)| classify::ask(*pid, *fd).ok());
         seen.unlisted.insert(*inode, answer);
     }
-    Ok(Judge::new(&seen, inodes).run(&options.forced_addresses))
+    let mut judge = Judge::new(&seen, inodes);
+    judge.doubted_before.clone_from(&options.doubted);
+    Ok(judge.run(&options.forced_addresses))
 }
 
 /// The tree's connections and listeners and nothing more: cheap enough to be
@@ -152,6 +169,8 @@ struct Judge<'a> {
     /// Addresses that sockets of the tree are bound to, beyond loopback.
     needed: BTreeSet<IpAddr>,
     external_unix: Vec<u64>,
+    doubted_before: BTreeSet<u64>,
+    doubted: BTreeSet<u64>,
     findings: Vec<Finding>,
 }
 
@@ -171,6 +190,8 @@ impl<'a> Judge<'a> {
             listeners: BTreeSet::new(),
             needed: BTreeSet::new(),
             external_unix: Vec::new(),
+            doubted_before: BTreeSet::new(),
+            doubted: BTreeSet::new(),
             findings: Vec::new(),
         }
     }
@@ -186,7 +207,20 @@ impl<'a> Judge<'a> {
         if addresses.is_empty() {
             self.nothing_moves();
         }
+        let ips: Vec<IpAddr> = addresses.iter().map(|a| a.ip).collect();
+        let closing = (self.seen.tcp.iter())
+            .filter(|s| ending::is_closing(s, &ips))
+            .map(|s| Flow::new(s.local, s.remote))
+            .collect();
+        let unaccepted = (self.seen.tcp.iter())
+            .filter(|s| s.state == TcpState::Listen && s.rqueue > 0 && self.is_tree(s.inode))
+            .map(|s| (canonical(s.local), s.rqueue))
+            .collect();
         TreeSockets {
+            ended: ending::ended_of(&self.seen.tcp, &ips),
+            closing,
+            unaccepted,
+            doubted: self.doubted,
             flows: self.flows.into_iter().collect(),
             listeners: self.listeners.into_iter().collect(),
             addresses,
@@ -277,7 +311,7 @@ impl<'a> Judge<'a> {
                     self.findings.push(Finding::note(
                         format!("listener {local}"),
                         format!(
-                            "{} not accepted yet; only accepted ones move",
+                            "{} not accepted yet; it has to accept them before it moves",
                             count(socket.rqueue as usize, "connection")
                         ),
                         "",
@@ -354,7 +388,7 @@ impl<'a> Judge<'a> {
             self.findings.push(Finding::note(
                 "connections",
                 format!(
-                    "{} closed and in TIME_WAIT; they end with this host",
+                    "{} closed and in TIME_WAIT; the destination answers their peers for a moment",
                     count(waiting, "connection")
                 ),
                 "",
@@ -683,10 +717,19 @@ impl<'a> Judge<'a> {
     }
 
     /// Sockets outside the tree that are bound to exactly this address.
-    fn other_users(&self, ip: IpAddr) -> Vec<String> {
+    fn other_users(&mut self, ip: IpAddr) -> Vec<String> {
+        let new: BTreeSet<u64> = (self.seen.tcp.iter())
+            .filter(|s| s.inode != 0 && !self.is_tree(s.inode) && s.state.is_connected())
+            .filter(|s| !self.doubted_before.contains(&s.inode) && canonical(s.local).ip() == ip)
+            .filter(|s| {
+                (self.listeners.iter()).any(|l| rules::collide(s.local, false, l.local, l.v6only))
+            })
+            .map(|s| s.inode)
+            .collect();
+        self.doubted.extend(&new);
         let outside = || {
             (self.seen.tcp.iter())
-                .filter(|s| s.inode != 0 && !self.is_tree(s.inode))
+                .filter(|s| s.inode != 0 && !self.is_tree(s.inode) && !new.contains(&s.inode))
                 .filter(|s| canonical(s.local).ip() == ip)
         };
         let listening = outside()
@@ -856,11 +899,12 @@ fn port_findings(listeners: &[Listener], flows: &[Flow], here: &[TcpSocket]) -> 
         ));
     }
     let flows: BTreeSet<Flow> = flows.iter().copied().collect();
-    let taken: Vec<Flow> = here
+    let taken: Vec<String> = here
         .iter()
         .filter(|s| s.state != TcpState::Listen)
-        .map(|s| Flow::new(s.local, s.remote))
-        .filter(|flow| flows.contains(flow))
+        .map(|s| (Flow::new(s.local, s.remote), s.state))
+        .filter(|(flow, _)| flows.contains(flow))
+        .map(|(flow, state)| format!("{flow} ({state:?})"))
         .collect();
     if !taken.is_empty() {
         findings.push(Finding::refused(

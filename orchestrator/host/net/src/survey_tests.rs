@@ -22,6 +22,7 @@ fn tcp(inode: u64, state: TcpState, local: &str, remote: &str) -> TcpSocket {
         rqueue: 0,
         wqueue: 0,
         ifindex: 0,
+        cookie: [0; 8],
     }
 }
 

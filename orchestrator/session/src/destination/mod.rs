@@ -8,10 +8,12 @@ mod prepare;
 mod receive;
 mod takeover;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use migrate_channel::{Connection, Further, Receiver, Sender};
+use migrate_core::Flow;
 use migrate_core::facts::TreeFacts;
 use migrate_core::journal::Stage;
 use migrate_core::phase::Phase;
@@ -115,6 +117,8 @@ struct Destination {
     journal: Option<Journal>,
     gate: Option<Gate>,
     held: Option<HeldPackets>,
+    /// The tree has closed connections whose peers may still say something.
+    ended: BTreeSet<Flow>,
     staged: Vec<Staged>,
     images: Option<ImageDir>,
     home: Option<Home>,
@@ -141,6 +145,7 @@ impl Destination {
             journal: None,
             gate: None,
             held: None,
+            ended: BTreeSet::new(),
             staged: Vec::new(),
             images: None,
             home: None,

@@ -227,7 +227,17 @@ impl Destination {
                 Frame::Control(Message::Flows(flows)) => {
                     if let Some(gate) = &self.gate {
                         gate.add_flows(&flows)?;
+                        // The tree has connected with the same ports again.
+                        for flow in flows.iter().filter(|flow| self.ended.contains(flow)) {
+                            gate.answer_no_more(flow)?;
+                        }
                     }
+                }
+                Frame::Control(Message::Ended(flows)) => {
+                    if let Some(gate) = &self.gate {
+                        gate.answer_for(&flows)?;
+                    }
+                    self.ended.extend(flows);
                 }
                 Frame::Control(Message::Dumped {
                     pages,

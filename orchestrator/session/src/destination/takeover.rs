@@ -163,6 +163,9 @@ impl Destination {
                 tracing::debug!("the source does not hear what the gate has seen");
             }
         }
+        if !self.ended.is_empty() {
+            let _ = tokio::time::timeout(Self::ENDED_LIMIT, self.answer_ended()).await;
+        }
         self.held = None;
         if let Some(gate) = self.gate.take()
             && let Err(error) = gate.detach()
@@ -173,6 +176,21 @@ impl Destination {
             && let Ok(Err(error)) = again.await
         {
             tracing::warn!(error = %crate::error::chain(&error), "could not announce the address again");
+        }
+    }
+
+    /// How long peers of connections that the tree has closed are answered: an
+    /// end that was lost is sent again after 200 ms, 400 ms and so on.
+    const ENDED_LIMIT: Duration = Duration::from_secs(3);
+
+    /// Acknowledges the ends that peers of closed connections still send.
+    async fn answer_ended(&mut self) {
+        let Some(gate) = &self.gate else {
+            return;
+        };
+        loop {
+            let packet = held::next(&mut self.held).await;
+            held::give_back(gate, &[packet]);
         }
     }
 

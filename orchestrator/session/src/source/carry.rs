@@ -45,7 +45,9 @@ impl Migration {
     }
 
     /// Carries what is held at this moment, after `first`.
-    pub(super) async fn carry(&mut self, mut first: Vec<HeldPacket>) -> Result<(), Error> {
+    pub(super) async fn carry(&mut self, next: Vec<HeldPacket>) -> Result<(), Error> {
+        let mut first = std::mem::take(&mut self.waiting);
+        first.extend(next);
         first.extend(crate::held::drain(&mut self.held));
         // Kept before any is sent, for sending may be given up at any moment.
         for packet in &first {

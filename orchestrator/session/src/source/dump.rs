@@ -56,6 +56,7 @@ impl Migration {
 
         // The limit is for the tree's sake, and must not keep it frozen.
         self.link()?.sender.set_limit(None);
+        self.settle().await?;
         self.was_quiet = self.await_quiet().await;
         if let Some(gate) = self.gate() {
             gate.start_watching();
@@ -101,7 +102,16 @@ impl Migration {
                 stranger.ip
             )));
         }
+        if let Some(&(listener, waiting)) = sockets.unaccepted.first() {
+            return Err(Error::NotAccepted {
+                listener,
+                waiting,
+                waited: Duration::ZERO,
+            });
+        }
         self.send(&Message::Frozen).await?;
+        self.tell_ended(&sockets.ended).await?;
+        self.let_end(&sockets.closing)?;
         self.send(&Message::Flows(sockets.flows.clone())).await?;
         if let Some(gate) = self.gate() {
             gate.add_flows(&sockets.flows)?;

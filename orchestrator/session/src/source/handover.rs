@@ -95,6 +95,7 @@ impl Migration {
             lease.abort();
             let _ = lease.await;
         }
+        self.end().await?;
         if let Some(gate) = self.gate() {
             gate.lease(None)?;
         }
@@ -238,6 +239,19 @@ impl Migration {
             }
         }
         if let Some(gate) = self.gate.take() {
+            // Closed connections would go on to speak for an address that is
+            // another host's now. The gate keeps in what their removal says.
+            let addresses = self.moved();
+            match migrate_net::remove_closed(&addresses) {
+                Ok(0) => {}
+                Ok(removed) => tracing::debug!(removed, "closed connections removed"),
+                Err(error) => {
+                    leftovers.push(format!(
+                        "could not remove closed connections: {}",
+                        crate::error::chain(&error)
+                    ));
+                }
+            }
             if let Ok(counted) = gate.counters() {
                 self.counted = counted;
             }

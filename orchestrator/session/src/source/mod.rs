@@ -12,13 +12,16 @@ mod look;
 mod precopy;
 mod preflight;
 mod prepare;
+mod settle;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migrate_channel::{Destination, Further, Sender, StreamOptions};
+use migrate_core::Flow;
 use migrate_core::convergence::Policy;
 use migrate_core::facts::{HostFacts, TreeFacts};
 use migrate_core::phase::{Event, Phase};
@@ -282,6 +285,12 @@ struct Migration {
     /// What of it was carried to the destination.
     carried: Vec<HeldPacket>,
     carried_bytes: usize,
+    /// What of it waits to be carried.
+    waiting: Vec<HeldPacket>,
+    /// Connections that the tree has closed, as the destination knows them.
+    ended: BTreeSet<Flow>,
+    /// Some of them still have something to say.
+    closing: bool,
     lease: Option<JoinHandle<()>>,
     supervisor: Option<HoldDown>,
     fence: Option<Fence>,
@@ -330,6 +339,9 @@ impl Migration {
             held: None,
             carried: Vec::new(),
             carried_bytes: 0,
+            waiting: Vec::new(),
+            ended: BTreeSet::new(),
+            closing: false,
             lease: None,
             supervisor: None,
             fence: None,
@@ -498,6 +510,7 @@ impl Migration {
                 gate.open_egress().map_err(|e| crate::error::chain(&e)),
             );
             crate::held::give_back(&gate, &std::mem::take(&mut self.carried));
+            crate::held::give_back(&gate, &std::mem::take(&mut self.waiting));
             crate::held::give_back(&gate, &crate::held::drain(&mut self.held));
             note(
                 "open the gate",

@@ -280,9 +280,16 @@ pub(super) async fn survey(
     choices: &Choices,
     tree: &Tree,
 ) -> Result<TreeSockets, Error> {
-    let inodes = tree.socket_inodes()?;
-    let options = SurveyOptions {
+    let mut options = SurveyOptions {
         forced_addresses: choices.addresses.clone(),
+        ..SurveyOptions::default()
     };
-    Ok(migrate_net::survey(net, &inodes, &options).await?)
+    let sockets = migrate_net::survey(net, &tree.socket_inodes()?, &options).await?;
+    if sockets.doubted.is_empty() {
+        return Ok(sockets);
+    }
+    // Connections come and go between the look at the tree and the look at
+    // the kernel's sockets.
+    options.doubted = sockets.doubted;
+    Ok(migrate_net::survey(net, &tree.socket_inodes()?, &options).await?)
 }

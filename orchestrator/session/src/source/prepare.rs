@@ -41,7 +41,7 @@ impl Migration {
         }
         let flows = &plan.facts.flows;
         let listeners = &plan.facts.listeners;
-        let capacity = flows.len() * 2 + Self::SPARE_FLOWS;
+        let capacity = flows.len() * 2 + Self::SPARE_FLOWS + Gate::ENDED_MAX;
         let gate = Arc::new(Gate::attach(
             &plan.interfaces,
             &GateOptions {

@@ -102,11 +102,16 @@ pub(crate) fn check(frame: &[u8], direction: Direction) -> Result<FlowKey, Frame
 
 /// The flow of a frame that the kernel has given us; nothing else is checked.
 pub(crate) fn flow_of(frame: &[u8], direction: Direction) -> Option<FlowKey> {
+    Some(segment_of(frame, direction)?.0)
+}
+
+/// The flow of a frame and its TCP flags; nothing else is checked.
+pub(crate) fn segment_of(frame: &[u8], direction: Direction) -> Option<(FlowKey, u8)> {
     let packet = frame.get(OFFLOAD_BYTES..)?;
     let [high, low] = packet.load::<2>(12)?;
     let ethertype = u16::from_be_bytes([high, low]);
     match parse(packet, Layer2::Ethernet, ethertype, direction) {
-        Parsed::Tcp { key, .. } => Some(key),
+        Parsed::Tcp { key, flags, .. } => Some((key, flags)),
         Parsed::Other | Parsed::Unreadable | Parsed::Neighbour { .. } => None,
     }
 }
@@ -116,6 +121,80 @@ pub(crate) fn set_destination(frame: &mut [u8], hardware_address: [u8; 6]) {
     if let Some(destination) = frame.get_mut(OFFLOAD_BYTES..OFFLOAD_BYTES + 6) {
         destination.copy_from_slice(&hardware_address);
     }
+}
+
+const TCP_FIN: u8 = 0x01;
+const TCP_RST: u8 = 0x04;
+const TCP_ACK: u8 = 0x10;
+
+/// The acknowledgement of the end (FIN) in a sound frame that was received,
+/// as the socket that is no more would send it; `None` where the frame has no
+/// end, or is not a whole packet without tags and extension headers.
+pub(crate) fn acknowledge_end(frame: &[u8], hardware_address: [u8; 6]) -> Option<Vec<u8>> {
+    let packet = frame.get(OFFLOAD_BYTES..)?;
+    let [high, low] = packet.load::<2>(12)?;
+    let ip = read_ip(packet, ETHERNET_BYTES, u16::from_be_bytes([high, low])).ok()?;
+    let ip_bytes = if ip.is_v4 { 20 } else { 40 };
+    if ip.is_fragment || ip.tcp != ETHERNET_BYTES + ip_bytes {
+        return None;
+    }
+    let tcp = packet.load::<TCP_HEADER_BYTES_MIN>(ip.tcp)?;
+    let flags = tcp[13];
+    if flags & TCP_FIN == 0 || flags & TCP_RST != 0 {
+        return None;
+    }
+    let payload_bytes = ip.end - ip.tcp - usize::from(tcp[12] >> 4) * 4;
+    let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
+    // Everything up to the end and the end itself.
+    let acknowledged = sequence.wrapping_add(u32::try_from(payload_bytes).ok()?.wrapping_add(1));
+
+    let mut answer = vec![0; OFFLOAD_BYTES];
+    answer.extend_from_slice(&packet[6..12]);
+    answer.extend_from_slice(&hardware_address);
+    answer.extend_from_slice(&[high, low]);
+    let header = packet.get(ETHERNET_BYTES..ip.tcp)?;
+    let mut answer_ip = header.to_vec();
+    let addresses = if ip.is_v4 { 12 } else { 8 };
+    let address_bytes = (ip_bytes - addresses) / 2;
+    answer_ip[addresses..].rotate_left(address_bytes);
+    if ip.is_v4 {
+        answer_ip[2..4].copy_from_slice(&40_u16.to_be_bytes());
+        // Not a fragment, so its identification means nothing.
+        answer_ip[4..8].copy_from_slice(&[0, 0, 0x40, 0]);
+        answer_ip[8] = 64;
+        answer_ip[10..12].fill(0);
+        let sum = checksum(&[&answer_ip]);
+        answer_ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    } else {
+        answer_ip[4..6].copy_from_slice(&20_u16.to_be_bytes());
+        answer_ip[7] = 64;
+    }
+    let mut answer_tcp = [0; TCP_HEADER_BYTES_MIN];
+    answer_tcp[..2].copy_from_slice(&tcp[2..4]);
+    answer_tcp[2..4].copy_from_slice(&tcp[..2]);
+    answer_tcp[4..8].copy_from_slice(&tcp[8..12]);
+    answer_tcp[8..12].copy_from_slice(&acknowledged.to_be_bytes());
+    answer_tcp[12] = 5 << 4;
+    answer_tcp[13] = TCP_ACK;
+    let pseudo = [0, 6, 0, 20];
+    let sum = checksum(&[&answer_ip[addresses..], &pseudo, &answer_tcp]);
+    answer_tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+    answer.extend_from_slice(&answer_ip);
+    answer.extend_from_slice(&answer_tcp);
+    Some(answer)
+}
+
+/// The Internet checksum of parts with an even number of bytes each.
+fn checksum(parts: &[&[u8]]) -> u16 {
+    let sum: u32 = parts
+        .iter()
+        .flat_map(|part| part.chunks_exact(2))
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum();
+    let [a, b, c, d] = sum.to_be_bytes();
+    let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+    let (folded, carried) = low.overflowing_add(high);
+    !(folded + u16::from(carried))
 }
 
 struct Ip {
@@ -264,6 +343,46 @@ mod tests {
         frame[6..8].copy_from_slice(&tcp.to_le_bytes());
         frame[8..10].copy_from_slice(&CHECKSUM_OFFSET.to_le_bytes());
         frame
+    }
+
+    #[test]
+    fn an_end_is_acknowledged_behind_its_data() {
+        for (from, to) in [V4, V6] {
+            let mut end = frame(&Made::tcp(from, to, ACK | TCP_FIN).with_lengths());
+            let tcp = if (from, to) == V4 { 44 } else { 64 };
+            end[tcp + 4..tcp + 8].copy_from_slice(&u32::MAX.to_be_bytes());
+            end[tcp + 8..tcp + 12].copy_from_slice(&7_u32.to_be_bytes());
+            let payload = u32::try_from(end.len() - tcp - 20).unwrap();
+            let answer = acknowledge_end(&end, [2; 6]).unwrap();
+            assert_eq!(answer[OFFLOAD_BYTES..][..6], end[OFFLOAD_BYTES + 6..][..6]);
+            assert_eq!(answer[OFFLOAD_BYTES + 6..][..6], [2; 6]);
+            // The answer is a sound frame of the same flow, the other way.
+            assert_eq!(
+                check(&answer, Direction::Egress).unwrap(),
+                check(&end, INGRESS).unwrap()
+            );
+            assert_eq!(answer[tcp + 4..tcp + 8], 7_u32.to_be_bytes());
+            assert_eq!(answer[tcp + 8..tcp + 12], payload.to_be_bytes());
+            assert_eq!(answer[tcp + 13], TCP_ACK);
+            // Sums over what has a right checksum in it are zero.
+            let addresses = if (from, to) == V4 { 36..44 } else { 32..64 };
+            let pseudo = [0, 6, 0, 20];
+            assert_eq!(checksum(&[&answer[addresses], &pseudo, &answer[tcp..]]), 0);
+            if (from, to) == V4 {
+                assert_eq!(checksum(&[&answer[24..44]]), 0);
+            }
+        }
+    }
+
+    #[test]
+    fn only_an_end_is_acknowledged() {
+        assert_eq!(acknowledge_end(&frame(&made(V4)), [2; 6]), None);
+        let reset = Made::tcp(V4.0, V4.1, TCP_FIN | TCP_RST).with_lengths();
+        assert_eq!(acknowledge_end(&frame(&reset), [2; 6]), None);
+        let end = frame(&Made::tcp(V4.0, V4.1, TCP_FIN).with_lengths());
+        for cut in 0..end.len() {
+            let _ = acknowledge_end(&end[..cut], [2; 6]);
+        }
     }
 
     #[test]

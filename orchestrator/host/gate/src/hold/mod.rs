@@ -357,6 +357,32 @@ impl Hold {
         })
     }
 
+    /// Acknowledges the end of a connection in a frame that `interface_index`
+    /// has received, where there is one, instead of giving the frame to the
+    /// kernel.
+    pub(crate) fn answer(&self, interface_index: u32, frame: &[u8]) -> Result<(), GateError> {
+        let port = self
+            .ports
+            .iter()
+            .find(|port| {
+                port.interface_index == interface_index && port.direction == Direction::Egress
+            })
+            .ok_or(GateError::NotHeld {
+                index: interface_index,
+            })?;
+        frame::check(frame, Direction::Ingress).map_err(GateError::BadFrame)?;
+        match frame::acknowledge_end(frame, port.hardware_address) {
+            Some(answer) => port
+                .tap
+                .write(&answer)
+                .map_err(|source| GateError::GiveBack {
+                    index: interface_index,
+                    source,
+                }),
+            None => Ok(()),
+        }
+    }
+
     /// Lets the kernel's rings fill for as long as the value lives.
     #[cfg(test)]
     pub(crate) fn stop_reading(&self) -> impl Drop + '_ {

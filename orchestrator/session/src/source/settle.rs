@@ -1,0 +1,167 @@
+//! What is beginning or ending at the tree's addresses comes to its end before
+//! the tree stands still, for CRIU carries neither.
+//!
+//! ```text
+//!   CRIU loaded   new connections wait; handshakes finish, the tree accepts
+//!                 what has come, closed connections deliver their last bytes
+//!   gate closed
+//!   frozen        connections closed a moment ago may go on to deliver, past
+//!                 the closed gate: they need no tree
+//!   handover      that ends; the destination acknowledges what their peers
+//!                 still send, and the source forgets them
+//! ```
+//!
+//! Established connections are served all the while up to the closed gate.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use migrate_core::Flow;
+use migrate_core::report::counted;
+use migrate_core::wire::Message;
+use migrate_gate::Gate;
+use migrate_net::Unsettled;
+
+use super::{Migration, not_yet};
+use crate::error::Error;
+
+/// How long a peer's half of a handshake is waited for. It takes one round
+/// trip; peers that have not answered by then have lost a packet or never will.
+const HANDSHAKE_LIMIT: Duration = Duration::from_millis(250);
+
+/// How long the tree has to accept connections and peers to take the rest of
+/// closed ones. New peers wait meanwhile, and ask again after a second.
+const SETTLE_LIMIT: Duration = Duration::from_millis(900);
+
+/// The same while the tree stands still, for connections closed in the
+/// milliseconds before.
+const END_LIMIT: Duration = Duration::from_millis(200);
+
+/// Between two looks; the kernel announces none of this.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+impl Migration {
+    /// The addresses that move.
+    pub(super) fn moved(&self) -> Vec<IpAddr> {
+        self.plan.as_ref().map_or_else(Vec::new, |plan| {
+            plan.facts.addresses.iter().map(|a| a.ip).collect()
+        })
+    }
+
+    /// Lets new connections wait until those that have begun are the tree's.
+    pub(super) async fn settle(&mut self) -> Result<(), Error> {
+        let Some(gate) = self.gate() else {
+            return Ok(());
+        };
+        gate.hold_new()?;
+        let listeners = self.plan()?.facts.listeners.clone();
+        let addresses = self.moved();
+        let begun = Instant::now();
+        let left = loop {
+            let found = migrate_net::unsettled(&listeners, &addresses)?;
+            let waited = begun.elapsed();
+            if found.is_settled() {
+                break found;
+            }
+            let only_handshakes = found.unaccepted.is_empty() && found.closing.is_empty();
+            if waited >= SETTLE_LIMIT || (only_handshakes && waited >= HANDSHAKE_LIMIT) {
+                break found;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        };
+        let waited = begun.elapsed();
+        tracing::debug!(?waited, "handshakes and closed connections have settled");
+        if let Some(&(listener, waiting)) = left.unaccepted.first() {
+            return Err(Error::NotAccepted {
+                listener,
+                waiting,
+                waited,
+            });
+        }
+        if left.handshakes > 0 {
+            self.reporter.warn(format!(
+                "{} not answered by the peer within {} ms: it has to connect again",
+                counted(left.handshakes, "handshake"),
+                waited.as_millis()
+            ));
+        }
+        self.tell_ended(&migrate_net::ended(&addresses)?).await
+    }
+
+    /// Lets the destination know of connections that the tree has closed, and
+    /// the gate, too: later none of them may say a word here.
+    pub(super) async fn tell_ended(&mut self, ended: &[Flow]) -> Result<(), Error> {
+        if self.gate().is_none() {
+            return Ok(());
+        }
+        let room = Gate::ENDED_MAX.saturating_sub(self.ended.len());
+        let new: Vec<Flow> = ended
+            .iter()
+            .filter(|flow| !self.ended.contains(flow))
+            .take(room)
+            .copied()
+            .collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        if let Some(gate) = self.gate() {
+            gate.add_flows(&new)?;
+        }
+        self.ended.extend(&new);
+        self.send(&Message::Ended(new)).await
+    }
+
+    /// Lets closed connections deliver the rest while the tree stands still.
+    pub(super) fn let_end(&mut self, closing: &[Flow]) -> Result<(), Error> {
+        let Some(gate) = self.gate.as_ref() else {
+            return Ok(());
+        };
+        let closing = &closing[..closing.len().min(Gate::ENDED_MAX)];
+        if closing.is_empty() {
+            return Ok(());
+        }
+        self.closing = true;
+        gate.let_end(closing)?;
+        // What their peers have said since the gate closed.
+        let (theirs, others): (Vec<_>, Vec<_>) = crate::held::drain(&mut self.held)
+            .into_iter()
+            .partition(|packet| gate.is_ending(packet));
+        crate::held::give_back(gate, &theirs);
+        self.waiting.extend(others);
+        Ok(())
+    }
+
+    /// The last moment for closed connections: the address leaves this host.
+    pub(super) async fn end(&mut self) -> Result<(), Error> {
+        if !std::mem::take(&mut self.closing) {
+            return Ok(());
+        }
+        let addresses = self.moved();
+        let begun = Instant::now();
+        let left = loop {
+            let found = migrate_net::unsettled(&[], &addresses)?;
+            if found.closing.is_empty() || begun.elapsed() >= END_LIMIT {
+                break found;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        };
+        self.gate().ok_or_else(|| not_yet("the gate"))?.end_all();
+        self.warn_of(&left);
+        Ok(())
+    }
+
+    fn warn_of(&self, left: &Unsettled) {
+        if left.unsent_bytes == 0 {
+            return;
+        }
+        let peers: BTreeSet<IpAddr> = left.closing.iter().map(|flow| flow.remote.ip()).collect();
+        let peers: Vec<String> = peers.iter().take(4).map(IpAddr::to_string).collect();
+        self.reporter.warn(format!(
+            "{} bytes are lost that the tree has written to connections which it then closed and \
+             whose peers ({}) did not take them in time",
+            left.unsent_bytes,
+            peers.join(", ")
+        ));
+    }
+}

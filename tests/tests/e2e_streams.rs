@@ -1,0 +1,114 @@
+//! Connections that a request and its reply do not describe: one side that
+//! never stops, connections made for one request, connections half closed.
+//! None may notice a migration but by its pause, and no RST may be on the wire.
+
+#![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
+
+use std::net::{IpAddr, SocketAddr};
+
+use migrate_test_hosts::{HostName, Lab, LabGuard, WORKLOAD_V6};
+use migrate_tests::hosts::{ResetCapture, TcpCounts};
+use migrate_tests::migration::{migrate, moves};
+use migrate_tests::require;
+use migrate_tests::streams::{Kind, Running};
+use migrate_tests::workload::{Kind as WorkloadKind, Workload};
+
+fn lab(test: &str) -> LabGuard {
+    Lab::scoped(&format!("{test}-{}", std::process::id())).unwrap()
+}
+
+/// Moves a workload `hops` times, to and fro, under clients of some kinds,
+/// half of them over IPv6 where it has such an address.
+fn moves_under(test: &str, workload: WorkloadKind, clients: &[(Kind, usize)], hops: usize) {
+    let lab = lab(test);
+    let workload = Workload::start(workload, &lab).unwrap();
+    let client = lab.host(HostName::Client);
+    let capture = ResetCapture::start(&client).unwrap();
+    let hosts = [HostName::Host1, HostName::Host2, HostName::Client];
+    let v4 = workload.kind.address();
+    let v6 = SocketAddr::new(IpAddr::from(WORKLOAD_V6), v4.port());
+    let addresses = match workload.kind {
+        WorkloadKind::Streams => vec![v4, v6],
+        _ => vec![v4],
+    };
+    let running: Vec<Running> = clients
+        .iter()
+        .flat_map(|(kind, clients)| addresses.iter().map(move |to| (*kind, *clients, *to)))
+        .map(|(kind, clients, to)| Running::start(kind, clients, &client, to).unwrap())
+        .collect();
+    let counts = || hosts.map(|name| TcpCounts::of(&lab.host(name)).unwrap());
+    let (mut from, mut to) = (HostName::Host1, HostName::Host2);
+    for hop in 1..=hops {
+        let before = counts();
+        let report = moves(&lab, &workload, from, to);
+        for running in &running {
+            running.goes_on(1).unwrap();
+        }
+        println!("{test}, hop {hop} to {to}: blackout {}", report.blackout);
+        for ((name, now), before) in hosts.iter().zip(counts()).zip(before) {
+            println!("{test}, hop {hop}, {name}: {:?}", now.since(&before));
+        }
+        (from, to) = (to, from);
+    }
+    let verdicts: Vec<_> = running.into_iter().map(Running::stop).collect();
+    for verdict in &verdicts {
+        println!("{test}: {verdict:?}");
+    }
+    let resets = capture.stop().unwrap();
+    assert_eq!(resets, Vec::<String>::new());
+    for verdict in verdicts {
+        assert_eq!(verdict.failures, Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_storm_of_connections_loses_none() {
+    require!("a_storm_of_connections_loses_none": root, tcx, criu, migrate, tcpdump);
+    let clients = [(Kind::Storm, 4), (Kind::PoliteStorm, 4)];
+    moves_under("storm", WorkloadKind::Streams, &clients, 4);
+}
+
+#[test]
+fn what_a_closed_connection_has_still_to_say_is_said() {
+    require!("what_a_closed_connection_has_still_to_say_is_said": root, tcx, criu, migrate, tcpdump);
+    moves_under("closed", WorkloadKind::Streams, &[(Kind::BigStorm, 4)], 4);
+}
+
+#[test]
+fn bulk_streams_keep_every_byte() {
+    require!("bulk_streams_keep_every_byte": root, tcx, criu, migrate, tcpdump);
+    let clients = [(Kind::Upload, 2), (Kind::Download, 2)];
+    moves_under("bulk", WorkloadKind::Streams, &clients, 2);
+}
+
+#[test]
+fn subscribers_get_every_message_once() {
+    require!("subscribers_get_every_message_once": root, tcx, criu, migrate, redis, tcpdump);
+    moves_under("push", WorkloadKind::Redis, &[(Kind::Subscribe, 5)], 2);
+}
+
+#[test]
+fn a_tree_that_does_not_accept_stays() {
+    require!("a_tree_that_does_not_accept_stays": root, tcx, criu, migrate, tcpdump);
+    let lab = lab("deaf");
+    let workload = Workload::start(WorkloadKind::Deaf, &lab).unwrap();
+    let (host1, client) = (lab.host(HostName::Host1), lab.host(HostName::Client));
+    let capture = ResetCapture::start(&client).unwrap();
+    let address = workload.kind.address();
+    let waiting = client
+        .in_network(|| std::net::TcpStream::connect(address))
+        .unwrap()
+        .unwrap();
+    let migration = migrate(&host1, ["--to", "host2", &workload.pid.to_string()]).unwrap();
+    assert_eq!(migration.code, Some(6), "{migration:#?}");
+    let said = format!("{:?}", migration.events);
+    assert!(said.contains("has not accepted 1 connection"), "{said}");
+    // It goes on here, and new connections are let in again.
+    assert!(migrate_tests::hosts::runs(&host1, workload.pid));
+    client
+        .in_network(|| std::net::TcpStream::connect(address))
+        .unwrap()
+        .unwrap();
+    drop(waiting);
+    assert_eq!(capture.stop().unwrap(), Vec::<String>::new());
+}
