@@ -52,8 +52,10 @@ fn listener(listen: SocketAddr) -> io::Result<TcpListener> {
 }
 
 fn accept_forever(listener: &TcpListener, deaf: bool) {
-    while deaf {
-        thread::park();
+    if deaf {
+        loop {
+            thread::park();
+        }
     }
     loop {
         let stream = match listener.accept() {

@@ -29,6 +29,7 @@ pub(crate) mod frame;
 mod store;
 mod tap;
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -37,6 +38,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use aya::Ebpf;
 use aya::maps::HashMap as RouteMap;
@@ -53,6 +55,11 @@ use self::store::Store;
 use self::tap::Tap;
 use crate::sys::DeviceKind;
 use crate::{Device, GateError};
+
+/// An end that was held and one that was sent again meanwhile get one answer
+/// between them: to a second its peer, which has done with the connection by
+/// then, would say RST. As the kernel does (`tcp_invalid_ratelimit`).
+const ANSWER_PAUSE: Duration = Duration::from_millis(500);
 
 /// Bounds of what is held in user space. Beside the frames' own bytes, 128 are
 /// counted for each.
@@ -230,6 +237,9 @@ pub(crate) struct Hold {
     ports: Vec<Arc<Port>>,
     shared: Arc<Shared>,
     is_taken: AtomicBool,
+    /// Flows whose ends have been acknowledged lately; only those that the
+    /// gate's map of closed flows takes.
+    answered: Mutex<HashMap<FlowKey, Instant>>,
     /// `/proc/net/dev` of the devices' namespace.
     device_counters: Mutex<File>,
     /// Its end ends the thread.
@@ -307,6 +317,7 @@ impl Hold {
             ports,
             shared,
             is_taken: AtomicBool::new(false),
+            answered: Mutex::default(),
             device_counters: Mutex::new(device_counters),
             stop: Some(stop),
             thread: Some(thread),
@@ -370,8 +381,9 @@ impl Hold {
             .ok_or(GateError::NotHeld {
                 index: interface_index,
             })?;
-        frame::check(frame, Direction::Ingress).map_err(GateError::BadFrame)?;
+        let key = frame::check(frame, Direction::Ingress).map_err(GateError::BadFrame)?;
         match frame::acknowledge_end(frame, port.hardware_address) {
+            Some(_) if self.has_just_answered(key) => Ok(()),
             Some(answer) => port
                 .tap
                 .write(&answer)
@@ -380,6 +392,21 @@ impl Hold {
                     source,
                 }),
             None => Ok(()),
+        }
+    }
+
+    /// Whether this flow's end has been acknowledged a moment ago; if not, it
+    /// has been now.
+    fn has_just_answered(&self, key: FlowKey) -> bool {
+        let now = Instant::now();
+        let mut answered = self.answered.lock().unwrap_or_else(PoisonError::into_inner);
+        answered.retain(|_, at| now - *at < ANSWER_PAUSE);
+        match answered.entry(key) {
+            Entry::Occupied(_) => true,
+            Entry::Vacant(entry) => {
+                entry.insert(now);
+                false
+            }
         }
     }
 
