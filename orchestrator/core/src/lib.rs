@@ -12,6 +12,7 @@ pub mod phase;
 pub mod preflight;
 pub mod report;
 pub mod stream;
+pub mod tracked;
 pub mod wire;
 
 pub use flow::{Flow, Listener};

@@ -43,6 +43,7 @@ use crate::journal::Stage;
 use crate::phase::Phase;
 use crate::preflight::Finding;
 use crate::report::FlowSeen;
+use crate::tracked::Tracked;
 
 /// Version of this protocol; both sides must have the same.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -198,6 +199,9 @@ pub enum Message {
     /// done with: the destination knows nothing of them, and must not say so
     /// to their peers.
     Ended(Vec<Flow>),
+    /// What the source's connection tracking knows of connections at the
+    /// addresses that move.
+    Tracked(Vec<Tracked>),
     /// Every page and image has been sent.
     Dumped {
         /// Pages with data that were sent, for the receiver to compare.

@@ -7,6 +7,7 @@ mod preflight;
 mod prepare;
 mod receive;
 mod takeover;
+mod tracking;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -119,6 +120,7 @@ struct Destination {
     held: Option<HeldPackets>,
     /// The tree has closed connections whose peers may still say something.
     ended: BTreeSet<Flow>,
+    tracked: tracking::Made,
     staged: Vec<Staged>,
     images: Option<ImageDir>,
     home: Option<Home>,
@@ -146,6 +148,7 @@ impl Destination {
             gate: None,
             held: None,
             ended: BTreeSet::new(),
+            tracked: tracking::Made::new(),
             staged: Vec::new(),
             images: None,
             home: None,
@@ -320,6 +323,8 @@ impl Destination {
                 );
             }
         }
+        let untracked = self.untrack();
+        note("remove connection tracking entries".to_owned(), untracked);
         self.held = None;
         if let Some(gate) = self.gate.take() {
             note(

@@ -33,8 +33,6 @@ impl Destination {
         // down with the login that started it.
         migrate_proc::detach_from_session()?;
         let order = self.order.as_ref().ok_or_else(no_order)?;
-        let net = self.net.as_ref().ok_or_else(no_order)?;
-        let criu = self.criu.as_ref().ok_or_else(no_order)?;
 
         let images = self.state.image_root()?.join(&self.migration_id);
         let record = self.record(order, &images.display().to_string());
@@ -70,6 +68,11 @@ impl Destination {
                 tracing::warn!(reason, "packets are dropped, not held");
             }
         }
+        let flows = order.tree.flows.clone();
+        self.track_untracked(&flows);
+        let order = self.order.as_ref().ok_or_else(no_order)?;
+        let net = self.net.as_ref().ok_or_else(no_order)?;
+        let criu = self.criu.as_ref().ok_or_else(no_order)?;
         // A packet that cannot be sent for want of a neighbour's hardware
         // address waits a second for the next question. Asked now, with an
         // address of this host's own, nobody waits after the takeover.

@@ -232,7 +232,9 @@ impl Destination {
                             gate.answer_no_more(flow)?;
                         }
                     }
+                    self.track_untracked(&flows);
                 }
+                Frame::Control(Message::Tracked(entries)) => self.track(entries)?,
                 Frame::Control(Message::Ended(flows)) => {
                     if let Some(gate) = &self.gate {
                         gate.answer_for(&flows)?;

@@ -112,6 +112,7 @@ impl Migration {
         self.send(&Message::Frozen).await?;
         self.tell_ended(&sockets.ended).await?;
         self.let_end(&sockets.closing)?;
+        self.tell_tracked_of(&sockets.flows).await?;
         self.send(&Message::Flows(sockets.flows.clone())).await?;
         if let Some(gate) = self.gate() {
             gate.add_flows(&sockets.flows)?;

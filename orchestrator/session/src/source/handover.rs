@@ -252,6 +252,7 @@ impl Migration {
                     ));
                 }
             }
+            self.forget_tracked();
             if let Ok(counted) = gate.counters() {
                 self.counted = counted;
             }

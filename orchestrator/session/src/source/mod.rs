@@ -13,8 +13,9 @@ mod precopy;
 mod preflight;
 mod prepare;
 mod settle;
+mod tracking;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use migrate_core::convergence::Policy;
 use migrate_core::facts::{HostFacts, TreeFacts};
 use migrate_core::phase::{Event, Phase};
 use migrate_core::report::{Blackout, Continuity, Report};
+use migrate_core::tracked::Tracked;
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
@@ -291,6 +293,9 @@ struct Migration {
     ended: BTreeSet<Flow>,
     /// Some of them still have something to say.
     closing: bool,
+    /// What connection tracking knew of the tree's connections, as sent.
+    tracked: Vec<Tracked>,
+    tracked_flows: HashSet<Flow>,
     lease: Option<JoinHandle<()>>,
     supervisor: Option<HoldDown>,
     fence: Option<Fence>,
@@ -342,6 +347,8 @@ impl Migration {
             waiting: Vec::new(),
             ended: BTreeSet::new(),
             closing: false,
+            tracked: Vec::new(),
+            tracked_flows: HashSet::new(),
             lease: None,
             supervisor: None,
             fence: None,

@@ -1,5 +1,7 @@
 //! Preflight: look at the tree, let the destination compare, refuse in time.
 
+use std::net::IpAddr;
+
 use migrate_channel::Destination;
 use migrate_core::facts::{HostFacts, SocketFacts, StdioFacts, StdioKind, TreeFacts};
 use migrate_core::preflight::{Finding, Severity};
@@ -178,6 +180,8 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
     let mut host = migrate_proc::host_facts(&state.image_root()?);
     host.criu = criu.as_ref().map(|criu| criu.version);
     findings.extend(sockets.findings);
+    let moving: Vec<IpAddr> = sockets.addresses.iter().map(|a| a.ip).collect();
+    findings.extend(super::tracking::findings(&moving));
     let facts = TreeFacts {
         root_pid: pid,
         processes: tree.processes.clone(),

@@ -86,7 +86,8 @@ impl Migration {
                 waited.as_millis()
             ));
         }
-        self.tell_ended(&migrate_net::ended(&addresses)?).await
+        self.tell_ended(&migrate_net::ended(&addresses)?).await?;
+        self.tell_tracked().await
     }
 
     /// Lets the destination know of connections that the tree has closed, and
