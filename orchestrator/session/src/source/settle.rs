@@ -58,14 +58,20 @@ impl Migration {
         let listeners = self.plan()?.facts.listeners.clone();
         let addresses = self.moved();
         let begun = Instant::now();
+        let mut looks = 0;
         let left = loop {
             let found = migrate_net::unsettled(&listeners, &addresses)?;
             let waited = begun.elapsed();
-            if found.is_settled() {
+            // A packet that another CPU has let in a moment ago may show only
+            // in the second look.
+            looks = if found.is_settled() { looks + 1 } else { 0 };
+            if looks == 2 {
                 break found;
             }
             let only_handshakes = found.unaccepted.is_empty() && found.closing.is_empty();
-            if waited >= SETTLE_LIMIT || (only_handshakes && waited >= HANDSHAKE_LIMIT) {
+            if looks == 0 && waited >= SETTLE_LIMIT
+                || (looks == 0 && only_handshakes && waited >= HANDSHAKE_LIMIT)
+            {
                 break found;
             }
             tokio::time::sleep(LOOK_AGAIN).await;
