@@ -80,6 +80,8 @@ pub struct TreeFacts {
     pub flows: Vec<Flow>,
     /// TCP listeners.
     pub listeners: Vec<Listener>,
+    /// What the peers may send to these connections.
+    pub windows: WindowFacts,
     /// Addresses that have to move with the tree.
     pub addresses: Vec<AddressFacts>,
     /// What stands on file descriptors 0, 1 and 2 and leads out of the tree.
@@ -91,6 +93,40 @@ pub struct TreeFacts {
     pub shell_job: bool,
     /// cgroup path of the root in the unified or freezer hierarchy.
     pub cgroup: String,
+}
+
+/// The receive windows of the tree's connections.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowFacts {
+    /// The most that they advertise, all together, in bytes.
+    pub sum_bytes: u64,
+    /// The largest of them.
+    pub largest_bytes: u64,
+}
+
+impl WindowFacts {
+    /// Memory that held packets take at most, on each host. With thousands of
+    /// connections all of whose peers fill their windows, TCP sends again what
+    /// finds no room.
+    pub const HELD_BYTES_CAP: u64 = 256 << 20;
+
+    /// Room for connections that come meanwhile, and for small packets, of
+    /// which each takes more than its bytes.
+    pub const HELD_BYTES_MIN: u64 = 16 << 20;
+
+    /// Room for one connection in any case.
+    pub const HELD_FLOW_BYTES_MIN: u64 = 4 << 20;
+
+    /// Bytes to hold for all connections, and for one: a peer fills the
+    /// window, and sends it again when its timer runs out.
+    #[must_use]
+    pub fn held_bytes_max(self) -> (u64, u64) {
+        let twice = |bytes: u64, least| bytes.saturating_mul(2).clamp(least, Self::HELD_BYTES_CAP);
+        (
+            twice(self.sum_bytes, Self::HELD_BYTES_MIN),
+            twice(self.largest_bytes, Self::HELD_FLOW_BYTES_MIN),
+        )
+    }
 }
 
 /// One process of the tree.
@@ -201,4 +237,25 @@ pub enum StdioKind {
     /// A regular file that the tree writes to. It moves as it is where the
     /// destination has it, and needs help only where it has not.
     File,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_follows_the_windows_within_bounds() {
+        let windows = |sum_bytes, largest_bytes| WindowFacts {
+            sum_bytes,
+            largest_bytes,
+        };
+        const MIB: u64 = 1 << 20;
+        for (facts, expected) in [
+            (windows(0, 0), (16 * MIB, 4 * MIB)),
+            (windows(20 * MIB, 6 * MIB), (40 * MIB, 12 * MIB)),
+            (windows(u64::MAX, u64::MAX), (256 * MIB, 256 * MIB)),
+        ] {
+            assert_eq!(facts.held_bytes_max(), expected, "{facts:?}");
+        }
+    }
 }

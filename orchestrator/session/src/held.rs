@@ -14,8 +14,23 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use migrate_core::facts::WindowFacts;
 use migrate_ebpf_common::Direction;
-use migrate_gate::{Gate, HeldPacket, HeldPackets};
+use migrate_gate::{Gate, HeldPacket, HeldPackets, HoldOptions};
+
+/// The most that one host ever holds.
+pub(crate) const BYTES_CAP: usize = 256 << 20;
+const _: () = assert!(BYTES_CAP as u64 == WindowFacts::HELD_BYTES_CAP);
+
+/// How much a gate may hold for connections with these windows.
+pub(crate) fn bounds(windows: WindowFacts) -> HoldOptions {
+    let (total, flow) = windows.held_bytes_max();
+    let bytes = |bytes| usize::try_from(bytes).unwrap_or(usize::MAX);
+    HoldOptions {
+        total_bytes_max: bytes(total),
+        flow_bytes_max: bytes(flow),
+    }
+}
 
 /// Waits for a held packet; for ever where nothing is held.
 pub(crate) async fn next(held: &mut Option<HeldPackets>) -> HeldPacket {

@@ -25,9 +25,8 @@ pub(crate) struct Inbox {
 
 impl Inbox {
     /// Held packets that are kept for the tree, in bytes; what comes beyond is
-    /// dropped, and its sender sends it again. The sum of the receive windows
-    /// of some thousand connections.
-    const PACKET_BYTES_MAX: usize = 64 << 20;
+    /// dropped, and its sender sends it again. As much as a gate ever holds.
+    const PACKET_BYTES_MAX: usize = crate::held::BYTES_CAP;
 
     /// What a packet takes beside its bytes: a peer could send empty ones.
     const PACKET_OVERHEAD_BYTES: usize = 64;

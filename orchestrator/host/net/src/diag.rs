@@ -154,6 +154,9 @@ pub struct TcpSocket {
     pub ifindex: u32,
     /// The kernel's name for this very socket.
     pub cookie: [u8; 8],
+    /// The largest receive window that it advertises at present, in bytes;
+    /// zero where the kernel does not say.
+    pub window: u32,
 }
 
 /// A UDP socket of this network namespace.
@@ -284,7 +287,20 @@ fn tcp_socket(response: &InetResponse) -> TcpSocket {
         wqueue: header.send_queue,
         ifindex: id.interface_id,
         cookie: id.cookie,
+        window: window(nlas),
     }
+}
+
+/// `tcpi_rcv_ssthresh` of `struct tcp_info` (linux/tcp.h): the kernel lets no
+/// window grow beyond it.
+fn window(nlas: &[Nla]) -> u32 {
+    const AT: usize = 64;
+    nlas.iter()
+        .find_map(|nla| match nla {
+            Nla::TcpInfo(info) => info.get(AT..AT + 4)?.try_into().ok(),
+            _ => None,
+        })
+        .map_or(0, u32::from_ne_bytes)
 }
 
 fn v6only(nlas: &[Nla]) -> bool {
@@ -454,7 +470,11 @@ fn inet_sockets(
         let request = InetRequest {
             family,
             protocol,
-            extensions: ExtensionFlags::empty(),
+            extensions: if protocol == IPPROTO_TCP {
+                ExtensionFlags::INFO
+            } else {
+                ExtensionFlags::empty()
+            },
             // May include states that are newer than the flags' definition.
             states: StateFlags::from_bits_retain(states),
             socket_id,

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use migrate_core::facts::{AddressFacts, SocketFacts, TreeFacts};
+use migrate_core::facts::{AddressFacts, SocketFacts, TreeFacts, WindowFacts};
 use migrate_core::flow::{Flow, Listener, canonical, is_host_local};
 use migrate_core::preflight::Finding;
 
@@ -44,6 +44,8 @@ pub struct TreeSockets {
     pub addresses: Vec<AddressFacts>,
     /// What was found, worst and best.
     pub findings: Vec<Finding>,
+    /// The receive windows of those connections.
+    pub windows: WindowFacts,
     /// Every TCP socket of the tree, listeners first.
     pub sockets: Vec<SocketFacts>,
     /// Indexes of the interfaces where the moving addresses sit.
@@ -165,6 +167,7 @@ struct Judge<'a> {
     tree_ends: BTreeSet<(SocketAddr, SocketAddr)>,
     host_ips: BTreeSet<IpAddr>,
     flows: BTreeSet<Flow>,
+    windows: WindowFacts,
     listeners: BTreeSet<Listener>,
     /// Addresses that sockets of the tree are bound to, beyond loopback.
     needed: BTreeSet<IpAddr>,
@@ -187,6 +190,7 @@ impl<'a> Judge<'a> {
                 .collect(),
             host_ips: seen.addresses.iter().map(|a| a.ip).collect(),
             flows: BTreeSet::new(),
+            windows: WindowFacts::default(),
             listeners: BTreeSet::new(),
             needed: BTreeSet::new(),
             external_unix: Vec::new(),
@@ -225,6 +229,7 @@ impl<'a> Judge<'a> {
             listeners: self.listeners.into_iter().collect(),
             addresses,
             findings: self.findings,
+            windows: self.windows,
             sockets,
             interfaces,
             external_unix: self.external_unix,
@@ -330,6 +335,9 @@ impl<'a> Judge<'a> {
                     }
                 } else {
                     self.flows.insert(Flow::new(local, remote));
+                    let window = u64::from(socket.window);
+                    self.windows.sum_bytes += window;
+                    self.windows.largest_bytes = self.windows.largest_bytes.max(window);
                     self.needed.insert(local.ip());
                     if socket.state == TcpState::SynSent {
                         *counts.entry("still connecting").or_default() += 1;

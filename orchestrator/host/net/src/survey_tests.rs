@@ -23,6 +23,7 @@ fn tcp(inode: u64, state: TcpState, local: &str, remote: &str) -> TcpSocket {
         wqueue: 0,
         ifindex: 0,
         cookie: [0; 8],
+        window: 0,
     }
 }
 

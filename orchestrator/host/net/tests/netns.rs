@@ -566,6 +566,38 @@ fn listeners_show_how_they_listen() {
 }
 
 #[test]
+fn the_advertised_window_is_known() {
+    in_netns(|| async {
+        up(&handle(), "lo").await;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (_far, _) = listener.accept().unwrap();
+        // What the kernel tells the socket's own holder.
+        // SAFETY: all zeros is a value of this plain C structure.
+        let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+        let mut bytes = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).unwrap();
+        // SAFETY: the structure is ours and has the length given.
+        let got = unsafe {
+            libc::getsockopt(
+                near.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                (&raw mut info).cast(),
+                &raw mut bytes,
+            )
+        };
+        assert_eq!(got, 0);
+        let inode = std::fs::metadata(format!("/proc/self/fd/{}", near.as_raw_fd()))
+            .unwrap()
+            .ino();
+        let sockets = tcp_sockets().unwrap();
+        let socket = sockets.iter().find(|s| s.inode == inode).unwrap();
+        assert!(socket.window > 1000, "{socket:?}");
+        assert_eq!(socket.window, info.tcpi_rcv_ssthresh);
+    });
+}
+
+#[test]
 fn multipath_tcp_is_recognised() {
     in_netns(|| async {
         let handle = handle();
@@ -661,6 +693,7 @@ fn the_destination_compares() {
                 local: "0.0.0.0:6379".parse().unwrap(),
                 v6only: false,
             }],
+            windows: Default::default(),
             addresses: vec![facts("10.77.0.100", 24)],
             stdio: Vec::new(),
             resident_bytes: 0,

@@ -454,6 +454,7 @@ mod tests {
             files: Vec::new(),
             flows: Vec::new(),
             listeners: Vec::new(),
+            windows: Default::default(),
             addresses: Vec::new(),
             stdio: Vec::new(),
             resident_bytes: 100 << 20,

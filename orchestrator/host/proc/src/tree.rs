@@ -329,6 +329,7 @@ impl Tree {
             files: self.files()?,
             flows: Vec::new(),
             listeners: Vec::new(),
+            windows: Default::default(),
             addresses: Vec::new(),
             stdio: self.stdio()?,
             resident_bytes: self.resident_bytes,

@@ -12,7 +12,7 @@ use migrate_core::facts::{AddressFacts, StdioFacts};
 use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_criu::{ImageDir, WorkerOptions};
-use migrate_gate::{Gate, GateOptions, HoldOptions, Role};
+use migrate_gate::{Gate, GateOptions, Role};
 use migrate_proc::Home;
 
 use super::{Destination, Engine, Incoming, Order, SILENCE};
@@ -55,7 +55,7 @@ impl Destination {
                     flow_capacity: u32::try_from(order.tree.flows.len() * 2 + SPARE_FLOWS)
                         .unwrap_or(u32::MAX),
                     directory: self.state.gates(),
-                    hold: Some(HoldOptions::default()),
+                    hold: Some(crate::held::bounds(order.tree.windows)),
                 },
             )?);
             gate.add_flows(&order.tree.flows)?;

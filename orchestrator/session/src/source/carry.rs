@@ -12,7 +12,7 @@ use crate::error::Error;
 impl Migration {
     /// Copies of carried packets that are kept for a rollback, in bytes; what
     /// is carried beyond would have to be sent again by its sender.
-    const CARRIED_BYTES_MAX: usize = 64 << 20;
+    const CARRIED_BYTES_MAX: usize = crate::held::BYTES_CAP;
 
     /// The next message of the destination; packets that come to be held
     /// meanwhile go there at once.

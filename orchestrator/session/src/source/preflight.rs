@@ -188,6 +188,7 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
         files: tree.files()?,
         flows: sockets.flows,
         listeners: sockets.listeners,
+        windows: sockets.windows,
         addresses: sockets.addresses,
         stdio,
         resident_bytes: tree.resident_bytes(),

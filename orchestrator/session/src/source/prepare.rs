@@ -7,7 +7,7 @@ use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
 use migrate_core::report::counted;
 use migrate_core::wire::Message;
 use migrate_criu::WorkerOptions;
-use migrate_gate::{Gate, GateOptions, HoldOptions, Role};
+use migrate_gate::{Gate, GateOptions, Role};
 use migrate_proc::{Fence, HoldDown};
 use serde::Serialize;
 
@@ -49,7 +49,7 @@ impl Migration {
                 role: Role::Source,
                 flow_capacity: u32::try_from(capacity).unwrap_or(u32::MAX),
                 directory: self.state.gates(),
-                hold: Some(HoldOptions::default()),
+                hold: Some(crate::held::bounds(plan.facts.windows)),
             },
         )?);
         let detail = format!(
