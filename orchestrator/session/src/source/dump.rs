@@ -56,8 +56,9 @@ impl Migration {
 
         // The limit is for the tree's sake, and must not keep it frozen.
         self.link()?.sender.set_limit(None);
-        self.settle().await?;
         self.was_quiet = self.await_quiet().await;
+        // Behind it, for new connections wait from here on.
+        self.settle().await?;
         if let Some(gate) = self.gate() {
             gate.start_watching();
         }

@@ -91,6 +91,7 @@ fn connections_of_a_listener_are_taken_in_and_given_up() {
         programs.ingress(&Packet::tcp(&peer, LOCAL, SYN));
         programs.egress(&Packet::tcp(LOCAL, &peer, SYN | ACK));
         programs.ingress(&Packet::tcp(&peer, LOCAL, ACK));
+        assert_eq!(programs.flows(), 0);
         programs.egress(&Packet::tcp(LOCAL, &peer, RST));
     }
     // Nor does what goes out from elsewhere.
