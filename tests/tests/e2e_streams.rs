@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use migrate_test_hosts::{HostName, Lab, LabGuard, WORKLOAD_V6};
 use migrate_tests::hosts::{ResetCapture, TcpCounts};
-use migrate_tests::migration::{migrate, moves};
+use migrate_tests::migration::{migrate, moves, serves_old_connections};
 use migrate_tests::require;
 use migrate_tests::streams::{Kind, Running};
 use migrate_tests::workload::{Kind as WorkloadKind, Workload};
@@ -85,6 +85,42 @@ fn bulk_streams_keep_every_byte() {
 fn subscribers_get_every_message_once() {
     require!("subscribers_get_every_message_once": root, tcx, criu, migrate, redis, tcpdump);
     moves_under("push", WorkloadKind::Redis, &[(Kind::Subscribe, 5)], 2);
+}
+
+/// Many connections that ask when it pleases them.
+fn moves_under_many(test: &str, kind: WorkloadKind, connections: usize) {
+    let lab = lab(test);
+    let workload = Workload::start(kind, &lab).unwrap();
+    let capture = ResetCapture::start(&lab.host(HostName::Client)).unwrap();
+    let mut client = workload
+        .client(&lab, connections, &["--random-interval"])
+        .unwrap();
+    let hosts = [HostName::Host1, HostName::Host2, HostName::Client];
+    let counts = || hosts.map(|name| TcpCounts::of(&lab.host(name)).unwrap());
+    let before = counts();
+    let report = moves(&lab, &workload, HostName::Host1, HostName::Host2);
+    serves_old_connections(&mut client);
+    println!("{test}: blackout {}", report.blackout);
+    for ((name, now), before) in hosts.iter().zip(counts()).zip(before) {
+        println!("{test}, {name}: {:?}", now.since(&before));
+    }
+    assert_eq!(usize::try_from(report.connections).unwrap(), connections);
+    let verdict = client.stop().unwrap();
+    println!("{test}: {verdict}");
+    assert!(verdict.is_clean(), "{verdict:?}");
+    assert_eq!(capture.stop().unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn a_thousand_connections_move() {
+    require!("a_thousand_connections_move": root, tcx, criu, migrate, redis, tcpdump);
+    moves_under_many("many", WorkloadKind::Redis, 1000);
+}
+
+#[test]
+fn two_hundred_ipv6_connections_move() {
+    require!("two_hundred_ipv6_connections_move": root, tcx, criu, migrate, tcpdump);
+    moves_under_many("many6", WorkloadKind::EchoV6, 200);
 }
 
 #[test]

@@ -67,6 +67,9 @@ struct Common {
     /// one, 100 times their number for many, at least 2000]
     #[arg(long)]
     interval_us: Option<u64>,
+    /// Ask after a random time of up to twice the interval
+    #[arg(long)]
+    random_interval: bool,
     /// Seconds to run; without it until SIGTERM, SIGINT or `stop`
     #[arg(long, value_parser = seconds)]
     duration: Option<Duration>,
@@ -119,6 +122,7 @@ fn main() -> ExitCode {
         workload,
         address: common.addr,
         connections,
+        random_interval: common.random_interval,
         interval: common
             .interval_us
             .map_or_else(|| default_interval(connections), Duration::from_micros),

@@ -518,7 +518,13 @@ impl<'a> Engine<'a> {
                 // `due` lies ahead when this was a reply to no request.
                 let now = Instant::now();
                 if connection.due <= now {
-                    connection.due = (connection.due + self.options.interval).max(now);
+                    let mut interval = self.options.interval;
+                    if self.options.random_interval {
+                        let dice = scramble(index as u64, connection.requests);
+                        let percent = u32::try_from(dice % 200).unwrap_or(100);
+                        interval = interval * percent / 100;
+                    }
+                    connection.due = (connection.due + interval).max(now);
                     self.due.push(Reverse((connection.due, index)));
                 }
                 Ok(())

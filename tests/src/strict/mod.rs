@@ -75,6 +75,8 @@ pub struct Options {
     /// From one request of a connection to its next; the connections are
     /// spread evenly over it.
     pub interval: Duration,
+    /// Not evenly, but after anything up to twice the interval.
+    pub random_interval: bool,
     /// How long to run after `ready`; `None` until told to stop.
     pub duration: Option<Duration>,
     /// A reply older than this is lost.

@@ -58,8 +58,10 @@ use crate::{Device, GateError};
 
 /// An end that was held and one that was sent again meanwhile get one answer
 /// between them: to a second its peer, which has done with the connection by
-/// then, would say RST. As the kernel does (`tcp_invalid_ratelimit`).
-const ANSWER_PAUSE: Duration = Duration::from_millis(500);
+/// then, would say RST. Longer than a packet takes from one host to the other
+/// on a machine in distress, shorter than a peer without an answer goes on
+/// asking.
+const ANSWER_PAUSE: Duration = Duration::from_secs(2);
 
 /// Bounds of what is held in user space. Beside the frames' own bytes, 128 are
 /// counted for each.
