@@ -23,6 +23,8 @@ fn moves_under(test: &str, workload: WorkloadKind, clients: &[(Kind, usize)], ho
     let lab = lab(test);
     let workload = Workload::start(workload, &lab).unwrap();
     let client = lab.host(HostName::Client);
+    let ports = "echo 1024 65535 >/proc/sys/net/ipv4/ip_local_port_range";
+    assert!(client.exec(["sh", "-c", ports]).unwrap().status.success());
     let capture = ResetCapture::start(&client).unwrap();
     let hosts = [HostName::Host1, HostName::Host2, HostName::Client];
     let v4 = workload.kind.address();

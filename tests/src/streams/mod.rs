@@ -263,6 +263,10 @@ fn download(number: u64, to: SocketAddr, seen: &Seen) -> io::Result<()> {
     }
 }
 
+/// Who closes first keeps the port for a minute: a client may not have more
+/// connections in that time than ports.
+const POLITE_PAUSE: Duration = Duration::from_millis(5);
+
 fn storm(kind: u8, bytes: usize, client: u64, to: SocketAddr, seen: &Seen) -> io::Result<()> {
     let mut due = vec![0; bytes];
     for number in client << 32.. {
@@ -284,6 +288,7 @@ fn storm(kind: u8, bytes: usize, client: u64, to: SocketAddr, seen: &Seen) -> io
         }
         if kind == wire::POLITE_REQUEST {
             stream.shutdown(Shutdown::Write)?;
+            thread::sleep(POLITE_PAUSE);
         }
         if stream.read(&mut [0])? != 0 {
             return Err(wrong("more came than the reply"));
