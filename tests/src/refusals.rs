@@ -574,7 +574,7 @@ pub fn driver(host: &Host) -> Pid {
 ///
 /// # Panics
 ///
-/// When it has none, or other children as well.
+/// When it has none, or several.
 #[track_caller]
 #[must_use]
 pub fn criu_of(owner: Pid) -> Pid {
@@ -583,6 +583,9 @@ pub fn criu_of(owner: Pid) -> Pid {
         let children = fs::read_to_string(format!("{thread}/children")).unwrap_or_default();
         found.extend(children.split_whitespace().map(str::to_owned));
     }
+    // Its guard is another child.
+    found
+        .retain(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n == "criu\n"));
     match found.as_slice() {
         [pid] => Pid::from_raw(pid.parse().unwrap_or_default()),
         others => panic!("children of {owner}: {others:?}"),

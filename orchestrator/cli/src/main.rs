@@ -21,7 +21,7 @@ use crate::exit::Exit;
     subcommand_negates_reqs = true,
     after_help = "Exit codes: 0 moved; 1 internal; 2 usage; 3 preflight refused; 4 connect or \
                   authentication; 5 did not converge, source untouched; 6 failed and rolled back, the source runs; 7 undecided or failed \
-                  after the commit; 8 CRIU refused the dump, the source runs; 130 interrupted and \
+                  after the commit, run `migrate recover`; 8 CRIU refused the dump, the source runs; 130 interrupted and \
                   rolled back."
 )]
 struct Cli {
@@ -56,15 +56,23 @@ enum Verb {
     /// What is under way on this host, and what was left behind
     #[command(alias = "list")]
     Status,
+    /// Stop a migration before its commit; the tree runs on where it is
+    Cancel(verb::cancel::Args),
+    /// After a crash: finish or undo what was under way, and say where each tree runs
+    Recover(verb::recover::Args),
     /// Remove gates whose owner is dead
     Unlock(verb::unlock::Args),
+    /// Started by the others to clear up when they are killed
+    #[command(hide = true)]
+    Guard(verb::recover::GuardArgs),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     logging::start(
         &cli.output,
-        matches!(&cli.verb, Some(Verb::Agent(agent)) if agent.stdio),
+        matches!(&cli.verb, Some(Verb::Agent(agent)) if agent.stdio)
+            || matches!(&cli.verb, Some(Verb::Guard(_))),
     );
     if !nix::unistd::geteuid().is_root() {
         eprintln!(
@@ -87,6 +95,9 @@ fn main() -> ExitCode {
             Some(Verb::Check(args)) => verb::check::run(args, &output).await,
             Some(Verb::Agent(args)) => verb::agent::run(args).await,
             Some(Verb::Status) => verb::status::run(&output),
+            Some(Verb::Cancel(args)) => verb::cancel::run(&args).await,
+            Some(Verb::Recover(args)) => verb::recover::run(&args, &output).await,
+            Some(Verb::Guard(args)) => verb::recover::guard(args).await,
             Some(Verb::Unlock(args)) => verb::unlock::run(&args).await,
         }
     });

@@ -86,6 +86,27 @@ pub struct Record {
     /// The supervisor that is held down, as its adapter describes it.
     #[serde(default)]
     pub hold_down: Option<String>,
+    /// Source: how the destination is reached, for the question who owns the
+    /// tree.
+    #[serde(default)]
+    pub route: Option<Route>,
+    /// Source: the addresses, as their adapter describes them when they are
+    /// taken away, from before they are.
+    #[serde(default)]
+    pub withdrawn: Option<String>,
+    /// Destination: the cgroup that the copy is made in.
+    #[serde(default)]
+    pub home: Option<String>,
+}
+
+/// How a destination is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// What the user said after `--to`.
+    pub to: String,
+    /// Files of the authority, the certificate and the key, for a standing
+    /// agent.
+    pub certificates: Option<[String; 3]>,
 }
 
 #[cfg(test)]

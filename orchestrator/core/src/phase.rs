@@ -5,7 +5,7 @@
 //!     |          |         |          |          |        |        |          |
 //!     +----------+---------+----------+----------+--------+--------+          +--> undecided
 //!                          v                                                  |
-//!                     rolled back <------ the destination does not own it ----+
+//!                     rolled back <------ the destination does not own it ----+ (also from takeover)
 //! ```
 
 use std::fmt;
@@ -134,7 +134,9 @@ impl Phase {
             (Self::Finish, Event::Removed) => Self::Committed,
             (phase, Event::Failed) if phase.may_roll_back() => Self::RolledBack,
             (Self::HandedOver, Event::Failed) => Self::Undecided,
-            (Self::HandedOver, Event::Disowned) => Self::RolledBack,
+            // Also of a destination that has died between its word and the
+            // first instruction of the copy, which can be proved there.
+            (Self::HandedOver | Self::Takeover, Event::Disowned) => Self::RolledBack,
             // The destination owns the tree: whatever fails from here on, the
             // source never runs it again, and the outcome stays a commit.
             (Self::Takeover, Event::Failed) => Self::Finish,

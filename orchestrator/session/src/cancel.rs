@@ -2,6 +2,8 @@
 
 use tokio::sync::watch;
 
+use crate::error::Error;
+
 /// A request to stop, shared by whoever may make it and whoever obeys it.
 #[derive(Debug, Clone)]
 pub struct Cancel {
@@ -31,4 +33,14 @@ impl Cancel {
             std::future::pending::<()>().await;
         }
     }
+}
+
+/// Asks the process that moves a tree to stop and roll back, as its user's
+/// Ctrl-C would; whether it was still there.
+///
+/// # Errors
+///
+/// It cannot be asked.
+pub fn ask(owner_pid: i32, owner_start_ticks: u64) -> Result<bool, Error> {
+    Ok(migrate_proc::terminate(owner_pid, owner_start_ticks)?)
 }

@@ -193,8 +193,8 @@ impl Error {
             Self::Unexpected { .. } | Self::OutOfOrder { .. } | Self::Illegal(_) => {
                 Some("this is a defect of migrate: please report it with the output of `migrate -vv`".to_owned())
             }
-            Self::Undecided(_) => Some("the source is fenced and does not run; `migrate status` on the destination says whether the tree runs there".to_owned()),
-            Self::LostAfterCommit(inner) => inner.help(),
+            Self::Undecided(_) => Some("the source is fenced and does not run; `migrate recover` asks the destination again and does what follows from its answer".to_owned()),
+            Self::LostAfterCommit(_) => Some("the tree's last state is kept on the source, fenced; `migrate recover` there asks again who owns it".to_owned()),
             Self::Refused(_) | Self::Cancelled | Self::Stopped | Self::Aborted(_) | Self::Disowned | Self::File { .. } => None,
         }
     }

@@ -64,11 +64,62 @@ impl Journal {
         self.update(|record| record.stage = stage)
     }
 
+    /// Notes that CRIU is about to be told to let the copy go: without this
+    /// note a copy has never run. One empty file, for it stands in the blackout.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be made.
+    pub fn let_go(&self) -> Result<(), Error> {
+        let path = note_path(&self.path);
+        File::create(&path)
+            .map(drop)
+            .map_err(Error::file("create", &path))
+    }
+
     /// Removes the record: nothing is left that it would be needed for.
     pub fn discard(self) {
-        let _ = fs::remove_file(&self.path);
-        let _ = fs::remove_file(lock_path(&self.path));
+        unlink(&self.path);
     }
+}
+
+/// Whether the copy of a migration may have been let go; see [`Journal::let_go`].
+#[must_use]
+pub fn was_let_go(state: &State, record: &Record) -> bool {
+    note_path(&path(state, &record.migration_id, record.side)).exists()
+}
+
+/// One record as it is now.
+///
+/// # Errors
+///
+/// It cannot be read.
+pub fn read(state: &State, migration_id: &str, side: Side) -> Result<Option<Record>, Error> {
+    load(&path(state, migration_id, side))
+}
+
+/// Sets the stage of a record whose owner is dead.
+///
+/// # Errors
+///
+/// It cannot be written.
+pub fn close(state: &State, record: &mut Record, stage: Stage) -> Result<(), Error> {
+    let path = path(state, &record.migration_id, record.side);
+    let _lock = lock(&path)?;
+    record.stage = stage;
+    store(&path, record)
+}
+
+/// Claims a record of a dead owner for this process, so that it is settled
+/// once; `None` while another process does that.
+///
+/// # Errors
+///
+/// The lock cannot be made.
+pub fn claim(state: &State, record: &Record) -> Result<Option<Flock<File>>, Error> {
+    let path = claim_path(&path(state, &record.migration_id, record.side));
+    let file = File::create(&path).map_err(Error::file("create", &path))?;
+    Ok(Flock::lock(file, FlockArg::LockExclusiveNonblock).ok())
 }
 
 /// The stage of the destination's record. A record that may still become
@@ -134,9 +185,14 @@ pub fn all(state: &State) -> Result<Vec<Record>, Error> {
 
 /// Removes a record that was read by [`all`].
 pub fn remove(state: &State, record: &Record) {
-    let path = path(state, &record.migration_id, record.side);
-    let _ = fs::remove_file(&path);
-    let _ = fs::remove_file(lock_path(&path));
+    unlink(&path(state, &record.migration_id, record.side));
+}
+
+/// The record goes first: whoever waits for one of its locks then finds none.
+fn unlink(path: &Path) {
+    for path in [path, &lock_path(path), &note_path(path), &claim_path(path)] {
+        let _ = fs::remove_file(path);
+    }
 }
 
 fn path(state: &State, migration_id: &str, side: Side) -> PathBuf {
@@ -149,6 +205,14 @@ fn path(state: &State, migration_id: &str, side: Side) -> PathBuf {
 
 fn lock_path(path: &Path) -> PathBuf {
     path.with_extension("lock")
+}
+
+fn note_path(path: &Path) -> PathBuf {
+    path.with_extension("let-go")
+}
+
+fn claim_path(path: &Path) -> PathBuf {
+    path.with_extension("claim")
 }
 
 fn lock(path: &Path) -> Result<Flock<File>, Error> {
@@ -203,6 +267,9 @@ mod tests {
             images: None,
             fence: None,
             hold_down: None,
+            route: None,
+            withdrawn: None,
+            home: None,
         }
     }
 

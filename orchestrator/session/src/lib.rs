@@ -19,10 +19,12 @@
 pub mod cancel;
 pub mod destination;
 pub mod error;
+pub mod guard;
 mod held;
 mod inbox;
 pub mod journal;
 pub mod progress;
+pub mod recover;
 pub mod seen;
 pub mod source;
 mod state;

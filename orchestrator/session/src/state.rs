@@ -1,6 +1,7 @@
 //! Where this host keeps what must outlive the orchestrator.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::Write as _;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -76,10 +77,30 @@ impl State {
     /// Another process holds it.
     pub fn lock_tree(&self, pid: i32) -> Result<TreeLock, Error> {
         let path = self.locks().join(pid.to_string());
-        let file = File::create(&path).map_err(Error::file("create", &path))?;
-        Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map(TreeLock)
-            .map_err(|_| Error::Busy { pid })
+        // Not emptied before it is ours: it names whose it is.
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(Error::file("create", &path))?;
+        let mut lock =
+            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| Error::Busy { pid })?;
+        let own = std::process::id().cast_signed();
+        let ticks = migrate_proc::start_ticks(own).unwrap_or(0);
+        lock.set_len(0)
+            .and_then(|()| write!(lock, "{own} {ticks}"))
+            .map_err(Error::file("write", &path))?;
+        Ok(TreeLock(lock))
+    }
+
+    /// PID and start of the process that has claimed a tree, if it lives.
+    #[must_use]
+    pub fn holder(&self, pid: i32) -> Option<(i32, u64)> {
+        let text = fs::read_to_string(self.locks().join(pid.to_string())).ok()?;
+        let (holder, ticks) = text.split_once(' ')?;
+        let (holder, ticks) = (holder.parse().ok()?, ticks.parse().ok()?);
+        (migrate_proc::start_ticks(holder) == Some(ticks)).then_some((holder, ticks))
     }
 
     /// Directories on tmpfs that can hold images. `MIGRATE_IMAGE_DIR` names
@@ -157,8 +178,11 @@ mod tests {
     fn a_tree_is_locked_once() {
         let directory = tempfile::tempdir().unwrap();
         let state = State::at(directory.path()).unwrap();
+        assert_eq!(state.holder(42), None);
         let held = state.lock_tree(42).unwrap();
         assert!(matches!(state.lock_tree(42), Err(Error::Busy { pid: 42 })));
+        let holder = state.holder(42).map(|(pid, _)| pid.cast_unsigned());
+        assert_eq!(holder, Some(std::process::id()));
         assert!(state.lock_tree(43).is_ok());
         drop(held);
         assert!(state.lock_tree(42).is_ok());

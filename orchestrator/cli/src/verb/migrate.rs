@@ -239,6 +239,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
     let request = Request {
         pid,
         destination,
+        route: super::route(&to, &args.tree.certificates),
         choices: Choices {
             stdio: args.tree.stdio,
             addresses: args.tree.addresses,

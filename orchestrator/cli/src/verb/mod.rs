@@ -1,8 +1,10 @@
 //! One file per verb.
 
 pub mod agent;
+pub mod cancel;
 pub mod check;
 pub mod migrate;
+pub mod recover;
 pub mod status;
 pub mod unlock;
 
@@ -53,6 +55,29 @@ impl Certificates {
                 ))
             }
         }
+    }
+}
+
+/// Whether a record is of the tree or the migration that a user has named.
+pub fn is_named(record: &migrate_core::journal::Record, name: &str) -> bool {
+    record.migration_id == name || name.parse() == Ok(record.root_pid)
+}
+
+/// `--to` and its certificates as a record keeps them, to be read in another
+/// directory.
+pub fn route(to: &str, certificates: &Certificates) -> migrate_core::journal::Route {
+    let absolute = |file: &Option<PathBuf>| {
+        let file = std::path::absolute(file.as_ref()?).ok()?;
+        Some(file.to_string_lossy().into_owned())
+    };
+    let all = [&certificates.ca, &certificates.cert, &certificates.key].map(absolute);
+    let certificates = match all {
+        [Some(ca), Some(cert), Some(key)] => Some([ca, cert, key]),
+        _ => None,
+    };
+    migrate_core::journal::Route {
+        to: to.to_owned(),
+        certificates,
     }
 }
 

@@ -109,7 +109,11 @@ fn sentence(record: &Record, alive: bool) -> String {
         ..
     } = record;
     let tree = format!("{migration_id}  {root_pid} ({name})");
-    let driver = if alive { "" } else { "; its owner is dead" };
+    let driver = if alive {
+        ""
+    } else {
+        "; its owner is dead: run `migrate recover`"
+    };
     match (side, stage) {
         (Side::Source, Stage::Preparing) => format!("{tree}: moving to {peer}, runs here{driver}"),
         (Side::Source, Stage::HandedOver) => {

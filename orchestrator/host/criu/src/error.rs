@@ -259,6 +259,9 @@ impl CriuError {
                 "free memory, or make the tmpfs larger: `mount -o remount,size=BYTES DIR`"
                     .to_owned(),
             ),
+            Self::Sink { .. } => Some(
+                "check the network between the hosts and the agent's log (`/run/migrate/log`) on the other one, then try again".to_owned(),
+            ),
             Self::Failed { log, .. } | Self::Died { log, .. } => log.advice(),
             Self::Start { .. }
             | Self::NoGreeting { .. }
@@ -271,7 +274,6 @@ impl CriuError {
             | Self::PageStreamSilent { .. }
             | Self::PageStream { .. }
             | Self::PageProtocol { .. }
-            | Self::Sink { .. }
             | Self::Image { .. }
             | Self::ImageData { .. }
             | Self::PageOrder { .. } => None,

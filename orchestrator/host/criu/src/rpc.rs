@@ -165,6 +165,11 @@ impl Socket {
         Ok(Self { fd })
     }
 
+    /// A second descriptor of this end.
+    pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.fd.get_ref().try_clone()
+    }
+
     /// Sends one message.
     pub(crate) async fn send(&self, request: &Request) -> io::Result<()> {
         let packet = request.encode_to_vec();

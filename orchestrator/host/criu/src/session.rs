@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -132,6 +133,19 @@ impl Session {
     /// Whether CRIU still runs, and so has held what it holds without a break.
     pub fn alive(&mut self) -> bool {
         self.process.alive()
+    }
+
+    /// A descriptor whose other end is CRIU's, to hear of its end in the moment
+    /// of it. CRIU takes this process for gone only when it is closed as well.
+    ///
+    /// # Errors
+    ///
+    /// There are no descriptors left.
+    pub fn holder(&self) -> Result<OwnedFd, CriuError> {
+        self.socket.duplicate().map_err(|source| CriuError::Socket {
+            action: self.action,
+            source,
+        })
     }
 
     /// Our end of the page stream; once, and for a dump only.

@@ -361,6 +361,70 @@ impl Net {
         }
     }
 
+    /// Where an address of this host is, to announce it; `None` when it is not
+    /// here.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub async fn placed(&self, ip: IpAddr) -> Result<Option<Placement>, NetError> {
+        let addresses = self.addresses().await?;
+        let Some(here) = addresses.iter().find(|address| address.ip == ip) else {
+            return Ok(None);
+        };
+        let interfaces = self.interfaces().await?;
+        let on = interfaces.iter().find(|on| on.index == here.ifindex);
+        Ok(on.map(|interface| Placement {
+            ip,
+            prefix_len: here.prefix_len,
+            ifindex: interface.index,
+            interface: interface.name.clone(),
+            mac: interface.mac.filter(|_| interface.arp),
+        }))
+    }
+
+    /// What [`Net::withdraw`] would remember at this moment, for a journal that
+    /// is written before; changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// The address is not here.
+    pub async fn plan_withdrawal(&self, address: &AddressFacts) -> Result<Withdrawn, NetError> {
+        let addresses = self.addresses().await?;
+        let found = rules::find(&addresses, address.ip, &address.interface)
+            .ok_or(NetError::NotHere { ip: address.ip })?;
+        Ok(self.withdrawal(found, &addresses).await?.0)
+    }
+
+    /// The record of an address and the message that removes it.
+    async fn withdrawal(
+        &self,
+        found: &Address,
+        addresses: &[Address],
+    ) -> Result<(Withdrawn, AddressMessage), NetError> {
+        let ip = found.ip;
+        let message = self
+            .address_messages()
+            .await?
+            .into_iter()
+            .find(|m| m.header.index == found.ifindex && local_ip(m) == Some(ip))
+            .ok_or(NetError::NotHere { ip })?;
+        let last_on_interface = !addresses
+            .iter()
+            .any(|a| a.ifindex == found.ifindex && a.ip.is_ipv4() && a.ip != ip);
+        let routes = self
+            .dependent_routes(ip, found.ifindex, last_on_interface)
+            .await?;
+        let withdrawn = Withdrawn {
+            ip,
+            ifindex: found.ifindex,
+            interface: found.interface.clone(),
+            record: emit(&message),
+            routes: routes.iter().map(emit).collect(),
+        };
+        Ok((withdrawn, message))
+    }
+
     /// Removes the address, and remembers its label, flags, lifetimes and the
     /// routes that go with it.
     ///
@@ -383,25 +447,7 @@ impl Net {
                 others: rules::join(&others),
             });
         }
-        let message = self
-            .address_messages()
-            .await?
-            .into_iter()
-            .find(|m| m.header.index == found.ifindex && local_ip(m) == Some(ip))
-            .ok_or(NetError::NotHere { ip })?;
-        let last_on_interface = !addresses
-            .iter()
-            .any(|a| a.ifindex == found.ifindex && a.ip.is_ipv4() && a.ip != ip);
-        let routes = self
-            .dependent_routes(ip, found.ifindex, last_on_interface)
-            .await?;
-        let withdrawn = Withdrawn {
-            ip,
-            ifindex: found.ifindex,
-            interface: found.interface.clone(),
-            record: emit(&message),
-            routes: routes.iter().map(emit).collect(),
-        };
+        let (withdrawn, message) = self.withdrawal(&found, &addresses).await?;
         self.delete(message, ip, &found.interface).await?;
         Ok(withdrawn)
     }

@@ -124,6 +124,19 @@ pub enum ProcError {
         /// The root of the tree.
         root: i32,
     },
+    /// A process of the tree has left the fence.
+    #[error("PID {pid} is not behind the fence any more")]
+    OutsideFence {
+        /// The process.
+        pid: i32,
+    },
+    /// A connection could not be taken into or out of repair mode.
+    #[error("could not change the repair mode of a connection")]
+    Repair {
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
     /// Processes outlived a SIGKILL for longer than the bound.
     #[error("PIDs {pids:?} are still there {waited_ms} ms after SIGKILL")]
     Unkillable {
@@ -183,6 +196,10 @@ impl ProcError {
                     .into()
             }
             Self::FenceHolds { .. } => "open the fence or end the tree first".into(),
+            Self::OutsideFence { .. } => {
+                "something moves processes between cgroups; stop it for the time of the migration"
+                    .into()
+            }
             Self::Unkillable { .. } => {
                 "they hang inside the kernel, often on storage; they end when that answers".into()
             }
@@ -191,6 +208,7 @@ impl ProcError {
             | Self::Write { .. }
             | Self::Signal { .. }
             | Self::Command { .. }
+            | Self::Repair { .. }
             | Self::Detach { .. } => return None,
         })
     }

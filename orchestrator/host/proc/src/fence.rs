@@ -16,10 +16,10 @@
 //! A fence is never opened by being dropped. After the handover the source may
 //! not run again on its own, not even when this program crashes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{Read as _, Seek as _};
-use std::os::fd::AsFd as _;
+use std::io::{Read as _, Seek as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -255,6 +255,70 @@ impl Fence {
         }
     }
 
+    /// Makes sure that a closed fence holds the whole tree: something else on
+    /// this host may have moved a process out of it since it was made.
+    ///
+    /// # Errors
+    /// [`ProcError::OutsideFence`] with the first that is not held.
+    pub fn holds(&self, tree: &Tree) -> Result<(), ProcError> {
+        let Some(directory) = &self.record.directory else {
+            return Ok(());
+        };
+        let listed = read::text_if_there(directory.join("cgroup.procs"))?.unwrap_or_default();
+        let held: BTreeSet<i32> = listed.lines().filter_map(|pid| pid.parse().ok()).collect();
+        match tree.living().find(|process| !held.contains(&process.pid)) {
+            Some(process) => Err(ProcError::OutsideFence { pid: process.pid }),
+            None => Ok(()),
+        }
+    }
+
+    /// Closes the fence by itself in the moment in which the other end of
+    /// `holder` is closed, which is what the kernel does first when it ends a
+    /// process, and only then lets go of what that has traced. So a tree whose
+    /// tracer dies comes to rest before it can do much.
+    ///
+    /// # Errors
+    /// When there are no descriptors or threads left.
+    pub fn watch(&self, holder: OwnedFd) -> Result<FenceWatch, ProcError> {
+        let failed = |source| ProcError::Write {
+            attempt: "watch",
+            path: self.record.directory.clone().unwrap_or_default(),
+            source,
+        };
+        let (stopped, stop) = std::io::pipe().map_err(failed)?;
+        let freezer = self.record.directory.as_ref().and_then(|directory| {
+            let path = directory.join("cgroup.freeze");
+            std::fs::OpenOptions::new().write(true).open(path).ok()
+        });
+        let fence = Self {
+            record: self.record.clone(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("fence".to_owned())
+            .spawn(move || {
+                if !hangs_up(&holder, &stopped) {
+                    return false;
+                }
+                let closed = freezer.is_some_and(|mut file| file.write_all(b"1").is_ok());
+                closed || fence.close().is_ok()
+            })
+            .map_err(failed)?;
+        Ok(FenceWatch { stop, thread })
+    }
+
+    /// The members that are still there, and what they have forked since.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn living(&self) -> Result<Vec<i32>, ProcError> {
+        Ok(self
+            .stoppable()?
+            .into_iter()
+            .filter(|(pid, member)| tree::is_same_process(*pid, member.start_ticks))
+            .map(|(pid, _)| pid)
+            .collect())
+    }
+
     /// Lets the tree run, as far as the fence is concerned. Opening an open
     /// fence is fine.
     ///
@@ -414,6 +478,41 @@ impl Fence {
             }
         }
         Ok(all)
+    }
+}
+
+/// See [`Fence::watch`].
+#[derive(Debug)]
+#[must_use = "a watch that is not ended may close the fence later"]
+pub struct FenceWatch {
+    stop: std::io::PipeWriter,
+    thread: std::thread::JoinHandle<bool>,
+}
+
+impl FenceWatch {
+    /// Ends the watch; whether it has closed the fence.
+    pub fn end(self) -> bool {
+        drop(self.stop);
+        self.thread.join().unwrap_or(false)
+    }
+}
+
+/// Waits until the other end of `holder` or of `stopped` is closed; whether it
+/// was the former.
+fn hangs_up(holder: &OwnedFd, stopped: &std::io::PipeReader) -> bool {
+    loop {
+        // An end is told whether it is asked for or not; bytes are not.
+        let mut fds = [
+            PollFd::new(holder.as_fd(), PollFlags::empty()),
+            PollFd::new(stopped.as_fd(), PollFlags::empty()),
+        ];
+        match nix::poll::poll(&mut fds, nix::poll::PollTimeout::NONE) {
+            Ok(_) => {}
+            Err(nix::errno::Errno::EINTR) => continue,
+            Err(_) => return false,
+        }
+        let ended = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+        return ended(&fds[0]) && !ended(&fds[1]);
     }
 }
 

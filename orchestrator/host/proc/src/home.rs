@@ -117,6 +117,50 @@ impl Home {
         }
     }
 
+    /// The home that another process has made and put on record as
+    /// [`Home::path`].
+    #[must_use]
+    pub fn from_record(path: &str) -> Self {
+        Self {
+            directory: Hierarchy::v2().and_then(|v2| v2.directory(path)),
+            path: path.to_owned(),
+            created: Vec::new(),
+        }
+    }
+
+    /// Those of `pids` that live here.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn living(&self, pids: &[i32]) -> Result<Vec<i32>, ProcError> {
+        let mut here = Vec::new();
+        for &pid in pids {
+            if self.directory.is_some()
+                && crate::start_ticks(pid).is_some()
+                && cgroup::of_tree(pid)?.as_deref() == Some(&self.path)
+            {
+                here.push(pid);
+            }
+        }
+        Ok(here)
+    }
+
+    /// PIDs of the processes of this name that live here.
+    ///
+    /// # Errors
+    /// When the cgroup cannot be read.
+    pub fn named(&self, name: &str) -> Result<Vec<i32>, ProcError> {
+        let Some(directory) = &self.directory else {
+            return Ok(Vec::new());
+        };
+        let listed = read::text_if_there(directory.join("cgroup.procs"))?.unwrap_or_default();
+        Ok(listed
+            .lines()
+            .filter_map(|pid| pid.parse().ok())
+            .filter(|pid| read::name(*pid) == name)
+            .collect())
+    }
+
     /// Kills those of `pids` that live here: a copy whose restore came to
     /// nothing. Without a v2 hierarchy nothing tells the copy from others, and
     /// nothing is killed.
@@ -124,16 +168,7 @@ impl Home {
     /// # Errors
     /// When one cannot be killed.
     pub fn kill(&self, pids: &[i32]) -> Result<(), ProcError> {
-        if self.directory.is_none() {
-            return Ok(());
-        }
-        let mut here = Vec::new();
-        for &pid in pids {
-            if cgroup::of_tree(pid).ok().flatten().as_deref() == Some(&self.path) {
-                here.push(pid);
-            }
-        }
-        crate::kill_tree(&here)
+        crate::kill_tree(&self.living(pids)?)
     }
 
     /// Removes what was made here, once everything in it has ended: a CRIU

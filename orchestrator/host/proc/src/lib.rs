@@ -3,7 +3,8 @@
 //! The process tree and what it stands on ([`tree`], [`Tree`]), whether this
 //! host can take one ([`compare_files`], [`compare_pids`], [`compare_hosts`]),
 //! who would start it again ([`supervisor`]), what keeps it from running
-//! after a dump ([`Fence`]), and where it lives after a restore ([`Home`]).
+//! after a dump ([`Fence`]), where it lives after a restore ([`Home`]), and
+//! its connections when CRIU has left them half way ([`TcpSockets`]).
 //! Sockets are only counted here; `migrate-net` judges them.
 
 mod cgroup;
@@ -16,18 +17,20 @@ mod home;
 mod host;
 mod parse;
 mod read;
+mod repair;
 mod signal;
 mod socket;
 mod supervisor;
 mod tree;
 
 pub use error::ProcError;
-pub use fence::{Fence, FenceKind, FenceRecord, FencedProcess};
+pub use fence::{Fence, FenceKind, FenceRecord, FenceWatch, FencedProcess};
 pub use files::compare_files;
 pub use home::{Home, detach_from_session};
 pub use host::{compare_hosts, compare_pids, host_facts};
-pub use signal::kill_tree;
+pub use repair::TcpSockets;
+pub use signal::{kill_tree, terminate};
 pub use supervisor::{
     HoldDown, HoldDownRecord, Supervisor, hold_down, supervisor, supervisor_finding,
 };
-pub use tree::{Tree, start_ticks, tree, validate_target};
+pub use tree::{Tree, start_ticks, tracer, tree, validate_target};

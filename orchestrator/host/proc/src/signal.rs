@@ -105,6 +105,28 @@ pub(crate) fn timeout(left: Duration) -> PollTimeout {
     PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
 }
 
+/// Asks a process to end, if it is the one that started at `start_ticks`;
+/// whether it was still there.
+///
+/// # Errors
+/// [`ProcError::Signal`] when it cannot be asked.
+pub fn terminate(pid: i32, start_ticks: u64) -> Result<bool, ProcError> {
+    // The handle is taken before the look: what it names can no longer change.
+    let Some(handle) = Pidfd::open(pid)? else {
+        return Ok(false);
+    };
+    if !crate::tree::is_same_process(pid, start_ticks) {
+        return Ok(false);
+    }
+    handle
+        .send(libc::SIGTERM)
+        .map_err(|source| ProcError::Signal {
+            signal: "SIGTERM",
+            pid,
+            source,
+        })
+}
+
 /// Kills the processes and waits until none of them runs, for undoing a
 /// restore. PIDs that are not there are fine.
 ///

@@ -26,7 +26,7 @@ pub(crate) fn peer_pid(pid: i32, fd: i32) -> Option<i32> {
 }
 
 /// A descriptor of our own on what another process has open.
-fn borrow(pid: i32, fd: i32) -> Option<OwnedFd> {
+pub(crate) fn borrow(pid: i32, fd: i32) -> Option<OwnedFd> {
     // SAFETY: pidfd_open takes two integers and touches no memory.
     let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     let process = i32::try_from(process).ok().filter(|fd| *fd >= 0)?;

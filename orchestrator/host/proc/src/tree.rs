@@ -374,3 +374,18 @@ pub fn start_ticks(pid: i32) -> Option<u64> {
         .filter(|stat| !stat.has_ended())
         .map(|stat| stat.start_ticks)
 }
+
+/// PID and name of the process that traces one of `pids`, if any does.
+///
+/// # Errors
+/// When /proc cannot be read.
+pub fn tracer(pids: &[i32]) -> Result<Option<(i32, String)>, ProcError> {
+    for &pid in pids {
+        let status = read::text_if_there(read::of(pid, "status"))?.unwrap_or_default();
+        let tracer = parse::value(&status, "TracerPid").and_then(|pid| pid.parse().ok());
+        if let Some(tracer) = tracer.filter(|tracer| *tracer != 0) {
+            return Ok(Some((tracer, read::name(tracer))));
+        }
+    }
+    Ok(None)
+}

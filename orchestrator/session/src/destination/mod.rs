@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use migrate_channel::{Connection, Further, Receiver, Sender};
 use migrate_core::Flow;
 use migrate_core::facts::TreeFacts;
-use migrate_core::journal::Stage;
+use migrate_core::journal::{Side, Stage};
 use migrate_core::phase::Phase;
 use migrate_core::wire::{Message, StdioChoice, WireError};
 use migrate_criu::{Criu, CriuError, ImageDir, Notice, Session, Worker};
@@ -26,6 +26,7 @@ use migrate_proc::Home;
 
 use crate::cancel::Cancel;
 use crate::error::Error;
+use crate::guard::Guard;
 use crate::inbox::Inbox;
 use crate::journal::{self, Journal};
 use crate::state::State;
@@ -116,6 +117,7 @@ struct Destination {
 
     // Effects, in the order in which they come about.
     journal: Option<Journal>,
+    guard: Option<Guard>,
     gate: Option<Gate>,
     held: Option<HeldPackets>,
     /// The tree has closed connections whose peers may still say something.
@@ -145,6 +147,7 @@ impl Destination {
             criu: None,
             dumped_at: None,
             journal: None,
+            guard: None,
             gate: None,
             held: None,
             ended: BTreeSet::new(),
@@ -185,6 +188,7 @@ impl Destination {
                 } => self.preflight(*tree, &source, stdio).await?,
                 Message::Verdict { migration_id } => {
                     self.must_be_name(&migration_id)?;
+                    self.settle(&migration_id).await?;
                     let stage = journal::verdict(&self.state, &migration_id)?;
                     self.send(&Message::VerdictIs(stage)).await?;
                     return Ok(Served::Asked);
@@ -209,6 +213,19 @@ impl Destination {
                 other => return Err(self.unexpected(&other, "what the source wants")),
             }
         }
+    }
+
+    /// What a dead agent has left decides itself before its record is asked.
+    async fn settle(&self, migration_id: &str) -> Result<(), Error> {
+        let record = journal::read(&self.state, migration_id, Side::Destination)?;
+        if let Some(record) = record
+            && !crate::sweep::owner_alive(&record)
+        {
+            crate::recover::settle(&self.state, &record, None)
+                .await
+                .log();
+        }
+        Ok(())
     }
 
     /// A peer's names become part of file names here.
@@ -334,6 +351,9 @@ impl Destination {
         }
         if let Some(journal) = self.journal.take() {
             journal.discard();
+        }
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
         }
         leftovers
     }

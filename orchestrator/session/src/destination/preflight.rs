@@ -19,6 +19,8 @@ impl Destination {
         stdio: StdioChoice,
     ) -> Result<(), Error> {
         crate::sweep::sweep(&self.state).await;
+        // What was accepted before is not what is asked for now.
+        self.order = None;
         let mut findings = Vec::new();
         let (found, criu) = crate::examine_criu("destination").await;
         findings.extend(found);

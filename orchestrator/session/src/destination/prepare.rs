@@ -17,6 +17,7 @@ use migrate_proc::Home;
 
 use super::{Destination, Engine, Incoming, Order, SILENCE};
 use crate::error::Error;
+use crate::guard::Guard;
 use crate::journal::Journal;
 
 /// journald's socket for services' standard output (systemd
@@ -37,6 +38,7 @@ impl Destination {
         let images = self.state.image_root()?.join(&self.migration_id);
         let record = self.record(order, &images.display().to_string());
         self.journal = Some(Journal::begin(&self.state, record)?);
+        self.guard = Guard::start(&self.migration_id, Side::Destination);
 
         let addresses = self.addresses();
         let interfaces: Vec<u32> = order
@@ -91,6 +93,10 @@ impl Destination {
         let home = self
             .home
             .insert(Home::create(&order.tree, &self.migration_id)?);
+        let path = home.path();
+        if let Some(journal) = &mut self.journal {
+            journal.update(|record| record.home = Some(path))?;
+        }
         let (streams, inherit) = reattach(&order.tree.stdio, &order.stdio)?;
         let worker = criu
             .worker(WorkerOptions {
@@ -162,6 +168,9 @@ impl Destination {
             images: Some(images.to_owned()),
             fence: None,
             hold_down: None,
+            route: None,
+            withdrawn: None,
+            home: None,
         }
     }
 }

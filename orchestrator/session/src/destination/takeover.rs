@@ -76,6 +76,10 @@ impl Destination {
         let Engine::Held(session) = &mut self.engine else {
             return Err(nothing("CRIU's restore"));
         };
+        // Until here the copy can be proved never to have run.
+        if let Some(journal) = &self.journal {
+            journal.let_go()?;
+        }
         session.answer(true).await?;
         let mut told = false;
         loop {
@@ -176,6 +180,9 @@ impl Destination {
             && let Ok(Err(error)) = again.await
         {
             tracing::warn!(error = %crate::error::chain(&error), "could not announce the address again");
+        }
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
         }
     }
 

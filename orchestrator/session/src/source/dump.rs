@@ -50,6 +50,9 @@ impl Migration {
             return Err(not_yet("CRIU"));
         };
         let session = worker.dump(&options).await.map_err(Error::DumpRefused)?;
+        if let Some(fence) = &self.fence {
+            self.watch = Some(fence.watch(session.holder()?)?);
+        }
         self.engine = Engine::Dumping(session);
         self.expect(&Notice::PreDump, "the start of the dump")
             .await?;

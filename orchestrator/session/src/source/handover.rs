@@ -21,19 +21,17 @@ use migrate_core::report::{Continuity, FlowSeen};
 use migrate_core::wire::Message;
 use migrate_criu::{Notice, Session};
 
-use super::preflight::connect;
-use super::{Engine, Go, Migration, STEP_LIMIT, detach, micros, not_yet};
+use super::{Engine, Go, Migration, STEP_LIMIT, detach, micros, not_yet, verdict};
 use crate::error::Error;
 
 impl Migration {
-    /// How long the destination may take to put the ownership on record.
-    const OWNED_LIMIT: Duration = Duration::from_secs(10);
+    /// How long the destination may take to put the ownership on record, at
+    /// least and at most: what is left of `--max-blackout` lies between. After
+    /// that it is asked who owns the tree, which ends the doubt.
+    const OWNED_LIMIT: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
 
     /// How often a lost answer is asked for.
     const VERDICT_TRIES: u32 = 5;
-
-    /// Between two such questions.
-    const VERDICT_PAUSE: Duration = Duration::from_secs(1);
 
     /// The commit and everything after it.
     pub(super) async fn hand_over(&mut self) -> Result<(), Error> {
@@ -69,7 +67,14 @@ impl Migration {
             // Its word was lost, or it died before the copy ran, and then the
             // frozen tree is all there is. Its record tells the two apart.
             Err(error) => {
-                self.verdict(&error, |stage| stage == Stage::Done).await?;
+                // Where the copy has provably never run, the destination has
+                // given it up by the time it answers.
+                let settled = |stage| stage != Stage::Owned;
+                let stage = self.verdict(&error, settled).await?;
+                if !stage.owns() {
+                    self.go = Go::Disowned;
+                    return Err(error);
+                }
                 self.reporter
                     .warn("the destination says that the tree runs");
                 self.phase = self.phase.on(Event::Failed)?;
@@ -83,6 +88,7 @@ impl Migration {
     async fn seal(&mut self) -> Result<(), Error> {
         let fence = self.fence.as_ref().ok_or_else(|| not_yet("the fence"))?;
         fence.close()?;
+        fence.holds(&self.plan()?.tree)?;
         let Engine::Dumping(session) = &mut self.engine else {
             return Err(not_yet("CRIU's dump"));
         };
@@ -115,8 +121,18 @@ impl Migration {
         const AWAITED: &str = "the destination's word that it owns the tree";
         self.go = Go::MaybeSent;
         self.moments.committed = Some(Instant::now());
-        self.send(&Message::Go).await?;
-        match self.next_while_carrying(AWAITED, Self::OWNED_LIMIT).await? {
+        let until = *self.frozen_until.borrow();
+        let left = until.map_or(Duration::ZERO, |until| {
+            until.saturating_duration_since(Instant::now())
+        });
+        let [least, most] = Self::OWNED_LIMIT;
+        let limit = left.clamp(least, most);
+        // A peer that takes nothing must not keep the tree in doubt.
+        match tokio::time::timeout(limit, self.send(&Message::Go)).await {
+            Ok(sent) => sent?,
+            Err(_) => return Err(self.silent(AWAITED, limit)),
+        }
+        match self.next_while_carrying(AWAITED, limit).await? {
             Message::Owned => Ok(()),
             other => Err(self.unexpected(&other, AWAITED)),
         }
@@ -137,48 +153,28 @@ impl Migration {
         if let Some(mut link) = self.link.take() {
             let _ = tokio::time::timeout(Self::FAREWELL_LIMIT, link.sender.close()).await;
         }
+        let peer = self
+            .journal
+            .as_ref()
+            .map_or_else(String::new, |journal| journal.record().peer.clone());
         let mut last = None;
         for _ in 0..Self::VERDICT_TRIES {
-            match self.ask_verdict().await {
-                Ok(stage) if settled(stage) => return Ok(stage),
-                Ok(stage) => {
+            let asked = verdict::ask(&self.request.destination, &self.id, &peer, &self.reporter);
+            match asked.await {
+                Ok((link, stage)) if settled(stage) => {
+                    self.link = Some(link);
+                    return Ok(stage);
+                }
+                Ok((_, stage)) => {
                     last = Some(Error::Changed(format!("the destination answers {stage:?}")));
                 }
                 Err(error) => last = Some(error),
             }
-            tokio::time::sleep(Self::VERDICT_PAUSE).await;
+            tokio::time::sleep(verdict::PAUSE).await;
         }
         Err(Error::Undecided(Box::new(
             last.unwrap_or_else(|| not_yet("an answer")),
         )))
-    }
-
-    async fn ask_verdict(&mut self) -> Result<Stage, Error> {
-        const AWAITED: &str = "the destination's verdict";
-        let mut link = connect(&self.request.destination, &self.id, &self.reporter).await?;
-        // Another host knows nothing of the tree, which is no answer.
-        if let Some(journal) = &self.journal
-            && journal.record().peer != link.peer
-        {
-            return Err(Error::Changed(format!(
-                "{} answers for {}",
-                link.peer,
-                journal.record().peer
-            )));
-        }
-        let question = Message::Verdict {
-            migration_id: self.id.clone(),
-        };
-        link.sender
-            .control(&question)
-            .await
-            .map_err(Error::Connect)?;
-        let stage = match link.inbox.next_within(AWAITED, STEP_LIMIT).await? {
-            Message::VerdictIs(stage) => stage,
-            other => return Err(link.inbox.unexpected(&other, AWAITED)),
-        };
-        self.link = Some(link);
-        Ok(stage)
     }
 
     /// Waits for the running copy.
@@ -199,6 +195,10 @@ impl Migration {
         let mut leftovers = Vec::new();
         let mut removed = true;
         let mut seen = None;
+        // From here on CRIU's end means nothing.
+        if let Some(watch) = self.watch.take() {
+            watch.end();
+        }
         if let Engine::Dumping(session) = std::mem::replace(&mut self.engine, Engine::None)
             && let Err(error) = kill(session).await
         {
@@ -269,11 +269,14 @@ impl Migration {
         if let Some(seen) = seen {
             self.continuity = Some(self.sum_up(&seen).await);
         }
-        if let Some(journal) = self.journal.take()
-            && leftovers.is_empty()
-        {
-            journal.discard();
+        if let Some(mut journal) = self.journal.take() {
+            if leftovers.is_empty() {
+                journal.discard();
+            } else if let Err(error) = journal.stage(Stage::Done) {
+                tracing::warn!(error = %error.chain(), "could not close the record");
+            }
         }
+        self.dismiss_guard();
         for leftover in leftovers {
             self.reporter.warn(leftover);
         }

@@ -14,6 +14,7 @@ mod preflight;
 mod prepare;
 mod settle;
 mod tracking;
+pub(crate) mod verdict;
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
@@ -25,6 +26,7 @@ use migrate_channel::{Destination, Further, Sender, StreamOptions};
 use migrate_core::Flow;
 use migrate_core::convergence::Policy;
 use migrate_core::facts::{HostFacts, TreeFacts};
+use migrate_core::journal::Route;
 use migrate_core::phase::{Event, Phase};
 use migrate_core::report::{Blackout, Continuity, Report};
 use migrate_core::tracked::Tracked;
@@ -33,12 +35,13 @@ use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
 use migrate_memory::{ContentPrecopy, Precopy};
 use migrate_net::{Net, Withdrawn};
-use migrate_proc::{Fence, HoldDown, Supervisor, Tree};
+use migrate_proc::{Fence, FenceWatch, HoldDown, Supervisor, TcpSockets, Tree};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::cancel::Cancel;
 use crate::error::Error;
+use crate::guard::Guard;
 use crate::inbox::Inbox;
 use crate::journal::Journal;
 use crate::progress::{Progress, Reporter};
@@ -54,6 +57,8 @@ pub struct Request {
     pub pid: i32,
     /// Where to.
     pub destination: Destination,
+    /// The same as the user said it, for the record.
+    pub route: Route,
     /// How.
     pub choices: Choices,
 }
@@ -194,10 +199,10 @@ async fn passed(until: &mut watch::Receiver<Option<Instant>>) {
 }
 
 /// The connection to the destination.
-struct Link {
-    peer: String,
-    sender: Sender,
-    inbox: Inbox,
+pub(crate) struct Link {
+    pub(crate) peer: String,
+    pub(crate) sender: Sender,
+    pub(crate) inbox: Inbox,
     /// The way to further connections, until they are there.
     further: Option<Further>,
 }
@@ -281,6 +286,7 @@ struct Migration {
     _lock: TreeLock,
     link: Option<Link>,
     journal: Option<Journal>,
+    guard: Option<Guard>,
     gate: Option<Arc<Gate>>,
     /// What the gate holds, while it does.
     held: Option<HeldPackets>,
@@ -305,6 +311,8 @@ struct Migration {
     /// What rounds have sent, where memory cannot be tracked.
     content: Option<ContentPrecopy>,
     engine: Engine,
+    /// Closes the fence when CRIU dies with the tree in its hands.
+    watch: Option<FenceWatch>,
     withdrawn: Vec<Withdrawn>,
 }
 
@@ -340,6 +348,7 @@ impl Migration {
             _lock: lock,
             link: None,
             journal: None,
+            guard: None,
             gate: None,
             held: None,
             carried: Vec::new(),
@@ -356,6 +365,7 @@ impl Migration {
             precopy: None,
             content: None,
             engine: Engine::None,
+            watch: None,
             withdrawn: Vec::new(),
         })
     }
@@ -438,7 +448,9 @@ impl Migration {
     /// What a failure means, and the way back where there is one.
     async fn fail(&mut self) -> (Phase, Vec<String>) {
         let event = match (self.phase, self.go) {
-            (Phase::HandedOver, Go::NotSent | Go::Disowned) => Event::Disowned,
+            (Phase::HandedOver, Go::NotSent | Go::Disowned) | (Phase::Takeover, Go::Disowned) => {
+                Event::Disowned
+            }
             _ => Event::Failed,
         };
         let outcome = self.phase.on(event).unwrap_or(Phase::Undecided);
@@ -489,19 +501,53 @@ impl Migration {
                         .await
                         .map_err(|e| crate::error::chain(&e)),
                 );
+                // The destination may have announced it before it gave up.
+                if self.go == Go::Disowned
+                    && let Ok(Some(placement)) = net.placed(withdrawn.ip).await
+                    && let Err(error) = net.announce(&[placement]).await
+                {
+                    tracing::warn!(error = %crate::error::chain(&error), "could not announce the address");
+                }
             }
         }
-        if let Some(fence) = &self.fence {
+        // From here on CRIU's end is nothing to be afraid of, unless it has
+        // come already.
+        let fell_shut = self.watch.take().is_some_and(FenceWatch::end);
+        let mut engine = std::mem::replace(&mut self.engine, Engine::None);
+        let mut died = match &mut engine {
+            Engine::Dumping(session) => fell_shut || !session.alive(),
+            Engine::None | Engine::Ready(_) => false,
+        };
+        if let Some(fence) = &self.fence
+            && !died
+        {
             note(
                 "open the fence",
                 fence.open().map_err(|e| crate::error::chain(&e)),
             );
         }
-        match std::mem::replace(&mut self.engine, Engine::None) {
+        match engine {
             Engine::None => {}
             Engine::Ready(worker) => drop(worker),
-            Engine::Dumping(session) => {
-                note("thaw the tree", thaw(session).await.map_err(|e| e.chain()));
+            Engine::Dumping(session) if !died => match thaw(session).await {
+                Ok(()) => {}
+                Err(Error::Criu(CriuError::Died { .. })) => died = true,
+                Err(error) => note("thaw the tree", Err(error.chain())),
+            },
+            Engine::Dumping(_) => {}
+        }
+        if let Some(fence) = &self.fence
+            && died
+        {
+            match heal(fence) {
+                Ok(0) => {}
+                Ok(healed) => self.reporter.warn(format!(
+                    "CRIU has died with the tree in its hands; {healed} of its connections were taken out of repair mode"
+                )),
+                Err(error) => note(
+                    "put the tree's connections in order after CRIU has died",
+                    Err(crate::error::chain(&error)),
+                ),
             }
         }
         self.precopy = None;
@@ -545,6 +591,7 @@ impl Migration {
         if let Some(journal) = self.journal.take() {
             journal.discard();
         }
+        self.dismiss_guard();
         if let Some(mut link) = self.link.take()
             && told
         {
@@ -553,11 +600,33 @@ impl Migration {
         leftovers
     }
 
+    fn dismiss_guard(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.dismiss();
+        }
+    }
+
+    fn silent(&self, awaited: &'static str, waited: Duration) -> Error {
+        Error::PeerSilent {
+            peer: self
+                .link
+                .as_ref()
+                .map_or_else(String::new, |link| link.peer.clone()),
+            awaited,
+            waited,
+        }
+    }
+
     /// Leaves a tree alone that may run elsewhere: fenced, its gate closed for
     /// good, its address withdrawn, its record on disk.
     fn leave_fenced(&mut self) {
         if let Some(lease) = self.lease.take() {
             lease.abort();
+        }
+        // From here on it is for the user to ask again.
+        self.dismiss_guard();
+        if let Some(watch) = self.watch.take() {
+            watch.end();
         }
         if let Some(fence) = self.fence.take() {
             std::mem::forget(fence);
@@ -607,6 +676,22 @@ impl Migration {
             continuity: self.continuity.clone(),
         }
     }
+}
+
+/// Puts a tree's connections in order that a dead CRIU has left in repair
+/// mode, before the tree can use them; how many.
+fn heal(fence: &Fence) -> Result<usize, migrate_proc::ProcError> {
+    // Closed already where the watch was in time. A tree that does not come to
+    // rest is healed all the same.
+    if let Err(error) = fence.close() {
+        tracing::warn!(error = %crate::error::chain(&error), "could not close the fence");
+    }
+    let healed = fence
+        .living()
+        .and_then(|pids| TcpSockets::of(&pids))
+        .and_then(|sockets| sockets.heal());
+    fence.open()?;
+    healed
 }
 
 /// Ends a dump so that the tree runs on: a held notification is refused, and

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::{CONNECT_LIMIT, Engine, MemoryEngine, Migration, STEP_LIMIT, not_yet};
 use crate::error::Error;
+use crate::guard::Guard;
 use crate::journal::Journal;
 use crate::state::make_private;
 
@@ -31,6 +32,7 @@ impl Migration {
     pub(super) async fn track(&mut self) -> Result<String, Error> {
         let record = self.record()?;
         self.journal = Some(Journal::begin(&self.state, record)?);
+        self.guard = Guard::start(&self.id, Side::Source);
         if let Some(supervisor) = &self.plan()?.supervisor {
             let held = migrate_proc::hold_down(supervisor)?;
             self.supervisor = Some(held);
@@ -99,10 +101,17 @@ impl Migration {
         let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
         // On record before it is there, for whoever clears up after a crash.
         let intent = Fence::plan(&plan.tree, &self.id)?;
+        let net = self.net.as_ref().ok_or_else(|| not_yet("netlink"))?;
+        let mut withdrawn = Vec::new();
+        for address in &plan.facts.addresses {
+            withdrawn.push(net.plan_withdrawal(address).await?);
+        }
         if let Some(journal) = &mut self.journal {
             let fence = encode(&intent)?;
+            let withdrawn = encode(&withdrawn)?;
             journal.update(|record| {
                 record.fence = Some(fence);
+                record.withdrawn = Some(withdrawn);
                 record.images = Some(images.display().to_string());
             })?;
         }
@@ -194,6 +203,9 @@ impl Migration {
                 .and_then(HoldDown::plan)
                 .map(|held| encode(&held))
                 .transpose()?,
+            route: Some(self.request.route.clone()),
+            withdrawn: None,
+            home: None,
         })
     }
 }
