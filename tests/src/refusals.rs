@@ -570,6 +570,23 @@ pub fn driver(host: &Host) -> Pid {
     the_migrate(host, |words| words.iter().any(|word| word == "--to"))
 }
 
+/// The guards of a host, as this machine sees them: each clears up after the
+/// `migrate` or agent that started it, if that is killed.
+#[must_use]
+pub fn guards(host: &Host) -> Vec<Pid> {
+    machine_pids(host, |words| {
+        words.get(1).is_some_and(|word| word == "guard")
+    })
+}
+
+/// Whether a process stands still because of a signal.
+#[must_use]
+pub fn is_stopped(pid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| rest.starts_with('T'))
+}
+
 /// The CRIU of an agent or a `migrate`, as this machine sees it.
 ///
 /// # Panics
@@ -578,18 +595,29 @@ pub fn driver(host: &Host) -> Pid {
 #[track_caller]
 #[must_use]
 pub fn criu_of(owner: Pid) -> Pid {
+    match criu_if_any(owner).as_slice() {
+        [pid] => *pid,
+        others => panic!("CRIUs of {owner}: {others:?}"),
+    }
+}
+
+/// The same where it may have none.
+#[must_use]
+pub fn criu_if_any(owner: Pid) -> Vec<Pid> {
     let mut found = Vec::new();
     for thread in entries(Path::new(&format!("/proc/{owner}/task"))) {
         let children = fs::read_to_string(format!("{thread}/children")).unwrap_or_default();
         found.extend(children.split_whitespace().map(str::to_owned));
     }
     // Its guard is another child.
+    found.retain(|pid| {
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "criu\n")
+    });
     found
-        .retain(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|n| n == "criu\n"));
-    match found.as_slice() {
-        [pid] => Pid::from_raw(pid.parse().unwrap_or_default()),
-        others => panic!("children of {owner}: {others:?}"),
-    }
+        .iter()
+        .filter_map(|pid| pid.parse().ok())
+        .map(Pid::from_raw)
+        .collect()
 }
 
 #[track_caller]

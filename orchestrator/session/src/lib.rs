@@ -23,6 +23,7 @@ pub mod guard;
 mod held;
 mod inbox;
 pub mod journal;
+mod pause;
 pub mod progress;
 pub mod recover;
 pub mod seen;

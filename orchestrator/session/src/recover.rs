@@ -121,6 +121,27 @@ pub async fn recover(
     Ok(settled)
 }
 
+/// Settles the record of a destination's task that has come to nothing while
+/// its process lives.
+pub async fn abandoned(migration_id: &str) {
+    let record = State::open().and_then(|state| {
+        let record = journal::read(&state, migration_id, Side::Destination)?;
+        let Some(mut record) = record else {
+            return Ok(None);
+        };
+        // From here on it has no owner.
+        record.owner_pid = 0;
+        let stage = record.stage;
+        journal::close(&state, &mut record, stage)?;
+        Ok(Some((state, record)))
+    });
+    match record {
+        Ok(Some((state, record))) => settle(&state, &record, None).await.log(),
+        Ok(None) => {}
+        Err(error) => tracing::warn!(error = %error.chain(), "could not clear up"),
+    }
+}
+
 /// Settles one record. The destination is only asked when there is somebody
 /// to tell about it.
 pub(crate) async fn settle(state: &State, record: &Record, ask: Option<&Reporter>) -> Recovered {
@@ -416,14 +437,8 @@ impl Case<'_> {
                 let closed = fence.close();
                 self.note("close the fence", closed);
                 self.await_criu(&pids, Some(fence)).await;
-                let sockets = TcpSockets::of(&pids);
-                let sockets = self.note("find its connections", sockets);
-                if let Some(sockets) = &sockets {
-                    let silenced = sockets.silence();
-                    self.note("silence its connections", silenced);
-                }
-                let killed = migrate_proc::kill_tree(&pids);
-                if self.note("end the frozen tree", killed).is_none() {
+                let ended = end_silently(fence);
+                if self.note("end the frozen tree", ended).is_none() {
                     // What the kernel would say for it stays behind the gate.
                     return;
                 }
@@ -628,6 +643,16 @@ impl Case<'_> {
             journal::remove(self.state, &self.record);
         }
     }
+}
+
+/// Ends a tree that is fenced and runs elsewhere, when its CRIU cannot: its
+/// connections end without a FIN or RST.
+pub(crate) fn end_silently(fence: &Fence) -> Result<(), migrate_proc::ProcError> {
+    let pids = fence.living()?;
+    // Held until the tree has ended: the last to close decides what is said.
+    let sockets = TcpSockets::of(&pids)?;
+    sockets.silence()?;
+    migrate_proc::kill_tree(&pids)
 }
 
 /// Asks until the answer is final, or too often.

@@ -1,10 +1,12 @@
 //! `migrate agent`: the destination's side.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use migrate_channel::StandingAgent;
 use migrate_session::destination::serve;
 use migrate_session::{Cancel, hello};
+use tokio::task::{Id, JoinError};
 
 use super::Certificates;
 use super::migrate::obey_signals;
@@ -78,6 +80,7 @@ async fn stand(listen: SocketAddr, certificates: &Certificates, cancel: Cancel) 
     };
     println!("listening on {}", agent.local_addr());
     let mut tasks = tokio::task::JoinSet::new();
+    let mut served = HashMap::new();
     loop {
         let accepted = tokio::select! {
             accepted = agent.accept(hello(UNNAMED)) => accepted,
@@ -85,15 +88,36 @@ async fn stand(listen: SocketAddr, certificates: &Certificates, cancel: Cancel) 
         };
         match accepted {
             Ok(connection) => {
-                tasks.spawn(serve(connection, cancel.clone()));
+                let id = connection.hello.migration_id.clone();
+                let task = tasks.spawn(serve(connection, cancel.clone()));
+                served.insert(task.id(), id);
             }
             Err(error) => {
                 tracing::warn!(error = %migrate_session::error::chain(&error), "refused a connection");
             }
         }
-        while tasks.try_join_next().is_some() {}
+        while let Some(ended) = tasks.try_join_next_with_id() {
+            clear_up(&mut served, ended.map(|(id, _)| id)).await;
+        }
     }
     // Each migration under way is undone or, past its commit, finished.
-    while tasks.join_next().await.is_some() {}
+    while let Some(ended) = tasks.join_next_with_id().await {
+        clear_up(&mut served, ended.map(|(id, _)| id)).await;
+    }
     Exit::Done
+}
+
+/// A migration whose task has panicked has undone nothing.
+async fn clear_up(served: &mut HashMap<Id, String>, ended: Result<Id, JoinError>) {
+    let (id, panic) = match ended {
+        Ok(id) => (id, None),
+        Err(error) => (error.id(), Some(error)),
+    };
+    let Some(migration_id) = served.remove(&id) else {
+        return;
+    };
+    if let Some(panic) = panic {
+        tracing::error!(id = migration_id, %panic, "a migration's task has ended badly");
+        migrate_session::recover::abandoned(&migration_id).await;
+    }
 }

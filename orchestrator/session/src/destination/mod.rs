@@ -66,7 +66,12 @@ pub async fn serve(connection: Connection, cancel: Cancel) -> Result<Served, Err
         // end waits for the end of the connection, so that the same command
         // succeeds at once.
         let _ = side.sender.control(&failed).await;
-        if !side.owned {
+        if side.owned {
+            // A copy that has provably not run goes back; else the record
+            // stays as it is.
+            side.engine = Engine::None;
+            crate::recover::abandoned(&side.migration_id).await;
+        } else {
             for leftover in side.undo().await {
                 tracing::error!("{leftover}");
             }
@@ -202,10 +207,13 @@ impl Destination {
                     let blackout_limit = Duration::from_millis(blackout_limit_ms);
                     self.phase = Phase::Prepare;
                     self.prepare(streams).await?;
+                    crate::pause::at("prepared");
                     self.phase = Phase::Dump;
                     self.receive(blackout_limit, verify).await?;
+                    crate::pause::at("received");
                     self.phase = Phase::Restore;
                     self.restore().await?;
+                    crate::pause::at("restored");
                     self.phase = Phase::HandedOver;
                     self.await_go(blackout_limit).await?;
                     return Ok(Served::Running);

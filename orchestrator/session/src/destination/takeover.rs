@@ -39,6 +39,7 @@ impl Destination {
         // Fails when a question of the source has closed the record meanwhile.
         journal.stage(Stage::Owned)?;
         self.owned = true;
+        crate::pause::at("owned");
         Ok(())
     }
 
@@ -81,6 +82,7 @@ impl Destination {
             journal.let_go()?;
         }
         session.answer(true).await?;
+        crate::pause::at("let-go");
         let mut told = false;
         loop {
             match session.next(Self::RESUME_LIMIT).await? {
@@ -128,6 +130,7 @@ impl Destination {
         if !told {
             return Err(nothing("CRIU's word that the tree runs"));
         }
+        crate::pause::at("running");
         self.clean_up().await;
         Ok(())
     }

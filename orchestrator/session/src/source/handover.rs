@@ -61,11 +61,9 @@ impl Migration {
                 );
                 self.advance(Event::Running, detail)?;
             }
-            // The destination says that its copy is lost. The frozen tree is
-            // the only thing left of it, so it stays, fenced.
-            Err(error @ Error::Peer(_)) => return Err(Error::LostAfterCommit(Box::new(error))),
-            // Its word was lost, or it died before the copy ran, and then the
-            // frozen tree is all there is. Its record tells the two apart.
+            // Its word was lost, or it failed or died before the copy ran, and
+            // then the frozen tree is all there is. Its record tells the two
+            // apart.
             Err(error) => {
                 // Where the copy has provably never run, the destination has
                 // given it up by the time it answers.
@@ -88,6 +86,7 @@ impl Migration {
     async fn seal(&mut self) -> Result<(), Error> {
         let fence = self.fence.as_ref().ok_or_else(|| not_yet("the fence"))?;
         fence.close()?;
+        crate::pause::at("fenced");
         fence.holds(&self.plan()?.tree)?;
         let Engine::Dumping(session) = &mut self.engine else {
             return Err(not_yet("CRIU's dump"));
@@ -119,6 +118,7 @@ impl Migration {
     /// Sends `Go` and waits for the word that the destination owns the tree.
     async fn go(&mut self) -> Result<(), Error> {
         const AWAITED: &str = "the destination's word that it owns the tree";
+        crate::pause::at("sealed");
         self.go = Go::MaybeSent;
         self.moments.committed = Some(Instant::now());
         let until = *self.frozen_until.borrow();
@@ -202,11 +202,17 @@ impl Migration {
         if let Engine::Dumping(session) = std::mem::replace(&mut self.engine, Engine::None)
             && let Err(error) = kill(session).await
         {
-            removed = false;
-            leftovers.push(format!(
-                "could not remove the frozen tree: {}",
-                error.chain()
-            ));
+            // A CRIU that has died leaves the tree to the fence.
+            tracing::warn!(error = %error.chain(), "CRIU has not ended the frozen tree");
+            if let Some(fence) = &self.fence
+                && let Err(error) = crate::recover::end_silently(fence)
+            {
+                removed = false;
+                leftovers.push(format!(
+                    "could not remove the frozen tree: {}",
+                    crate::error::chain(&error)
+                ));
+            }
         }
         // Peers have heard the announcement by now; what was under way to the
         // old place is the last that comes here.

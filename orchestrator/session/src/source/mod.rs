@@ -404,6 +404,7 @@ impl Migration {
         });
         if self.phase <= Phase::Finish {
             self.reporter.tell(Progress::Started { phase: self.phase });
+            crate::pause::at(self.phase.name());
         }
         Ok(())
     }

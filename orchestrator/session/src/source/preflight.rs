@@ -45,6 +45,7 @@ impl Migration {
         crate::sweep::sweep(&self.state).await;
         let link = connect(&self.request.destination, &self.id, &self.reporter).await?;
         self.link = Some(link);
+        crate::pause::at(self.phase.name());
         let net = Net::open().await?;
         let examined = examine(&self.state, &net, self.request.pid, &self.request.choices).await?;
         self.net = Some(net);
