@@ -115,8 +115,13 @@ pub(crate) fn remove_gate(path: &Path) -> Result<(), GateError> {
         let path = path.to_owned();
         move |source| GateError::Remove { path, source }
     };
-    let mut pins: Vec<PathBuf> = fs::read_dir(path)
-        .map_err(failed(path))?
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        // Somebody else has removed it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(path)(error)),
+    };
+    let mut pins: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .collect();
     pins.sort_by_key(|pin| parse_link(pin).is_none());

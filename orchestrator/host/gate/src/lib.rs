@@ -525,6 +525,14 @@ impl Gate {
         })
     }
 
+    /// Whether nobody has removed it meanwhile. What came through to sockets
+    /// that CRIU had read by then is acknowledged and in no image.
+    #[must_use]
+    pub fn is_in_place(&self) -> bool {
+        let links = entries(&self.path).filter(|pin| bpffs::parse_link(pin).is_some());
+        links.count() == self.links.len()
+    }
+
     /// Lets the tree's packets out, still none in.
     ///
     /// # Errors

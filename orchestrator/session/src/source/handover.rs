@@ -103,6 +103,12 @@ impl Migration {
         self.end().await?;
         if let Some(gate) = self.gate() {
             gate.lease(None)?;
+            if !gate.is_in_place() {
+                return Err(Error::Changed(
+                    "somebody has removed the gate: peers were answered that the copy knows nothing of"
+                        .to_owned(),
+                ));
+            }
         }
         if let Some(journal) = &mut self.journal {
             journal.stage(Stage::HandedOver)?;
