@@ -52,7 +52,7 @@ const POPULATED_PAGE_NS: u64 = 100;
 
 /// What a populated page costs the frozen tree with [`Engine::Full`], in
 /// nanoseconds: CRIU hands every page over (0.4 s a GiB), and each is hashed
-/// (0.6 s a GiB), measured on two cores.
+/// (0.7 s a GiB of a core), measured.
 const COMPARED_PAGE_NS: u64 = 4000;
 
 /// Chooses the engine and says why.
