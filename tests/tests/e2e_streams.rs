@@ -77,6 +77,12 @@ fn what_a_closed_connection_has_still_to_say_is_said() {
 }
 
 #[test]
+fn half_closed_connections_go_on() {
+    require!("half_closed_connections_go_on": root, tcx, criu, migrate, tcpdump);
+    moves_under("half", WorkloadKind::Streams, &[(Kind::HalfClosed, 4)], 3);
+}
+
+#[test]
 fn bulk_streams_keep_every_byte() {
     require!("bulk_streams_keep_every_byte": root, tcx, criu, migrate, tcpdump);
     let clients = [(Kind::Upload, 2), (Kind::Download, 2)];

@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::thread;
+use std::time::Duration;
 
 use clap::Parser;
 use migrate_tests::streams::wire::{self, Numbers, Tally};
@@ -102,6 +103,16 @@ fn serve(mut stream: TcpStream) -> io::Result<()> {
         wire::POLITE_REQUEST => {
             reply(&mut stream, number, wire::REPLY_BYTES)?;
             stream.read_to_end(&mut Vec::new()).map(drop)
+        }
+        wire::HALF_CLOSED => {
+            let (mut numbers, mut chunk) = (Numbers::new(number), vec![0; wire::HALF_CHUNK_BYTES]);
+            stream.read_to_end(&mut Vec::new())?;
+            for _ in 0..wire::HALF_CHUNKS {
+                numbers.fill(&mut chunk);
+                stream.write_all(&chunk)?;
+                thread::sleep(Duration::from_millis(5));
+            }
+            Ok(())
         }
         other => Err(io::Error::other(format!("no such request: {other}"))),
     }

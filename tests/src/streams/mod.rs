@@ -35,6 +35,8 @@ pub enum Kind {
     /// A new connection for every reply of a megabyte, which the server has
     /// closed long before it is read.
     BigStorm,
+    /// Closes its own side at once, and receives for some seconds; over and over.
+    HalfClosed,
     /// Subscribes with redis and counts what comes without having been asked.
     Subscribe,
 }
@@ -182,6 +184,7 @@ fn run(kind: Kind, number: u64, to: SocketAddr, seen: &Seen) -> io::Result<()> {
         Kind::Storm => storm(wire::REQUEST, wire::REPLY_BYTES, number, to, seen),
         Kind::PoliteStorm => storm(wire::POLITE_REQUEST, wire::REPLY_BYTES, number, to, seen),
         Kind::BigStorm => storm(wire::BIG_REQUEST, wire::BIG_REPLY_BYTES, number, to, seen),
+        Kind::HalfClosed => half_closed(number, to, seen),
         Kind::Subscribe => subscribe(number, to, seen),
     }
 }
@@ -299,6 +302,35 @@ fn storm(kind: u8, bytes: usize, client: u64, to: SocketAddr, seen: &Seen) -> io
         }
         drop(stream);
         seen.went_on(1, &mut since);
+        if seen.is_stopped() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn half_closed(client: u64, to: SocketAddr, seen: &Seen) -> io::Result<()> {
+    for number in client << 32.. {
+        let mut stream = connect(to)?;
+        stream.write_all(&wire::head(wire::HALF_CLOSED, number))?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut numbers = Numbers::new(number);
+        let (mut chunk, mut due) = (
+            vec![0; wire::HALF_CHUNK_BYTES],
+            vec![0; wire::HALF_CHUNK_BYTES],
+        );
+        let mut since = Instant::now();
+        for _ in 0..wire::HALF_CHUNKS {
+            stream.read_exact(&mut chunk)?;
+            numbers.fill(&mut due);
+            if chunk != due {
+                return Err(wrong("other bytes than due"));
+            }
+            seen.went_on(chunk.len(), &mut since);
+        }
+        if stream.read(&mut [0])? != 0 {
+            return Err(wrong("more came than was due"));
+        }
         if seen.is_stopped() {
             break;
         }

@@ -20,6 +20,15 @@ pub const POLITE_REQUEST: u8 = b'P';
 /// most of them are still in its kernel then.
 pub const BIG_REQUEST: u8 = b'B';
 
+/// The client closes its side at once; the server sends [`HALF_CHUNKS`] times
+/// [`HALF_CHUNK_BYTES`] in as many times 5 ms, and closes.
+pub const HALF_CLOSED: u8 = b'H';
+
+/// See [`HALF_CLOSED`]: some seconds in all.
+pub const HALF_CHUNKS: usize = 800;
+/// See [`HALF_CLOSED`].
+pub const HALF_CHUNK_BYTES: usize = 1000;
+
 /// Bytes of a reply: more than one packet.
 pub const REPLY_BYTES: usize = 2000;
 /// Bytes of a reply that its client takes longer for: a send buffer's worth.
