@@ -148,3 +148,35 @@ fn gate_sentence(gate: &Leftover) -> String {
         gate.dirty_flows
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_a_migration_stands_is_told_on_its_source() {
+        let mut gate = Leftover {
+            id: "0123456789ab".into(),
+            role: Role::Source,
+            owner_pid: 77,
+            owner_alive: true,
+            mode: LeftoverMode::Open,
+            interfaces: vec![2],
+            flows: 21,
+            dirty_flows: 20,
+            progress: (Phase::Precopy.number(), 3),
+            deadline_in: None,
+        };
+        let told = progress(&gate);
+        assert_eq!(told.as_deref(), Some("\n  in precopy, 3 rounds done"));
+        assert_eq!(
+            gate_sentence(&gate),
+            "gate 0123456789ab: open, 21 connections (20 with traffic since the last round), \
+             held by process 77"
+        );
+        gate.progress = (Phase::Prepare.number(), 0);
+        assert_eq!(progress(&gate).as_deref(), Some("\n  in prepare"));
+        gate.role = Role::Destination;
+        assert_eq!(progress(&gate), None);
+    }
+}

@@ -46,6 +46,7 @@ use aya::programs::tc::SchedClassifierLink;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use bytes::Bytes;
+use migrate_ebpf_common::parse::is_opening;
 use migrate_ebpf_common::{Direction, FlowKey, Route};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::Notify;
@@ -221,9 +222,10 @@ impl Port {
                 }
             };
             // Whatever else the device says is not the workload's.
-            if let Some(key) = frame::flow_of(frame, self.direction) {
+            if let Some((key, flags)) = frame::segment_of(frame, self.direction) {
                 store.lock().unwrap_or_else(PoisonError::into_inner).push(
                     key,
+                    is_opening(flags),
                     self.direction,
                     self.interface_index,
                     frame,

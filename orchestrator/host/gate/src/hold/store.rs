@@ -11,6 +11,11 @@ use super::{HeldPacket, HeldStats, HoldOptions};
 /// are tiny: the queue's entry, the buffer's own record, the flow's share.
 const OVERHEAD_BYTES: usize = 128;
 
+/// One part in so many is for packets that open connections: a flood of them
+/// comes from everywhere, so no bound of a single flow stops it, and what
+/// established peers send must still find room. With the least of bounds nearly 10,000 fit.
+const OPENING_SHARE: usize = 8;
+
 /// Flows whose dropped frames are counted one by one: a listener's packets may
 /// come from anywhere.
 const FLOWS_DROPPED_MAX: usize = 65_536;
@@ -18,9 +23,12 @@ const FLOWS_DROPPED_MAX: usize = 65_536;
 #[derive(Debug)]
 pub(crate) struct Store {
     bounds: HoldOptions,
-    queue: VecDeque<(FlowKey, HeldPacket)>,
+    /// With whether a packet opens a connection.
+    queue: VecDeque<(FlowKey, bool, HeldPacket)>,
     /// The sum of all costs in the queue.
     total_bytes: usize,
+    /// The part of it that opens connections.
+    opening_bytes: usize,
     /// By flow; no entry is 0.
     flow_bytes: HashMap<FlowKey, usize>,
     dropped_frames: u64,
@@ -37,6 +45,7 @@ impl Store {
             bounds,
             queue: VecDeque::new(),
             total_bytes: 0,
+            opening_bytes: 0,
             flow_bytes: HashMap::new(),
             dropped_frames: 0,
             dropped_bytes: 0,
@@ -50,6 +59,7 @@ impl Store {
     pub(crate) fn push(
         &mut self,
         key: FlowKey,
+        opens: bool,
         direction: Direction,
         interface_index: u32,
         frame: &[u8],
@@ -58,6 +68,7 @@ impl Store {
         let of_flow = self.flow_bytes.get(&key).copied().unwrap_or(0);
         if of_flow + cost > self.bounds.flow_bytes_max
             || self.total_bytes + cost > self.bounds.total_bytes_max
+            || opens && self.opening_bytes + cost > self.bounds.total_bytes_max / OPENING_SHARE
         {
             self.dropped_frames += 1;
             self.dropped_bytes += u64::try_from(frame.len()).unwrap_or(u64::MAX);
@@ -67,9 +78,13 @@ impl Store {
             return;
         }
         self.total_bytes += cost;
+        if opens {
+            self.opening_bytes += cost;
+        }
         self.flow_bytes.insert(key, of_flow + cost);
         self.queue.push_back((
             key,
+            opens,
             HeldPacket {
                 direction,
                 interface_index,
@@ -79,9 +94,12 @@ impl Store {
     }
 
     pub(crate) fn pop(&mut self) -> Option<HeldPacket> {
-        let (key, packet) = self.queue.pop_front()?;
+        let (key, opens, packet) = self.queue.pop_front()?;
         let cost = packet.frame.len() + OVERHEAD_BYTES;
         self.total_bytes -= cost;
+        if opens {
+            self.opening_bytes -= cost;
+        }
         if let Some(of_flow) = self.flow_bytes.get_mut(&key) {
             *of_flow -= cost;
             if *of_flow == 0 {
@@ -132,7 +150,30 @@ mod tests {
     }
 
     fn push(store: &mut Store, port: u8, frame: &[u8]) {
-        store.push(key(port), Direction::Ingress, 7, frame);
+        store.push(key(port), false, Direction::Ingress, 7, frame);
+    }
+
+    #[test]
+    fn a_flood_of_new_connections_leaves_room_for_the_others() {
+        let cost = 100 + OVERHEAD_BYTES;
+        let mut store = Store::new(HoldOptions {
+            total_bytes_max: 16 * cost,
+            flow_bytes_max: 16 * cost,
+        });
+        let open = |store: &mut Store, port| {
+            store.push(key(port), true, Direction::Ingress, 7, &[0; 100]);
+        };
+        (1..=100).for_each(|port| open(&mut store, port));
+        assert_eq!(store.stats().waiting_frames, 2);
+        assert_eq!(store.stats().dropped_frames, 98);
+        (0..14).for_each(|_| push(&mut store, 200, &[1; 100]));
+        assert_eq!(store.stats().waiting_frames, 16);
+        // What has been taken makes room for them, too.
+        assert!(store.pop().is_some());
+        open(&mut store, 101);
+        assert_eq!(store.stats().waiting_frames, 16);
+        while store.pop().is_some() {}
+        assert_eq!((store.total_bytes, store.opening_bytes), (0, 0));
     }
 
     #[test]
