@@ -204,6 +204,8 @@ pub struct UnixSocket {
     pub listening: bool,
     /// The socket at the other end, when connected.
     pub peer_inode: Option<u64>,
+    /// Nothing can be sent or received any more, as when the other end is closed.
+    pub shut_down: bool,
     /// Name it is bound to; an abstract one begins with `@`.
     pub path: Option<String>,
 }
@@ -432,11 +434,14 @@ fn unix_socket(response: &UnixResponse) -> UnixSocket {
         },
         listening: response.header.state == 10,
         peer_inode: None,
+        shut_down: false,
         path: None,
     };
     for nla in &response.nlas {
         match nla {
             UnixNla::Peer(inode) => socket.peer_inode = Some(u64::from(*inode)),
+            // `SHUTDOWN_MASK`: for sending and receiving.
+            UnixNla::Shutdown(how) => socket.shut_down = *how == 3,
             UnixNla::Name(UnixDiagName::Pathname(path)) => {
                 socket.path = Some(path.to_string_lossy().into_owned());
             }

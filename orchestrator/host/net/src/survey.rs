@@ -502,6 +502,11 @@ impl<'a> Judge<'a> {
             if peer == 0 && self.is_pending_inside(socket) {
                 continue;
             }
+            // Half of a pair whose other half is closed, as every Java program
+            // has one: CRIU makes it so again.
+            if peer == 0 && socket.shut_down && !self.is_stdio(socket.inode) {
+                continue;
+            }
             self.external_unix.push(socket.inode);
             let peer_path = by_inode.get(&peer).and_then(|p| p.path.as_deref());
             self.external(socket.inode, socket.kind, peer_path);
@@ -518,6 +523,12 @@ impl<'a> Judge<'a> {
                 .any(|l| l.listening && self.is_tree(l.inode))
     }
 
+    /// Whether somebody has it as a standard stream.
+    fn is_stdio(&self, inode: u64) -> bool {
+        (self.inodes.get(&inode))
+            .is_some_and(|holders| holders.iter().any(|(_, fd)| (0..=2).contains(fd)))
+    }
+
     fn external(&mut self, inode: u64, kind: UnixKind, peer: Option<&str>) {
         let holder = self.holder(inode);
         let to = peer.unwrap_or("a socket without a name");
@@ -531,9 +542,7 @@ impl<'a> Judge<'a> {
             ));
             return;
         }
-        let is_stdio = (self.inodes.get(&inode))
-            .is_some_and(|holders| holders.iter().any(|(_, fd)| (0..=2).contains(fd)));
-        if !is_stdio {
+        if !self.is_stdio(inode) {
             self.findings.push(Finding::refused(
                 "unix socket",
                 format!("{holder} is connected to a process outside the tree ({to})"),

@@ -288,6 +288,7 @@ fn unix(inode: u64, kind: UnixKind, peer: u64, path: Option<&str>) -> UnixSocket
         kind,
         listening: false,
         peer_inode: Some(peer),
+        shut_down: false,
         path: path.map(str::to_owned),
     }
 }
@@ -308,6 +309,16 @@ fn unix_sockets_may_leave_the_tree_as_stdio_and_datagrams_only() {
     assert!(text(&found).contains("/dev/log"));
     seen.unix
         .push(unix(TREE + 3, UnixKind::Stream, OUTSIDE + 2, None));
+    assert!(refused(&judge(&seen, &[]).findings));
+    // Its other end has been closed: it leads nowhere.
+    let mut half = unix(TREE + 3, UnixKind::Stream, 0, None);
+    half.shut_down = true;
+    seen.unix.pop();
+    seen.unix.push(half);
+    assert!(!refused(&judge(&seen, &[]).findings));
+    // Or it waits for somebody outside to accept it.
+    seen.unix.pop();
+    seen.unix.push(unix(TREE + 3, UnixKind::Stream, 0, None));
     assert!(refused(&judge(&seen, &[]).findings));
 }
 
