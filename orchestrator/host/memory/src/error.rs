@@ -206,8 +206,10 @@ impl MemoryError {
             }
             Self::Unsupported { .. } => Some("choose another engine; `full` works everywhere"),
             Self::TooManyRuns { .. } => Some("migrate without --verify"),
-            Self::Gone { .. }
-            | Self::Stopped
+            Self::Gone { .. } => {
+                Some("it ended while it was copied: see its own log, and why it ended")
+            }
+            Self::Stopped
             | Self::Proc { .. }
             | Self::Format { .. }
             | Self::Scan { .. }

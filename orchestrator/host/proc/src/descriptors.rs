@@ -264,6 +264,7 @@ impl Tree {
                 continue;
             }
             let directory = descriptors_of(pid);
+            let mut forked_meanwhile = None;
             // Somebody else's descriptors may be closed to us, which is no
             // reason to fail.
             for fd in read::numbers(&directory).unwrap_or_default() {
@@ -279,13 +280,34 @@ impl Tree {
                         .filter(|meta| fifos.contains(&(meta.dev(), meta.ino())))
                         .map(|meta| meta.ino()),
                 };
-                if let Some(pipe) = held {
+                if let Some(pipe) = held
+                    && !*forked_meanwhile.get_or_insert_with(|| descends(pid, &inside))
+                {
                     outside.entry(pipe).or_default().insert(pid);
                 }
             }
         }
         Ok(outside)
     }
+}
+
+/// Whether a process has one of these above it: it was forked since the tree
+/// was read, and moves with it. One that has ended holds nothing either.
+fn descends(pid: i32, of: &BTreeSet<i32>) -> bool {
+    /// Deeper than any tree; parents may change while they are followed.
+    const DEPTH_MAX: usize = 4096;
+    let mut pid = pid;
+    for _ in 0..DEPTH_MAX {
+        if of.contains(&pid) {
+            return true;
+        }
+        match read::stat(pid) {
+            Ok(Some(stat)) if stat.parent > 0 => pid = stat.parent,
+            Ok(None) => return true,
+            _ => return false,
+        }
+    }
+    false
 }
 
 /// Which processes outside hold an end of a pipe, by inode.

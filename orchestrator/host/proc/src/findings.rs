@@ -1,9 +1,9 @@
 //! What about a tree stops a migration, or is worth knowing.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
-use migrate_core::preflight::Finding;
+use migrate_core::preflight::{Finding, Severity};
 use migrate_core::report::counted;
 
 use crate::descriptors::{Descriptor, Outside, is_terminal_major};
@@ -17,6 +17,9 @@ use crate::{parse, read};
 const GHOST_FILE_MAX_BYTES: u64 = 1 << 20;
 /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of `linux/magic.h`: files in memory.
 const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+
+/// How the kernel names a mapped System V segment.
+const SYSTEM_V: &str = "/SYSV";
 
 impl Tree {
     /// What stops the tree from being moved, or is worth knowing: namespaces,
@@ -35,7 +38,8 @@ impl Tree {
         let outside = self.pipes_held_outside(&descriptors)?;
         self.judge_descriptors(&descriptors, &mut findings);
         self.judge_pipes(&descriptors, &outside, &mut findings)?;
-        self.judge_mappings(&self.mappings()?, &mut findings);
+        self.judge_mappings(&self.mappings()?, &mut findings)?;
+        self.judge_guarded_code(&mut findings)?;
         self.judge_program_files(&mut findings);
         if findings.is_empty() {
             findings.push(Finding::ok(
@@ -50,8 +54,27 @@ impl Tree {
         Ok(findings)
     }
 
+    /// The root's IPC namespace, where it is not this command's: CRIU builds it
+    /// anew, with all that System V has in it.
+    fn own_ipc(&self) -> Result<Option<String>, ProcError> {
+        let own = read::link("/proc/self/ns/ipc")?;
+        let its = read::if_there(read::link(read::of(self.root(), "ns/ipc")))?;
+        Ok(its.filter(|its| *its != own))
+    }
+
     fn judge_namespaces(&self, findings: &mut Vec<Finding>) -> Result<(), ProcError> {
         let root = self.root();
+        let own_ipc = self.own_ipc()?;
+        if let Some(own_ipc) = &own_ipc {
+            findings.push(Finding::note(
+                self.named(root),
+                format!(
+                    "lives in an IPC namespace of its own ({own_ipc}), which moves with all its \
+                     System V objects"
+                ),
+                "",
+            ));
+        }
         for process in self.living() {
             for (name, what) in [
                 ("mnt", "mount"),
@@ -66,7 +89,11 @@ impl Tree {
                 let Some(its) = read::if_there(read::link(read::of(process.pid, &file)))? else {
                     continue;
                 };
-                if its == own || (name == "pid_for_children" && !findings.is_empty()) {
+                let refused = |known: &Finding| known.severity == Severity::Refused;
+                if its == own
+                    || (name == "ipc" && own_ipc.as_ref() == Some(&its))
+                    || (name == "pid_for_children" && findings.iter().any(refused))
+                {
                     continue;
                 }
                 // One line for a whole container, not one for each process.
@@ -177,9 +204,17 @@ impl Tree {
         Ok(())
     }
 
-    fn judge_mappings(&self, mappings: &[MappedFile], findings: &mut Vec<Finding>) {
+    fn judge_mappings(
+        &self,
+        mappings: &[MappedFile],
+        findings: &mut Vec<Finding>,
+    ) -> Result<(), ProcError> {
+        let system_v_moves = self.own_ipc()?.is_some();
         let mut told: BTreeMap<(i32, String), ()> = BTreeMap::new();
         for file in mappings {
+            if system_v_moves && file.mapping.path.starts_with(SYSTEM_V) {
+                continue;
+            }
             let Some(finding) = judge_mapping(&self.named(file.pid), file) else {
                 continue;
             };
@@ -191,6 +226,31 @@ impl Tree {
                 findings.push(finding);
             }
         }
+        Ok(())
+    }
+
+    /// CRIU looks for a vDSO at the start of all anonymous code. Where that is
+    /// a guard page (`MADV_GUARD_INSTALL`) it brings the process down.
+    fn judge_guarded_code(&self, findings: &mut Vec<Finding>) -> Result<(), ProcError> {
+        for process in self.living() {
+            let maps = read::text_if_there(read::of(process.pid, "maps"))?.unwrap_or_default();
+            let guarded = maps
+                .lines()
+                .filter(|line| line.contains(" r-xp "))
+                .filter_map(parse::mapping)
+                .filter(|mapping| mapping.path.is_empty() || mapping.path.starts_with("[anon:"))
+                .any(|mapping| is_guard_page(process.pid, mapping.start));
+            if guarded {
+                findings.push(Finding::refused(
+                    self.named(process.pid),
+                    "has executable memory that begins with a guard page (MADV_GUARD_INSTALL), at \
+                     which CRIU would end it",
+                    "start the program with another kind of guard page (PROT_NONE), or without \
+                     the code generator that makes them",
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn judge_program_files(&self, findings: &mut Vec<Finding>) {
@@ -394,12 +454,12 @@ fn judge_mapping(subject: &str, file: &MappedFile) -> Option<Finding> {
             "restart the program after ending the tracing tool (bpftrace, perf probe)",
         ));
     }
-    if path.starts_with("/SYSV") {
+    if path.starts_with(SYSTEM_V) {
         return Some(Finding::refused(
             subject,
-            "uses System V shared memory, which belongs to this host's IPC namespace",
-            "use another kind of shared memory (PostgreSQL: shared_memory_type = mmap), or start \
-             the program in an IPC namespace of its own",
+            "uses System V shared memory of this host's IPC namespace, which it shares with others",
+            "start the program in an IPC namespace of its own, which moves with it: `unshare \
+             --ipc PROGRAM`, or PrivateIPC=yes in its unit",
         ));
     }
     if let Some(kind) = parse::anonymous(path) {
@@ -430,10 +490,22 @@ fn judge_mapping(subject: &str, file: &MappedFile) -> Option<Finding> {
         return Some(Finding::refused(
             subject,
             format!("shares memory through {path}, whose contents stay on this host"),
-            "use anonymous shared memory instead (PostgreSQL: dynamic_shared_memory_type = mmap)",
+            "use anonymous shared memory instead (PostgreSQL: dynamic_shared_memory_type = mmap; \
+             Java: -XX:+PerfDisableSharedMem)",
         ));
     }
     None
+}
+
+/// Whether a page is one by `MADV_GUARD_INSTALL`: bit 58 of its entry, see
+/// `Documentation/admin-guide/mm/pagemap.rst`. Never where the kernel cannot say.
+fn is_guard_page(pid: i32, at: u64) -> bool {
+    const PAGE: u64 = 4096;
+    const GUARD: u64 = 1 << 58;
+    let mut entry = [0; 8];
+    std::fs::File::open(read::of(pid, "pagemap"))
+        .and_then(|pagemap| pagemap.read_exact_at(&mut entry, at / PAGE * 8))
+        .is_ok_and(|()| u64::from_ne_bytes(entry) & GUARD != 0)
 }
 
 /// Whether a file lies in a file system without storage behind it.
