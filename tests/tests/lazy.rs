@@ -11,7 +11,7 @@ use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Once};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -21,7 +21,7 @@ use migrate_criu::{
     Session, WorkerOptions, locate, serve_pages, small_images,
 };
 use migrate_memory::{
-    Content, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing, PageStore,
+    Content, Keeper, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing, PageStore,
 };
 
 /// Limit for any single step.
@@ -171,7 +171,7 @@ impl PageSink for Sink<'_> {
 /// A tree that is dumped and gone, ready to be restored.
 struct Dumped {
     images: ImageDir,
-    store: Arc<PageStore>,
+    store: PageStore,
 }
 
 async fn dump(criu: &Criu, workload: &Workload, scratch: &Path, way: Way) -> Dumped {
@@ -245,10 +245,7 @@ async fn dump(criu: &Criu, workload: &Workload, scratch: &Path, way: Way) -> Dum
         );
         assert!(in_time < 64, "only the stack: {in_time} pages");
     }
-    Dumped {
-        images,
-        store: Arc::new(store),
-    }
+    Dumped { images, store }
 }
 
 /// Answers CRIU until it holds the complete copy.
@@ -288,7 +285,7 @@ fn serve(dumped: &Dumped, options: LazyOptions) -> LazyServing {
     let plan = dumped.images.lazy_ranges();
     LazyServer::bind(dumped.images.path())
         .unwrap()
-        .start(Arc::clone(&dumped.store), &plan, options)
+        .start(&dumped.store, &plan, options)
         .unwrap()
 }
 
@@ -481,11 +478,10 @@ fn a_plan_that_the_store_cannot_keep_is_refused() {
         flags: PageRun::PRESENT,
     };
     store.put(run, &[1; 2 * PAGE_BYTES]).unwrap();
-    let store = Arc::new(store);
     let start = |range| {
         let _ = fs::remove_file(scratch.path().join("lazy-pages.socket"));
         LazyServer::bind(scratch.path()).unwrap().start(
-            Arc::clone(&store),
+            &store,
             &[(owner, range)],
             LazyOptions::default(),
         )
@@ -495,14 +491,136 @@ fn a_plan_that_the_store_cannot_keep_is_refused() {
         matches!(error, LazyError::PageMissing { vaddr: 0x3000, .. }),
         "{error}"
     );
-    // Nobody connects, and nobody wants it any more: its threads end.
-    let serving = start(0x1000..0x3000).unwrap();
+    // Nobody connects, and nobody wants it any more.
+    let mut serving = start(0x1000..0x3000).unwrap();
+    let early = serving.wait(Duration::ZERO);
+    assert!(matches!(early, Err(LazyError::NotYet { .. })), "{early:?}");
     drop(serving);
-    let end = Instant::now() + LIMIT;
-    while Arc::strong_count(&store) > 2 {
-        assert!(Instant::now() < end, "{}", Arc::strong_count(&store));
-        std::thread::yield_now();
+}
+
+fn keeper() -> Keeper {
+    Keeper::start(Command::new(env!("CARGO_BIN_EXE_lazy-keeper"))).unwrap()
+}
+
+/// Serves from a process of its own. The descriptor can be read to its end when
+/// nobody holds the other one any more.
+fn serve_apart(dumped: &Dumped, keeper: Keeper) -> (LazyServing, io::PipeReader) {
+    let (end, hold) = io::pipe().unwrap();
+    let serving = keeper
+        .serve(
+            LazyServer::bind(dumped.images.path()).unwrap(),
+            &dumped.store,
+            &dumped.images.lazy_ranges(),
+            LazyOptions {
+                piece_bytes: 64 << 10,
+                ..LazyOptions::default()
+            },
+            Some(hold.into()),
+        )
+        .unwrap();
+    (serving, end)
+}
+
+/// Restores with a keeper; kills that right after the tree runs if `kill`.
+async fn run_apart(criu: &Criu, mode: &str, seed: u64, kill: bool) -> LazyReport {
+    let scratch = scratch();
+    let mut workload = Workload::start(scratch.path(), mode, 64, seed);
+    let dumped = dump(criu, &workload, scratch.path(), Way::Precopied).await;
+    workload.gone();
+    let keeper = keeper();
+    let keeper_pid = keeper.pid();
+    let (mut serving, mut end) = serve_apart(&dumped, keeper);
+    let Dumped { images, store } = dumped;
+    // The keeper has all it needs.
+    drop(store);
+    let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+    let options = RestoreOptions {
+        lazy: true,
+        ..RestoreOptions::new(images.path())
+    };
+    let mut session = worker.restore(&options).await.unwrap();
+    held(&mut session).await;
+    serving.handed_over(LIMIT).unwrap();
+    serving.handed_over(LIMIT).unwrap();
+    fs::write(&workload.go, "").unwrap();
+    let pid = release(&mut session).await;
+    if kill {
+        // SAFETY: no memory involved; a child of this process.
+        assert_eq!(unsafe { libc::kill(keeper_pid, libc::SIGKILL) }, 0);
     }
+    let report = match serving.wait(LIMIT) {
+        // It died between an event and its note. Nobody has seen zeros.
+        Err(LazyError::Lost) if kill => {
+            assert_eq!(fs::read_to_string(&workload.file).unwrap(), "ready");
+            // SAFETY: no memory involved; a child of this process.
+            assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+            reap(pid);
+            return LazyReport::default();
+        }
+        end => end.unwrap(),
+    };
+    let said = workload.said(|text| text != "ready");
+    assert_eq!(said, "ok", "{mode} {seed}: {report:?}");
+    reap(pid);
+    assert_eq!(io::Read::read(&mut end, &mut [0]).unwrap(), 0);
+    println!("{mode}, seed {seed}: {report:?}");
+    report
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keeper_serves_from_a_process_of_its_own() {
+    let Some(criu) = criu().await else { return };
+    let report = run_apart(&criu, "check", 1, false).await;
+    assert_eq!((report.tasks, report.forks, report.ended), (1, 0, 0));
+    let report = run_apart(&criu, "family", 1, false).await;
+    assert_eq!(report.tasks, 2);
+    run_apart(&criu, "churn", 7, false).await;
+}
+
+/// Never wrong bytes: another one goes on where the keeper was, whatever the
+/// tree has done to its memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keeper_that_is_killed_is_replaced() {
+    let Some(criu) = criu().await else { return };
+    let mut replaced = 0;
+    for (mode, seed) in [("check", 1), ("churn", 1), ("churn", 2), ("family", 1)] {
+        let report = run_apart(&criu, mode, seed, true).await;
+        // CRIU has handed its tasks over to another one.
+        replaced += u32::from(report.tasks == 0);
+    }
+    assert!(replaced > 0, "the keeper was always faster");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keeper_that_is_killed_before_the_tree_runs_is_noticed() {
+    let Some(criu) = criu().await else { return };
+    let scratch = scratch();
+    let mut workload = Workload::start(scratch.path(), "check", 16, 1);
+    let dumped = dump(&criu, &workload, scratch.path(), Way::Fresh).await;
+    workload.gone();
+    let keeper = keeper();
+    let pid = keeper.pid();
+    let (mut serving, _end) = serve_apart(&dumped, keeper);
+    // SAFETY: no memory involved; a child of this process.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    let end = serving.handed_over(LIMIT);
+    assert!(matches!(end, Err(LazyError::Lost)), "{end:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keeper_that_is_not_needed_ends() {
+    let Some(criu) = criu().await else { return };
+    let scratch = scratch();
+    let mut workload = Workload::start(scratch.path(), "check", 16, 1);
+    let dumped = dump(&criu, &workload, scratch.path(), Way::Fresh).await;
+    workload.gone();
+    let unused = keeper();
+    let pid = unused.pid();
+    drop(unused);
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    let (serving, mut end) = serve_apart(&dumped, keeper());
+    drop(serving);
+    assert_eq!(io::Read::read(&mut end, &mut [0]).unwrap(), 0);
 }
 
 /// The time from the order to the run, either way; printed, not judged.

@@ -65,14 +65,20 @@ enum Verb {
     /// Started by the others to clear up when they are killed
     #[command(hide = true)]
     Guard(verb::recover::GuardArgs),
+    /// What an agent starts to put a copy's memory in place; of no use by hand
+    #[command(hide = true)]
+    KeepMemory(verb::keep_memory::Args),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     logging::start(
         &cli.output,
-        matches!(&cli.verb, Some(Verb::Agent(agent)) if agent.stdio)
-            || matches!(&cli.verb, Some(Verb::Guard(_))),
+        match &cli.verb {
+            Some(Verb::Agent(agent)) => agent.stdio,
+            Some(Verb::Guard(_) | Verb::KeepMemory(_)) => true,
+            _ => false,
+        },
     );
     if !nix::unistd::geteuid().is_root() {
         eprintln!(
@@ -99,6 +105,7 @@ fn main() -> ExitCode {
             Some(Verb::Recover(args)) => verb::recover::run(&args, &output).await,
             Some(Verb::Guard(args)) => verb::recover::guard(args).await,
             Some(Verb::Unlock(args)) => verb::unlock::run(&args).await,
+            Some(Verb::KeepMemory(args)) => verb::keep_memory::run(&args),
         }
     });
     // Tasks that only wait for a peer must not keep the process.

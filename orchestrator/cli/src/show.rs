@@ -285,6 +285,7 @@ fn block(report: &Report) -> String {
         pages,
         frozen_pages,
         rounds,
+        lazy_pages,
         bytes,
         frozen_us,
         blackout,
@@ -310,9 +311,16 @@ fn block(report: &Report) -> String {
         _ => format!(", all but {} while it ran", thousands(*frozen_pages)),
     };
     let noticed = continuity.as_ref().map(noticed).unwrap_or_default();
+    let restored = match lazy_pages {
+        0 => String::new(),
+        pages => format!(
+            "\n  memory       {} pages put in place while it runs again",
+            thousands(*pages)
+        ),
+    };
     format!(
         "
-  moved        {} pages{while_it_ran}, {} sent, in {}
+  moved        {} pages{while_it_ran}, {} sent, in {}{restored}
   frozen       {}, in which the tree did not run
   blackout     {}, in which no peer was served:
     {parts}
@@ -428,6 +436,7 @@ mod tests {
             destination: "host2".into(),
             pages: 5_387,
             frozen_pages: 87,
+            lazy_pages: 0,
             rounds: 3,
             bytes: 22_020_096,
             frozen_us: 196_500,

@@ -239,6 +239,9 @@ pub struct Report {
     pub frozen_pages: u64,
     /// Rounds of pre-copy; zero when all memory moved while the tree stood still.
     pub rounds: u32,
+    /// Pages that were put in place while the copy already ran.
+    #[serde(default)]
+    pub lazy_pages: u64,
     /// Bytes sent over the channel, pages and images together.
     pub bytes: u64,
     /// How long the tree did not run, in microseconds.

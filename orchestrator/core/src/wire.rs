@@ -186,6 +186,8 @@ pub enum Message {
         verify: bool,
         /// Connections that will carry pages, this one among them.
         streams: u32,
+        /// When the copy gets its memory.
+        restore: RestoreChoice,
     },
     /// Gate closed, address staged, CRIU warm.
     Prepared,
@@ -292,6 +294,18 @@ pub enum StdioChoice {
     File(String),
 }
 
+/// When the copy gets its memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RestoreChoice {
+    /// Lazily where the destination can do that.
+    #[default]
+    Auto,
+    /// While it already runs, what its threads touch first.
+    Lazy,
+    /// All of it before it runs.
+    Eager,
+}
+
 /// What the destination measured, for the closing block.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunningReport {
@@ -307,6 +321,8 @@ pub struct RunningReport {
     pub rst_sent: u64,
     /// cgroup that the copy lives in.
     pub cgroup: String,
+    /// Pages that were still to be put in place when the copy began to run.
+    pub lazy_pages: u64,
 }
 
 /// A failure as the other side needs it: what, where, why, never a local type.

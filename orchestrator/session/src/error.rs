@@ -10,7 +10,7 @@ use migrate_core::phase::IllegalTransition;
 use migrate_core::wire::WireError;
 use migrate_criu::CriuError;
 use migrate_gate::GateError;
-use migrate_memory::{MemoryError, StoreError};
+use migrate_memory::{LazyError, MemoryError, StoreError};
 use migrate_net::NetError;
 use migrate_proc::ProcError;
 use thiserror::Error;
@@ -97,6 +97,23 @@ pub enum Error {
     /// The store of pages that came in rounds.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Memory that arrives while the copy runs.
+    #[error(transparent)]
+    Lazy(#[from] LazyError),
+    /// This host cannot do what the user insists on.
+    #[error("memory cannot arrive while the copy runs here: {why}")]
+    NotLazy {
+        /// What is missing.
+        why: String,
+    },
+    /// An earlier migration of this tree is not complete.
+    #[error(
+        "the memory that process {pid} had before its last migration is still being put in place"
+    )]
+    Arriving {
+        /// A process of the tree.
+        pid: i32,
+    },
     /// The user asked to stop.
     #[error("interrupted")]
     Cancelled,
@@ -179,6 +196,9 @@ impl Error {
             Self::Gate(error) => error.help(),
             Self::Memory(error) => error.help().map(str::to_owned),
             Self::Store(error) => error.help().map(str::to_owned),
+            Self::Lazy(error) => error.help().map(str::to_owned),
+            Self::NotLazy { .. } => Some("use --restore auto or --restore eager".to_owned()),
+            Self::Arriving { .. } => Some("wait until it is complete, then try again".to_owned()),
             Self::NotConverged { .. } => Some("lower --goal, raise --max-iterations, or allow the freeze with --on-timeout freeze".to_owned()),
             Self::NotTheSame { .. } => Some("this is a defect of migrate: please report it; `--engine full` moves the tree without pre-copy".to_owned()),
             Self::Connect(error) => error.help(),

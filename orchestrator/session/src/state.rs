@@ -2,8 +2,10 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
@@ -14,6 +16,31 @@ use crate::error::Error;
 #[derive(Debug, Clone)]
 pub struct State {
     root: PathBuf,
+}
+
+/// Held while memory of a tree is still being put in place.
+#[derive(Debug)]
+pub struct Arriving {
+    /// Locked until its last duplicate is closed; nothing unlocks it before.
+    lock: File,
+    path: PathBuf,
+}
+
+impl Arriving {
+    /// Another handle of the same lock, for another process to hold.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor can be had.
+    pub fn share(&self) -> std::io::Result<OwnedFd> {
+        self.lock.try_clone().map(OwnedFd::from)
+    }
+
+    /// Removes the record: nothing is missing, or nothing is left that could
+    /// miss it. Without this call it lasts for as long as anybody shares it.
+    pub fn done(self) {
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 /// Held while a tree is being moved.
@@ -42,7 +69,13 @@ impl State {
         let state = Self {
             root: root.to_owned(),
         };
-        for directory in [root.to_owned(), state.journal(), state.log(), state.locks()] {
+        let own = [
+            state.journal(),
+            state.log(),
+            state.locks(),
+            state.arriving(),
+        ];
+        for directory in std::iter::once(root.to_owned()).chain(own) {
             make_private(&directory)?;
         }
         Ok(state)
@@ -68,6 +101,69 @@ impl State {
 
     fn locks(&self) -> PathBuf {
         self.root.join("lock")
+    }
+
+    /// Ends the name of a record that is being written.
+    const UNFINISHED: &str = "new";
+
+    fn arriving(&self) -> PathBuf {
+        self.root.join("arriving")
+    }
+
+    /// Puts on record that memory of these processes may be missing, until the
+    /// last one that shares this lets go.
+    ///
+    /// # Errors
+    ///
+    /// The record cannot be written.
+    pub fn arrives(&self, migration_id: &str, pids: &[i32]) -> Result<Arriving, Error> {
+        let path = self.arriving().join(migration_id);
+        // Has its name once it is complete.
+        let fresh = path.with_extension(Self::UNFINISHED);
+        let text: String = pids.iter().map(|pid| format!("{pid}\n")).collect();
+        fs::write(&fresh, text).map_err(Error::file("write", &fresh))?;
+        let lock = File::open(&fresh).map_err(Error::file("open", &fresh))?;
+        lock.try_lock()
+            .map_err(|error| Error::file("lock", &fresh)(error.into()))?;
+        fs::rename(&fresh, &path).map_err(Error::file("rename", &fresh))?;
+        Ok(Arriving { lock, path })
+    }
+
+    /// Waits until no memory of these processes is missing.
+    ///
+    /// # Errors
+    ///
+    /// Some still is after `limit`.
+    pub async fn await_memory(&self, pids: &[i32], limit: Duration) -> Result<(), Error> {
+        let directory = self.arriving();
+        let entries = fs::read_dir(&directory).map_err(Error::file("read", &directory))?;
+        for entry in entries.flatten() {
+            let path = entry.path();
+            let Ok(file) = File::open(&path) else {
+                continue;
+            };
+            if path.extension().is_some_and(|end| end == Self::UNFINISHED) {
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap_or_default();
+            let mut named = text.lines().filter_map(|line| line.parse::<i32>().ok());
+            let Some(pid) = named.find(|pid| pids.contains(pid)) else {
+                if file.try_lock_shared().is_ok() {
+                    // Of an agent that was killed.
+                    let _ = fs::remove_file(&path);
+                }
+                continue;
+            };
+            // On a thread, for there is no other way to wait for such a lock.
+            let locked = tokio::task::spawn_blocking(move || file.lock_shared());
+            match tokio::time::timeout(limit, locked).await {
+                Ok(_) => {
+                    let _ = fs::remove_file(&path);
+                }
+                Err(_) => return Err(Error::Arriving { pid }),
+            }
+        }
+        Ok(())
     }
 
     /// Claims a tree for this process.
@@ -173,6 +269,27 @@ pub(crate) fn make_private(directory: &Path) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn memory_that_arrives_is_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::at(directory.path()).unwrap();
+        let arriving = state.arrives("m-1", &[7, 42]).unwrap();
+        let path = arriving.path.clone();
+        let moment = Duration::from_millis(10);
+        state.await_memory(&[8], moment).await.unwrap();
+        assert!(path.exists());
+        // The record outlives the one who has made it.
+        let shared = arriving.share().unwrap();
+        drop(arriving);
+        let late = state.await_memory(&[1, 42], moment).await;
+        assert!(matches!(late, Err(Error::Arriving { pid: 42 })), "{late:?}");
+        let waiting = state.await_memory(&[42], Duration::from_secs(60));
+        let release = async { drop(shared) };
+        let (waited, ()) = tokio::join!(waiting, release);
+        waited.unwrap();
+        assert!(!path.exists());
+    }
 
     #[test]
     fn a_tree_is_locked_once() {

@@ -3,6 +3,7 @@
 use migrate_channel::StreamOptions;
 use migrate_core::convergence::Policy;
 use migrate_core::preflight::refused;
+use migrate_core::wire::RestoreChoice;
 use migrate_session::Reporter;
 use migrate_session::source::{self, Checked, Choices};
 
@@ -47,6 +48,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
         streams: 1,
         stream: StreamOptions::default(),
         verify: false,
+        restore: RestoreChoice::Auto,
         ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
     };
     match source::check(

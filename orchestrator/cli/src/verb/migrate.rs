@@ -6,7 +6,7 @@ use std::time::Duration;
 use migrate_channel::StreamOptions;
 use migrate_core::convergence::{OnTimeout, Policy};
 use migrate_core::stream::{Compress, STREAMS_MAX};
-use migrate_core::wire::StdioChoice;
+use migrate_core::wire::{RestoreChoice, StdioChoice};
 use migrate_session::source::{self, Choices, EngineChoice, MemoryEngine, Request};
 use migrate_session::{Cancel, Reporter};
 use tokio::signal::unix::{SignalKind, signal};
@@ -83,6 +83,10 @@ pub struct RoundArgs {
     /// (800Mbit). The frozen tree is not held to it
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub bandwidth: Option<u64>,
+    /// When the copy gets its memory: while it already runs, what it touches first (lazy),
+    /// or all of it before (eager); auto is lazy where the destination can do that
+    #[arg(long, value_name = "auto|lazy|eager", value_enum, default_value_t = RestoreName::Auto)]
+    pub restore: RestoreName,
     /// Compare the copy's memory with the frozen tree's before the commit; takes its time
     #[arg(long)]
     pub verify: bool,
@@ -146,6 +150,27 @@ pub enum CompressName {
     None,
     /// Always.
     Lz4,
+}
+
+/// When the copy gets its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum RestoreName {
+    /// Lazy where that works.
+    Auto,
+    /// While it runs.
+    Lazy,
+    /// Before it runs.
+    Eager,
+}
+
+impl From<RestoreName> for RestoreChoice {
+    fn from(name: RestoreName) -> Self {
+        match name {
+            RestoreName::Auto => Self::Auto,
+            RestoreName::Lazy => Self::Lazy,
+            RestoreName::Eager => Self::Eager,
+        }
+    }
 }
 
 /// What to do when rounds end without their goal.
@@ -249,6 +274,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
             streams: args.rounds.streams,
             stream: args.rounds.stream(),
             verify: args.rounds.verify,
+            restore: args.rounds.restore.into(),
             ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
         },
     };

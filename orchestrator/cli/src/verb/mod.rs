@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod cancel;
 pub mod check;
+pub mod keep_memory;
 pub mod migrate;
 pub mod recover;
 pub mod status;

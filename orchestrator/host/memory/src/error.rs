@@ -254,6 +254,12 @@ pub enum StoreError {
         /// The bound.
         limit_bytes: u64,
     },
+    /// The kernel has no memory for it.
+    #[error("no memory for the page store: {why}")]
+    NoMemory {
+        /// What the kernel said.
+        why: String,
+    },
     /// A run without data that does not say its pages are zero.
     #[error("pages at {vaddr:#x} of {owner:?} came without data")]
     NoData {
@@ -279,7 +285,9 @@ impl StoreError {
     #[must_use]
     pub fn help(&self) -> Option<&'static str> {
         match self {
-            Self::Full { .. } => Some("free memory on the destination, then try again"),
+            Self::Full { .. } | Self::NoMemory { .. } => {
+                Some("free memory on the destination, then try again")
+            }
             Self::NoData { .. } | Self::Malformed { .. } => None,
         }
     }

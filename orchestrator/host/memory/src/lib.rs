@@ -27,6 +27,7 @@
 //! mark. Processes that show signs of that are not tracked at all
 //! ([`UntrackedReason::Pinned`]).
 
+mod arena;
 mod content;
 mod digests;
 mod error;
@@ -50,7 +51,9 @@ pub use content::{ContentPrecopy, alike};
 pub use digests::{Listed, digests};
 pub use error::{MemoryError, RoundError, StoreError, Unsupported, UntrackedReason};
 pub use inject::Injection;
-pub use lazy::{LazyError, LazyOptions, LazyReport, LazyServer, LazyServing};
+pub use lazy::{
+    Keeper, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing, keep, probe_lazy,
+};
 pub use probe::{Support, probe};
 pub use rounds::{
     Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState,

@@ -2,18 +2,23 @@
 //!
 //! Pages lie in extents of 2 MiB by address, so that a long run is one copy and
 //! reading in order is one slice per extent. Zero pages are remembered by a bit.
+//! Content lies in a file without a name, so that another process can go on
+//! with it when this one has ended.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 
 use migrate_core::wire::{PAGE_BYTES, PageOwner, PageRun};
 use sha2::{Digest as _, Sha256};
 
+use crate::arena::{Arena, SLOT_BYTES};
 use crate::error::StoreError;
 use crate::{PAGE, ZERO_PAGE};
 
 /// Pages of an extent: 2 MiB, a huge page on x86_64.
-const EXTENT_PAGES: usize = 512;
+const EXTENT_PAGES: usize = SLOT_BYTES / PAGE_BYTES;
 
 /// Bytes of an extent.
 const EXTENT_BYTES: u64 = EXTENT_PAGES as u64 * PAGE;
@@ -47,11 +52,13 @@ struct Extent {
     data_pages: Bits,
     /// Pages known to be zero.
     zero_pages: Bits,
-    /// Pages of `data` that were ever written to, and so take up memory.
+    /// Pages of the slot that were ever written to, and so take up memory.
     touched: Bits,
-    /// Empty until there is content; then all of the extent, of which the
-    /// kernel provides what is touched.
-    data: Vec<u8>,
+    /// Pages that came again with other content.
+    rewritten: Bits,
+    /// Where in the file the content is, all of the extent, of which the
+    /// kernel provides what is touched. None until there is some.
+    slot: Option<usize>,
 }
 
 /// What the store has for a page.
@@ -127,6 +134,7 @@ pub struct Holding {
 #[derive(Debug)]
 pub struct PageStore {
     owners: BTreeMap<PageOwner, BTreeMap<u64, Extent>>,
+    arena: Arena,
     limit_bytes: u64,
     held_bytes: u64,
 }
@@ -137,6 +145,7 @@ impl PageStore {
     pub fn new(limit_bytes: u64) -> Self {
         Self {
             owners: BTreeMap::new(),
+            arena: Arena::default(),
             limit_bytes,
             held_bytes: 0,
         }
@@ -194,7 +203,12 @@ impl PageStore {
             }
             let (part, rest) = data.split_at(pages.len() * PAGE_BYTES);
             data = rest;
-            fill(extent, pages, part, &mut self.held_bytes, self.limit_bytes)?;
+            let room = Room {
+                arena: &mut self.arena,
+                held_bytes: &mut self.held_bytes,
+                limit_bytes: self.limit_bytes,
+            };
+            fill(extent, pages, part, room)?;
         }
         Ok(())
     }
@@ -223,6 +237,9 @@ impl PageStore {
                 }
                 if extent.empty() {
                     self.held_bytes -= extent.touched.count() * PAGE;
+                    if let Some(slot) = extent.slot {
+                        self.arena.give_back(slot);
+                    }
                     extents.remove(&base);
                 }
             }
@@ -235,8 +252,12 @@ impl PageStore {
     /// Forgets everything of an owner.
     pub fn drop_owner(&mut self, owner: PageOwner) {
         if let Some(extents) = self.owners.remove(&owner) {
-            let touched: u64 = extents.values().map(|extent| extent.touched.count()).sum();
-            self.held_bytes -= touched * PAGE;
+            for extent in extents.values() {
+                self.held_bytes -= extent.touched.count() * PAGE;
+                if let Some(slot) = extent.slot {
+                    self.arena.give_back(slot);
+                }
+            }
         }
     }
 
@@ -286,7 +307,7 @@ impl PageStore {
             .get(&owner)
             .into_iter()
             .flatten()
-            .flat_map(|(&base, extent)| pieces(base, extent, 0..EXTENT_PAGES))
+            .flat_map(|(&base, extent)| self.pieces(base, extent, 0..EXTENT_PAGES))
     }
 
     /// The pages of an owner within a range, in order of addresses; pages that
@@ -296,7 +317,7 @@ impl PageStore {
         extent_pieces(range)
             .filter_map(move |(base, pages)| {
                 let extent = extents?.get(&base)?;
-                Some(pieces(base, extent, pages))
+                Some(self.pieces(base, extent, pages))
             })
             .flatten()
     }
@@ -308,7 +329,7 @@ impl PageStore {
         let extent = self.owners.get(&owner)?.get(&base)?;
         let page = page_at(vaddr - base);
         match extent.held(page) {
-            Held::Data => extent.data.get(Extent::page_bytes(page..page + 1)),
+            Held::Data => self.content(extent, page..page + 1),
             Held::Zero => Some(&ZERO_PAGE),
             Held::Missing => None,
         }
@@ -324,6 +345,76 @@ impl PageStore {
             }
         }
         digest.finish()
+    }
+
+    /// The file that content lies in.
+    ///
+    /// # Errors
+    ///
+    /// There is no content yet.
+    pub(crate) fn file(&self) -> io::Result<BorrowedFd<'_>> {
+        self.arena.file()
+    }
+
+    /// Where in the file the content is that [`range`](Self::range) has shown.
+    pub(crate) fn offset(&self, content: &[u8]) -> u64 {
+        self.arena.offset(content)
+    }
+
+    /// Pages that came more than once: the tree has written to them between
+    /// rounds and is likely to do so again.
+    #[must_use]
+    pub fn rewritten(&self) -> Vec<(PageOwner, Range<u64>)> {
+        let mut ranges: Vec<(PageOwner, Range<u64>)> = Vec::new();
+        for (&owner, extents) in &self.owners {
+            for (&base, extent) in extents {
+                let again =
+                    |&page: &usize| extent.rewritten.has(page) && extent.held(page) == Held::Data;
+                for page in (0..EXTENT_PAGES).filter(again) {
+                    let at = base + page as u64 * PAGE;
+                    match ranges.last_mut() {
+                        Some((last, range)) if *last == owner && range.end == at => {
+                            range.end += PAGE;
+                        }
+                        _ => ranges.push((owner, at..at + PAGE)),
+                    }
+                }
+            }
+        }
+        ranges
+    }
+
+    fn content(&self, extent: &Extent, pages: Range<usize>) -> Option<&[u8]> {
+        self.arena
+            .bytes(extent.slot?)
+            .get(Extent::page_bytes(pages))
+    }
+
+    /// What an extent has of some of its pages, in order.
+    fn pieces<'a>(
+        &'a self,
+        base: u64,
+        extent: &'a Extent,
+        pages: Range<usize>,
+    ) -> impl Iterator<Item = Piece<'a>> {
+        let mut at = pages.start;
+        std::iter::from_fn(move || {
+            let start = (at..pages.end).find(|&page| extent.held(page) != Held::Missing)?;
+            let held = extent.held(start);
+            let end = (start + 1..pages.end)
+                .find(|&page| extent.held(page) != held)
+                .unwrap_or(pages.end);
+            at = end;
+            let content = if held == Held::Data {
+                Content::Data(self.content(extent, start..end)?)
+            } else {
+                Content::Zero((end - start) as u64)
+            };
+            Some(Piece {
+                vaddr: base + start as u64 * PAGE,
+                content,
+            })
+        })
     }
 
     /// What is held, page after page, the same kinds together.
@@ -356,14 +447,21 @@ impl PageStore {
     }
 }
 
+/// Where content goes, and how much more may.
+struct Room<'a> {
+    arena: &'a mut Arena,
+    held_bytes: &'a mut u64,
+    limit_bytes: u64,
+}
+
 /// Copies pages into an extent, zero pages excepted.
 fn fill(
     extent: &mut Extent,
     pages: Range<usize>,
     data: &[u8],
-    held_bytes: &mut u64,
-    limit_bytes: u64,
+    room: Room<'_>,
 ) -> Result<(), StoreError> {
+    let limit_bytes = room.limit_bytes;
     let first = pages.start;
     let mut at = pages.start;
     while at < pages.end {
@@ -374,17 +472,21 @@ fn fill(
             .unwrap_or(pages.end);
         if !zero {
             let fresh = (at..end).filter(|&page| !extent.touched.has(page)).count() as u64 * PAGE;
-            if *held_bytes + fresh > limit_bytes {
+            if *room.held_bytes + fresh > limit_bytes {
                 return Err(StoreError::Full { limit_bytes });
             }
-            *held_bytes += fresh;
-            if extent.data.is_empty() {
-                extent.data = vec![0; EXTENT_PAGES * PAGE_BYTES];
-            }
-            extent.data[Extent::page_bytes(at..end)]
+            *room.held_bytes += fresh;
+            let slot = match extent.slot {
+                Some(slot) => slot,
+                None => *extent.slot.insert(room.arena.take()?),
+            };
+            room.arena.bytes_mut(slot)[Extent::page_bytes(at..end)]
                 .copy_from_slice(&data[Extent::page_bytes(at - first..end - first)]);
         }
         for page in at..end {
+            if extent.held(page) != Held::Missing {
+                extent.rewritten.set(page, true);
+            }
             extent.data_pages.set(page, !zero);
             extent.zero_pages.set(page, zero);
             if !zero {
@@ -394,28 +496,6 @@ fn fill(
         at = end;
     }
     Ok(())
-}
-
-/// What an extent has of some of its pages, in order.
-fn pieces(base: u64, extent: &Extent, pages: Range<usize>) -> impl Iterator<Item = Piece<'_>> {
-    let mut at = pages.start;
-    std::iter::from_fn(move || {
-        let start = (at..pages.end).find(|&page| extent.held(page) != Held::Missing)?;
-        let held = extent.held(start);
-        let end = (start + 1..pages.end)
-            .find(|&page| extent.held(page) != held)
-            .unwrap_or(pages.end);
-        at = end;
-        let content = if held == Held::Data {
-            Content::Data(extent.data.get(Extent::page_bytes(start..end))?)
-        } else {
-            Content::Zero((end - start) as u64)
-        };
-        Some(Piece {
-            vaddr: base + start as u64 * PAGE,
-            content,
-        })
-    })
 }
 
 /// The addresses of a run. `None` when they are impossible.

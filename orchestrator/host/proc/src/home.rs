@@ -171,6 +171,43 @@ impl Home {
         crate::kill_tree(&self.living(pids)?)
     }
 
+    /// Kills a copy that runs and must not go on: everything in the cgroup that
+    /// was made for it, or else those of `pids` and their descendants that live
+    /// there. For one who has not made the cgroup himself; `home` is
+    /// [`Home::path`]. What began before this process did is not the copy.
+    ///
+    /// # Errors
+    /// When one cannot be killed.
+    pub fn end(home: &str, pids: &[i32]) -> Result<(), ProcError> {
+        /// Rounds of looking for those that were forked meanwhile.
+        const ROUNDS_MAX: u32 = 16;
+        let own = home.starts_with(cgroup::HOME_PARENT) && home.len() > cgroup::HOME_PARENT.len();
+        let directory = Hierarchy::v2().and_then(|v2| v2.directory(home));
+        if own
+            && let Some(directory) = directory
+            && std::fs::write(directory.join("cgroup.kill"), "1").is_ok()
+        {
+            fence::await_event(&directory, "populated", "0", EMPTY_WAIT_MAX)?;
+            return Ok(());
+        }
+        let began = crate::start_ticks(read::own_pid());
+        for _ in 0..ROUNDS_MAX {
+            let mut here = std::collections::BTreeSet::new();
+            for tree in pids.iter().filter_map(|&pid| crate::tree(pid).ok()) {
+                here.extend(tree.pids().into_iter().filter(|&pid| {
+                    crate::start_ticks(pid) >= began
+                        && (home.is_empty()
+                            || cgroup::of_tree(pid).ok().flatten().as_deref() == Some(home))
+                }));
+            }
+            if here.is_empty() {
+                return Ok(());
+            }
+            crate::kill_tree(&here.into_iter().collect::<Vec<_>>())?;
+        }
+        Ok(())
+    }
+
     /// Removes what was made here, once everything in it has ended: a CRIU
     /// that was told to go takes a moment.
     ///

@@ -3,6 +3,7 @@
 //! Until `Owned` is on record everything is undone when the connection ends,
 //! whatever the reason; after it nothing is.
 
+mod lazy;
 mod preflight;
 mod prepare;
 mod receive;
@@ -30,6 +31,8 @@ use crate::guard::Guard;
 use crate::inbox::Inbox;
 use crate::journal::{self, Journal};
 use crate::state::State;
+
+pub use lazy::keep_memory;
 
 /// How the destination's part ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,6 +134,8 @@ struct Destination {
     staged: Vec<Staged>,
     images: Option<ImageDir>,
     home: Option<Home>,
+    /// Memory that arrives while the copy runs.
+    lazy: lazy::Memory,
     /// Keys of streams that lead out of the tree, in the order of the worker's inherited fds.
     streams: Vec<String>,
     engine: Engine,
@@ -160,6 +165,7 @@ impl Destination {
             staged: Vec::new(),
             images: None,
             home: None,
+            lazy: lazy::Memory::default(),
             streams: Vec::new(),
             engine: Engine::None,
         }
@@ -203,10 +209,11 @@ impl Destination {
                     blackout_limit_ms,
                     verify,
                     streams,
+                    restore,
                 } => {
                     let blackout_limit = Duration::from_millis(blackout_limit_ms);
                     self.phase = Phase::Prepare;
-                    self.prepare(streams).await?;
+                    self.prepare(streams, restore).await?;
                     crate::pause::at("prepared");
                     self.phase = Phase::Dump;
                     self.receive(blackout_limit, verify).await?;
@@ -325,6 +332,8 @@ impl Destination {
                 );
             }
         }
+        // The copy is dead, and the keeper lives in its cgroup.
+        std::mem::take(&mut self.lazy).give_up();
         if let Some(home) = self.home.take() {
             note(
                 "remove the cgroup of the copy".to_owned(),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use migrate_core::facts::{AddressFacts, StdioFacts};
 use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
-use migrate_core::wire::{Message, StdioChoice};
+use migrate_core::wire::{Message, RestoreChoice, StdioChoice};
 use migrate_criu::{ImageDir, WorkerOptions};
 use migrate_gate::{Gate, GateOptions, Role};
 use migrate_proc::Home;
@@ -29,7 +29,11 @@ const SPARE_FLOWS: usize = 4096;
 
 impl Destination {
     /// Makes this host ready for the tree, which comes over so many connections.
-    pub(super) async fn prepare(&mut self, connections: u32) -> Result<(), Error> {
+    pub(super) async fn prepare(
+        &mut self,
+        connections: u32,
+        restore: RestoreChoice,
+    ) -> Result<(), Error> {
         // From here on this process has something to undo, so it must not go
         // down with the login that started it.
         migrate_proc::detach_from_session()?;
@@ -89,7 +93,7 @@ impl Destination {
             self.staged.push(net.stage(placement).await?);
         }
 
-        self.images = Some(ImageDir::create(&images)?);
+        let images = self.images.insert(ImageDir::create(&images)?);
         let home = self
             .home
             .insert(Home::create(&order.tree, &self.migration_id)?);
@@ -97,6 +101,14 @@ impl Destination {
         if let Some(journal) = &mut self.journal {
             journal.update(|record| record.home = Some(path))?;
         }
+        self.lazy.prepare(
+            restore,
+            &self.state,
+            &self.migration_id,
+            &order.tree,
+            home,
+            images,
+        )?;
         let (streams, inherit) = reattach(&order.tree.stdio, &order.stdio)?;
         let worker = criu
             .worker(WorkerOptions {

@@ -2,6 +2,7 @@
 //! before its first instruction.
 
 use std::io;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use migrate_channel::Frame;
@@ -29,6 +30,8 @@ struct Memory {
     frozen: bool,
     /// The final list, when somebody wants to compare.
     listed: Option<Listed>,
+    /// What the tree has written to last.
+    hot: Vec<(PageOwner, Range<u64>)>,
 }
 
 impl Memory {
@@ -48,6 +51,7 @@ impl Memory {
             ),
             frozen: false,
             listed: verify.then(Listed::default),
+            hot: Vec::new(),
         }
     }
 
@@ -55,11 +59,16 @@ impl Memory {
         if !self.frozen {
             return Ok(self.store.put(run, data)?);
         }
+        let lazy = images.leaves_out(&run);
+        if lazy && !data.is_empty() {
+            let end = run.vaddr + run.pages * PAGE_BYTES as u64;
+            self.hot.push((run.owner, run.vaddr..end));
+        }
+        if (lazy || self.listed.is_some()) && !data.is_empty() {
+            self.store.put(run, data)?;
+        }
         if let Some(listed) = &mut self.listed {
             listed.add(run)?;
-            if !data.is_empty() {
-                self.store.put(run, data)?;
-            }
         }
         if data.is_empty() {
             images.gap(run)?;
@@ -159,8 +168,6 @@ impl Destination {
         };
         memory.fill(images)?;
         let memory = memory.verified(digests, masks).await?;
-        // Giving back the store's memory takes a while, and nothing waits for it.
-        tokio::task::spawn_blocking(move || drop(memory));
         let stats = images.finish()?;
         let came = Announced {
             pages: stats.pages,
@@ -178,6 +185,9 @@ impl Destination {
                 announced.images
             )));
         }
+        self.lazy.serve(images, &memory.store, memory.hot)?;
+        // Giving back the store's memory takes a while, and nothing waits for it.
+        tokio::task::spawn_blocking(move || drop(memory.store));
         Ok(())
     }
 
@@ -293,6 +303,7 @@ impl Destination {
             shell_job: order.tree.shell_job,
             inherit_fd,
             external_unix: true,
+            lazy: self.lazy.pages() > 0,
             ..RestoreOptions::new(images.path())
         };
         let session = worker.restore(&options).await?;
@@ -309,6 +320,7 @@ impl Destination {
         };
         self.incoming = Incoming::Messages(inbox);
         held?;
+        self.lazy.handed_over().await?;
         let restore_us = self.dumped_at.map_or(0, |at| {
             u64::try_from(at.elapsed().as_micros()).unwrap_or(u64::MAX)
         });

@@ -35,6 +35,8 @@ impl Destination {
             Message::Abort { reason } => return Err(Error::Aborted(reason)),
             other => return Err(self.unexpected(&other, AWAITED)),
         }
+        // Before anything is decided: a copy without its memory is none.
+        self.lazy.handed_over().await?;
         let journal = self.journal.as_mut().ok_or_else(|| nothing("the record"))?;
         // Fails when a question of the source has closed the record meanwhile.
         journal.stage(Stage::Owned)?;
@@ -115,6 +117,7 @@ impl Destination {
                         held_packets: counted.held_ingress_packets,
                         dropped_packets: crate::dropped_packets(&counted) + unheld,
                         rst_sent: counted.rst_sent,
+                        lazy_pages: self.lazy.pages(),
                         cgroup: self.home.as_ref().map_or_else(String::new, Home::path),
                     });
                     if let Err(error) = self.sender.control(&report).await {
@@ -132,7 +135,8 @@ impl Destination {
         }
         crate::pause::at("running");
         self.clean_up().await;
-        Ok(())
+        // Whatever becomes of the rest: without its memory the tree is lost.
+        std::mem::take(&mut self.lazy).complete().await
     }
 
     /// Nothing here may fail the migration any more.

@@ -30,7 +30,7 @@ use migrate_core::journal::Route;
 use migrate_core::phase::{Event, Phase};
 use migrate_core::report::{Blackout, Continuity, Report};
 use migrate_core::tracked::Tracked;
-use migrate_core::wire::{Message, StdioChoice};
+use migrate_core::wire::{Message, RestoreChoice, StdioChoice};
 use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
 use migrate_memory::{ContentPrecopy, Precopy};
@@ -88,6 +88,8 @@ pub struct Choices {
     /// Compare the copy's memory with the frozen tree's before the commit.
     /// Takes as long as hashing all of it twice.
     pub verify: bool,
+    /// When the copy gets its memory.
+    pub restore: RestoreChoice,
 }
 
 impl Choices {
@@ -660,6 +662,7 @@ impl Migration {
             pages: self.round_pages + self.pages,
             frozen_pages: self.pages,
             rounds: self.rounds,
+            lazy_pages: self.running.lazy_pages,
             bytes: self.sent_bytes,
             frozen_us: span(m.frozen, m.running),
             blackout: Blackout {

@@ -1,6 +1,7 @@
 //! Preflight: look at the tree, let the destination compare, refuse in time.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use migrate_channel::Destination;
 use migrate_core::facts::{HostFacts, SocketFacts, StdioFacts, StdioKind, TreeFacts};
@@ -35,6 +36,10 @@ pub(super) struct Examined {
     pub(super) sockets: Vec<SocketFacts>,
 }
 
+/// How long memory of an earlier migration may take to be complete. It comes
+/// with some GB a second.
+const MEMORY_LIMIT: Duration = Duration::from_secs(60);
+
 /// Bytes a second that a full dump and restore are expected to move, for the
 /// warning about big trees: measured 0.5 to 2.5 GB/s with cold and warm tmpfs.
 const EXPECTED_BYTES_PER_SECOND: u64 = 500_000_000;
@@ -43,6 +48,9 @@ impl Migration {
     /// Connects, examines, compares.
     pub(super) async fn preflight(&mut self) -> Result<String, Error> {
         crate::sweep::sweep(&self.state).await;
+        // What has not come yet would be zeros on the next host.
+        let pids = migrate_proc::tree(self.request.pid)?.pids();
+        self.state.await_memory(&pids, MEMORY_LIMIT).await?;
         let link = connect(&self.request.destination, &self.id, &self.reporter).await?;
         self.link = Some(link);
         crate::pause::at(self.phase.name());

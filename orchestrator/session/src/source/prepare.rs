@@ -94,6 +94,7 @@ impl Migration {
                 .unwrap_or(u64::MAX),
             verify: self.request.choices.verify,
             streams: self.request.choices.streams,
+            restore: self.request.choices.restore,
         };
         self.send(&prepare).await?;
 

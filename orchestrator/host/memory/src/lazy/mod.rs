@@ -28,22 +28,41 @@
 //! - A page is put in place only where the process has not given it up since:
 //!   nothing is copied between the arrival of an event and its being noted.
 //!
-//! What cannot be kept here: when this process is killed, the kernel closes its
-//! descriptors. Whoever runs the server must not end before
-//! [`LazyServing::wait`] has returned.
+//! What cannot be kept by one process: when it is killed, the kernel closes its
+//! descriptors. So the server has a process of its own, the [`Keeper`], and the
+//! one that has started it holds a duplicate of every userfaultfd:
+//!
+//! - The agent dies: the keeper serves on.
+//! - The keeper dies: the agent goes on in its place. It has been told of every
+//!   fork, remap and removal at once, so that it knows what is lacking where;
+//!   filling what was filled before changes nothing. Only between reading an
+//!   event and passing it on, some microseconds, does nobody else know of it:
+//!   the keeper marks that time in shared memory, and when it dies in it, the
+//!   agent says that the tree has to be killed ([`LazyError::Lost`]) and keeps
+//!   everything closed to it until then.
+//! - Both die at the same moment: nobody is left. They have different names,
+//!   the keeper is deaf to the usual signals and lives in the tree's cgroup,
+//!   which nobody kills without killing the tree.
+//!
+//! A userfaultfd that is complete is closed by the agent first, since somebody
+//! has to answer as long as it is open.
 //!
 //! The kernel reports an unmapped range only after another thread may have got
 //! the same addresses anew. Should that thread move unfilled memory to there
 //! with `mremap`, and be heard first, the moved pages would be forgotten. The
 //! window is that between two system calls' last instructions.
 
+mod guard;
+mod partner;
 mod plan;
 mod serve;
 mod sys;
 
+pub use guard::{Keeper, keep};
+
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -54,11 +73,22 @@ use migrate_core::wire::PageOwner;
 use thiserror::Error;
 
 use crate::PAGE;
+use crate::arena::Mapping;
 use crate::store::{Content, PageStore};
 
 /// Name of the socket in CRIU's working directory (`LAZY_PAGES_SOCK_NAME`,
 /// CRIU `uffd.c`).
 const SOCKET_NAME: &str = "lazy-pages.socket";
+
+/// Whether memory can be put in place here while a copy runs: the kernel has
+/// the userfaultfd that CRIU asks for, and this process may have one.
+///
+/// # Errors
+///
+/// What is missing.
+pub fn probe_lazy() -> Result<(), LazyError> {
+    sys::probe().map_err(|source| LazyError::Start { source })
+}
 
 /// How pages are put in place.
 #[derive(Debug, Clone)]
@@ -166,9 +196,19 @@ pub enum LazyError {
         /// How long was waited.
         waited: Duration,
     },
-    /// The serving thread has ended without a word.
-    #[error("the thread that serves memory has failed")]
+    /// Whoever serves has ended without a word.
+    #[error("whoever puts the copy's memory in place has died")]
     Lost,
+    /// The keeper has failed.
+    #[error("the memory keeper has failed: {why}")]
+    Keeper {
+        /// In its own words.
+        why: String,
+    },
+    /// The keeper has given up this process, which was too slow, and serves on
+    /// without it.
+    #[error("the memory keeper serves on by itself")]
+    Unguarded,
 }
 
 impl LazyError {
@@ -176,10 +216,19 @@ impl LazyError {
     #[must_use]
     pub fn help(&self) -> Option<&'static str> {
         match self {
-            Self::Memory { .. } | Self::Slow { .. } | Self::Lost => {
+            Self::Memory { .. }
+            | Self::Slow { .. }
+            | Self::Lost
+            | Self::PageMissing { .. }
+            | Self::Keeper { .. } => {
                 Some("the copy waits where memory is missing and cannot go on: it has to be killed")
             }
-            _ => None,
+            Self::Listen { .. }
+            | Self::Start { .. }
+            | Self::RestoreEnded
+            | Self::Protocol { .. }
+            | Self::NotYet { .. }
+            | Self::Unguarded => None,
         }
     }
 }
@@ -208,34 +257,73 @@ impl LazyServer {
         Ok(Self { listener })
     }
 
-    /// Serves `pages` to the tasks that CRIU restores: those that `plan` names,
-    /// at the addresses they had. Everything else that a task touches is zeros.
-    /// Returns at once.
+    /// Serves `pages` to the tasks that CRIU restores, in this process: those
+    /// that `plan` names, at the addresses they had. Everything else that a task
+    /// touches is zeros. Returns at once.
     ///
     /// # Errors
     ///
     /// A page is not in store, or the threads cannot be started.
     pub fn start(
         self,
-        pages: Arc<PageStore>,
+        pages: &PageStore,
         plan: &[(PageOwner, Range<u64>)],
         options: LazyOptions,
     ) -> Result<LazyServing, LazyError> {
-        let lacking = lacking(&pages, plan)?;
-        let bell = sys::event_fd().map_err(|source| LazyError::Start { source })?;
-        let bell = Arc::new(bell);
-        let end = serve::start(self.listener, pages, lacking, options, Arc::clone(&bell))
-            .map_err(|source| LazyError::Start { source })?;
-        Ok(LazyServing { end, bell })
+        let failed = |source| LazyError::Start { source };
+        let lacking = lacking(pages, plan)?;
+        let bell = Arc::new(sys::event_fd().map_err(failed)?);
+        let file = match pages.file() {
+            Ok(file) => file.try_clone_to_owned(),
+            // There are no pages.
+            Err(_) => crate::arena::memory_file(c"migrate-pages").map(OwnedFd::from),
+        };
+        let file = file.map_err(failed)?;
+        let (teller, told) = mpsc::channel();
+        let server = serve::Server::new(serve::Task {
+            pages: Arc::new(Mapping::of(file.as_fd()).map_err(failed)?),
+            plans: serve::plans(lacking, options.first),
+            threads: options.threads,
+            piece_bytes: options.piece_bytes,
+            limit: options.limit,
+            bell: Arc::clone(&bell),
+            partner: None,
+            teller: Some(teller.clone()),
+        })
+        .map_err(failed)?;
+        std::thread::Builder::new()
+            .name("lazy-faults".to_owned())
+            .spawn(move || {
+                let end = server.serve(&self.listener);
+                // Nobody may want to know.
+                let _ = teller.send(Told::End(end, Vec::new()));
+            })
+            .map_err(failed)?;
+        Ok(LazyServing {
+            told,
+            handed_over: false,
+            bell,
+            socket: None,
+            held: Vec::new(),
+        })
     }
 }
 
-/// The parts of the plan that have content; the rest is zeros, which nobody has
-/// to put in place.
+/// What a server lets know.
+#[derive(Debug)]
+enum Told {
+    /// CRIU has handed over every task that lacks memory.
+    HandedOver,
+    /// The end, and what must stay open until the copy is dead.
+    End(Result<LazyReport, LazyError>, Vec<OwnedFd>),
+}
+
+/// The parts of the plan that have content, with their place in the store's
+/// file; the rest is zeros, which nobody has to put in place.
 fn lacking(
     pages: &PageStore,
     plan: &[(PageOwner, Range<u64>)],
-) -> Result<Vec<(PageOwner, Range<u64>)>, LazyError> {
+) -> Result<Vec<(PageOwner, Range<u64>, u64)>, LazyError> {
     let mut lacking = Vec::new();
     for (owner, range) in plan {
         let mut at = range.start;
@@ -244,8 +332,8 @@ fn lacking(
                 break;
             }
             at += piece.content.pages() * PAGE;
-            if let Content::Data(_) = piece.content {
-                lacking.push((*owner, piece.vaddr..at));
+            if let Content::Data(data) = piece.content {
+                lacking.push((*owner, piece.vaddr..at, pages.offset(data)));
             }
         }
         if at < range.end {
@@ -259,33 +347,85 @@ fn lacking(
 }
 
 /// A server at work. Dropping this does not stop it once CRIU has connected;
-/// before that it ends, so drop it when the restore is given up.
+/// before that it ends. Drop it when the restore is given up and the copy dead.
 #[derive(Debug)]
 pub struct LazyServing {
-    end: mpsc::Receiver<Result<LazyReport, LazyError>>,
+    told: mpsc::Receiver<Told>,
+    handed_over: bool,
     bell: Arc<OwnedFd>,
+    /// To the keeper, when there is one.
+    socket: Option<OwnedFd>,
+    /// Userfaultfds of a copy that must not run.
+    held: Vec<OwnedFd>,
 }
 
 impl LazyServing {
+    /// Waits until CRIU has handed over every task that lacks memory, at most
+    /// `limit`. Before that the copy must not run. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`LazyError::NotYet`], or the server has ended.
+    pub fn handed_over(&mut self, limit: Duration) -> Result<(), LazyError> {
+        let told = if self.handed_over {
+            // Has it ended since?
+            match self.told.try_recv() {
+                Err(mpsc::TryRecvError::Empty) => return Ok(()),
+                Err(mpsc::TryRecvError::Disconnected) => return Err(LazyError::Lost),
+                Ok(told) => told,
+            }
+        } else {
+            match self.told.recv_timeout(limit) {
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    return Err(LazyError::NotYet { waited: limit });
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(LazyError::Lost),
+                Ok(told) => told,
+            }
+        };
+        match told {
+            Told::HandedOver => {
+                self.handed_over = true;
+                Ok(())
+            }
+            Told::End(end, held) => {
+                self.held = held;
+                end.and(Err(LazyError::Lost))
+            }
+        }
+    }
+
     /// Waits until all memory is in place, at most `limit`. Blocks.
     ///
     /// # Errors
     ///
     /// [`LazyError::NotYet`] when it is not: it may be called again. All others
-    /// are the end. [`LazyError::RestoreEnded`] leaves nothing behind; after the
-    /// rest the tree must be killed, see [`LazyError::help`].
+    /// are the end. [`LazyError::RestoreEnded`] leaves nothing behind; after
+    /// those with a [`LazyError::help`] the tree must be killed.
     pub fn wait(&mut self, limit: Duration) -> Result<LazyReport, LazyError> {
-        match self.end.recv_timeout(limit) {
-            Ok(end) => end,
-            Err(mpsc::RecvTimeoutError::Timeout) => Err(LazyError::NotYet { waited: limit }),
-            Err(mpsc::RecvTimeoutError::Disconnected) => Err(LazyError::Lost),
+        loop {
+            match self.told.recv_timeout(limit) {
+                Ok(Told::HandedOver) => self.handed_over = true,
+                Ok(Told::End(end, held)) => {
+                    self.held = held;
+                    return end;
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    return Err(LazyError::NotYet { waited: limit });
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(LazyError::Lost),
+            }
         }
     }
 }
 
 impl Drop for LazyServing {
     fn drop(&mut self) {
-        use std::os::fd::AsFd as _;
         sys::ring(self.bell.as_fd());
+        if !self.handed_over
+            && let Some(socket) = &self.socket
+        {
+            sys::hang_up(socket.as_fd());
+        }
     }
 }

@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use migrate_core::wire::PageOwner;
 
+use super::partner::{self, Heard, Partner, Said, Slate};
 use super::plan::{Claim, Plan};
 use super::sys::{self, Copied, Event};
-use super::{LazyError, LazyOptions, LazyReport};
+use super::{LazyError, LazyReport, Told};
 use crate::PAGE;
-use crate::store::{Content, PageStore};
+use crate::arena::Mapping;
 
 /// `LAZY_PAGES_RESTORE_FINISHED` of CRIU's `uffd.c`.
 const FINISHED: i32 = 0x5253_5446;
@@ -36,6 +37,8 @@ const AGAIN_MS: u64 = 1;
 struct Space {
     /// Whose pages it gets; a forked one gets its parent's.
     owner: PageOwner,
+    /// Its name between the two processes.
+    id: u64,
     /// Held for reading while pages are put in place, for writing while events
     /// are read: so none is put where an event has just said otherwise. Empty
     /// when nothing is lacking any more.
@@ -58,7 +61,7 @@ struct State {
 
 #[derive(Debug)]
 struct Shared {
-    pages: Arc<PageStore>,
+    pages: Arc<Mapping>,
     piece_bytes: u64,
     state: Mutex<State>,
     changed: Condvar,
@@ -98,6 +101,13 @@ impl Space {
         }
     }
 
+    /// Nothing is lacking, or nobody lacks it.
+    fn needs_nothing(&self) -> bool {
+        // For writing: nothing is claimed meanwhile.
+        let uffd = self.uffd.write().unwrap_or_else(PoisonError::into_inner);
+        uffd.is_none() || lock(&self.plan).is_empty()
+    }
+
     /// Puts the next part in place.
     fn fill(&self, shared: &Shared) -> Result<Attempt, LazyError> {
         let uffd = self.uffd.read().unwrap_or_else(PoisonError::into_inner);
@@ -124,14 +134,16 @@ impl Space {
                 from: claim.from + done,
                 bytes: claim.bytes - done,
             };
-            let range = rest.from..rest.from + rest.bytes;
-            let piece = shared.pages.range(self.owner, range).next();
-            // Looked up before the start, and the store does not change.
-            let Some(Content::Data(data)) = piece.map(|piece| piece.content) else {
+            // Looked up before the start, and the pages do not change.
+            let data = usize::try_from(rest.from)
+                .ok()
+                .zip(usize::try_from(rest.bytes).ok())
+                .and_then(|(from, bytes)| shared.pages.bytes().get(from..from + bytes));
+            let Some(data) = data else {
                 lock(&self.plan).give_back(rest);
                 return Err(LazyError::PageMissing {
                     owner: self.owner,
-                    vaddr: rest.from,
+                    vaddr: rest.to,
                 });
             };
             let copied = sys::copy(uffd, rest.to, data);
@@ -257,68 +269,43 @@ fn filler(shared: &Shared, index: usize) {
     }
 }
 
-/// Starts the threads.
-pub(super) fn start(
-    listener: UnixListener,
-    pages: Arc<PageStore>,
-    lacking: Vec<(PageOwner, Range<u64>)>,
-    options: LazyOptions,
-    bell: Arc<OwnedFd>,
-) -> io::Result<mpsc::Receiver<Result<LazyReport, LazyError>>> {
-    let shared = Arc::new(Shared {
-        pages,
-        piece_bytes: options.piece_bytes.clamp(64 << 10, 1 << 20),
-        state: Mutex::new(State::default()),
-        changed: Condvar::new(),
-        bell,
-        filled_pages: AtomicU64::new(0),
-    });
-    for index in 0..options.threads.max(1) {
-        let for_thread = Arc::clone(&shared);
-        let spawned = thread::Builder::new()
-            .name("lazy-fill".to_owned())
-            .spawn(move || filler(&for_thread, index));
-        if let Err(error) = spawned {
-            shared.change(|state| state.over = true);
-            return Err(error);
-        }
-    }
+/// What is served, and to whom it is told.
+pub(super) struct Task {
+    pub(super) pages: Arc<Mapping>,
+    /// What tasks lack that CRIU has not handed over yet.
+    pub(super) plans: BTreeMap<PageOwner, Plan>,
+    pub(super) threads: usize,
+    pub(super) piece_bytes: u64,
+    pub(super) limit: Duration,
+    pub(super) bell: Arc<OwnedFd>,
+    /// The other process, when there is one.
+    pub(super) partner: Option<Partner>,
+    /// Whoever waits in this one.
+    pub(super) teller: Option<mpsc::Sender<Told>>,
+}
+
+/// A copy of what an address space lacks, with its descriptor.
+pub(super) struct Replica {
+    pub(super) owner: PageOwner,
+    pub(super) uffd: OwnedFd,
+    pub(super) plan: Plan,
+}
+
+/// Orders ranges by what was written most recently.
+pub(super) fn plans(
+    lacking: impl IntoIterator<Item = (PageOwner, Range<u64>, u64)>,
+    first: impl IntoIterator<Item = (PageOwner, Range<u64>)>,
+) -> BTreeMap<PageOwner, Plan> {
     let mut plans: BTreeMap<PageOwner, Plan> = BTreeMap::new();
-    for (owner, range) in lacking {
-        let from = range.start;
+    for (owner, range, from) in lacking {
         plans.entry(owner).or_default().insert(range, from);
     }
-    for (owner, range) in options.first {
+    for (owner, range) in first {
         if let Some(plan) = plans.get_mut(&owner) {
             plan.hurry(range);
         }
     }
-    let (sender, receiver) = mpsc::channel();
-    let mut server = Server {
-        shared: Arc::clone(&shared),
-        plans,
-        spaces: Vec::new(),
-        finished: None,
-        limit: options.limit,
-        report: LazyReport::default(),
-    };
-    let spawned = thread::Builder::new()
-        .name("lazy-faults".to_owned())
-        .spawn(move || {
-            let end = server.run(&listener);
-            server.shared.change(|state| state.over = true);
-            if end.is_err() && server.finished.is_some() {
-                // Closing them would turn what is missing into zeros.
-                std::mem::forget(std::mem::take(&mut server.spaces));
-            }
-            // Nobody may want to know.
-            let _ = sender.send(end);
-        });
-    if let Err(error) = spawned {
-        shared.change(|state| state.over = true);
-        return Err(error);
-    }
-    Ok(receiver)
+    plans
 }
 
 /// An address space with the faults that could not be answered yet.
@@ -326,28 +313,117 @@ struct Served {
     space: Arc<Space>,
     fd: i32,
     waiting: Vec<u64>,
+    /// What became of the partner's duplicate.
+    duplicate: Duplicate,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Duplicate {
+    Open,
+    /// He was asked to close it.
+    Closing,
+    Closed,
 }
 
 /// The thread that answers faults.
-struct Server {
+pub(super) struct Server {
     shared: Arc<Shared>,
     /// Of tasks that CRIU has not handed over yet.
     plans: BTreeMap<PageOwner, Plan>,
     spaces: Vec<Served>,
+    next_id: u64,
     /// Since when the tree may run.
     finished: Option<Instant>,
+    handed_over: bool,
     limit: Duration,
     report: LazyReport,
+    partner: Option<Partner>,
+    teller: Option<mpsc::Sender<Told>>,
 }
 
 impl Server {
+    /// Starts the threads that fill.
+    pub(super) fn new(task: Task) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            pages: task.pages,
+            piece_bytes: task.piece_bytes.clamp(64 << 10, 1 << 20),
+            state: Mutex::new(State::default()),
+            changed: Condvar::new(),
+            bell: task.bell,
+            filled_pages: AtomicU64::new(0),
+        });
+        for index in 0..task.threads.max(1) {
+            let for_thread = Arc::clone(&shared);
+            let spawned = thread::Builder::new()
+                .name("lazy-fill".to_owned())
+                .spawn(move || filler(&for_thread, index));
+            if let Err(error) = spawned {
+                shared.change(|state| state.over = true);
+                return Err(error);
+            }
+        }
+        Ok(Self {
+            shared,
+            plans: task.plans,
+            spaces: Vec::new(),
+            next_id: 0,
+            finished: None,
+            handed_over: false,
+            limit: task.limit,
+            report: LazyReport::default(),
+            partner: task.partner,
+            teller: task.teller,
+        })
+    }
+
+    /// Serves CRIU and the tree to the end.
+    pub(super) fn serve(mut self, listener: &UnixListener) -> Result<LazyReport, LazyError> {
+        let end = self.run(listener);
+        self.end(end)
+    }
+
+    /// Goes on for a server that has ended while the tree ran.
+    pub(super) fn take_over(mut self, replicas: Vec<Replica>) -> Result<LazyReport, LazyError> {
+        self.finished = Some(Instant::now());
+        for replica in replicas {
+            let uffd = replica.uffd.as_raw_fd();
+            self.next_id += 1;
+            let id = self.next_id;
+            let added = self.add(id, replica.owner, replica.uffd, replica.plan);
+            if let Err(error) = added {
+                return self.end(Err(error));
+            }
+            // What the other one has read and not answered comes again.
+            // SAFETY: held by the space that was just added.
+            sys::wake_all(unsafe { BorrowedFd::borrow_raw(uffd) });
+        }
+        self.shared.change(|state| state.filling = true);
+        let end = self.fill_up(None);
+        self.end(end)
+    }
+
+    fn end(&mut self, end: Result<LazyReport, LazyError>) -> Result<LazyReport, LazyError> {
+        self.shared.change(|state| state.over = true);
+        if end.is_err() && self.finished.is_some() {
+            // Closing them would turn what is missing into zeros.
+            std::mem::forget(std::mem::take(&mut self.spaces));
+        }
+        match &end {
+            Ok(report) => self.say(&Said::End(*report), &[]),
+            Err(error) => self.say(&Said::Failed(error.to_string()), &[]),
+        }
+        end
+    }
+
     fn run(&mut self, listener: &UnixListener) -> Result<LazyReport, LazyError> {
         let bell = Arc::clone(&self.shared.bell);
         let failed = |source| LazyError::Start { source };
-        // Until CRIU connects, a ring means that nobody wants us any more.
+        // Until CRIU connects, a ring means that nobody wants us any more, and
+        // so does the partner's end.
         let stream = loop {
-            let ready = sys::poll(&[bell.as_raw_fd(), listener.as_raw_fd()], None);
-            let ready = ready.map_err(failed)?;
+            let partner = self.partner.as_ref().map_or(-1, |p| p.socket.as_raw_fd());
+            let fds = [bell.as_raw_fd(), listener.as_raw_fd(), partner];
+            let ready = sys::poll(&fds, None).map_err(failed)?;
             if ready[1] {
                 match listener.accept() {
                     Ok((stream, _)) => break stream,
@@ -356,8 +432,21 @@ impl Server {
                 }
             } else if ready[0] {
                 return Err(LazyError::RestoreEnded);
+            } else if ready[2] {
+                self.hear();
+                if self.partner.is_none() {
+                    return Err(LazyError::RestoreEnded);
+                }
             }
         };
+        self.fill_up(Some(&stream))
+    }
+
+    /// Serves until nothing is lacking; hears CRIU until it says that the tree
+    /// may run.
+    fn fill_up(&mut self, stream: Option<&UnixStream>) -> Result<LazyReport, LazyError> {
+        let bell = Arc::clone(&self.shared.bell);
+        let failed = |source| LazyError::Start { source };
         let mut greeting = Greeting::default();
         loop {
             let waiting = self.spaces.iter().any(|served| !served.waiting.is_empty());
@@ -369,27 +458,31 @@ impl Server {
                     Some(u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1))
                 }
             };
+            let stream = stream.filter(|_| self.finished.is_none());
+            // What is -1 is left out.
             let mut fds = vec![
                 bell.as_raw_fd(),
-                if self.finished.is_none() {
-                    stream.as_raw_fd()
-                } else {
-                    // Left out.
-                    -1
-                },
+                stream.map_or(-1, |stream| stream.as_raw_fd()),
+                self.partner.as_ref().map_or(-1, |p| p.socket.as_raw_fd()),
             ];
+            let own = fds.len();
             fds.extend(self.spaces.iter().map(|served| served.fd));
             let ready = sys::poll(&fds, timeout_ms).map_err(failed)?;
             if ready[0] {
                 sys::hush(bell.as_fd());
             }
-            for index in 0..self.spaces.len() {
-                if ready[index + 2] || !self.spaces[index].waiting.is_empty() {
-                    self.serve(index)?;
+            for index in 0..fds.len() - own {
+                if ready[index + own] || !self.spaces[index].waiting.is_empty() {
+                    self.answer(index)?;
                 }
             }
-            if ready[1] {
-                self.greet(&stream, &mut greeting)?;
+            if ready[1]
+                && let Some(stream) = stream
+            {
+                self.greet(stream, &mut greeting)?;
+            }
+            if ready[2] {
+                self.hear();
             }
             if let Some(error) = lock(&self.shared.state).failure.take() {
                 return Err(error);
@@ -402,13 +495,14 @@ impl Server {
                         u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
                     return Ok(self.report);
                 }
-                if since.elapsed() >= self.limit {
+                let missing_bytes: u64 = self
+                    .spaces
+                    .iter()
+                    .map(|served| lock(&served.space.plan).bytes())
+                    .sum();
+                if since.elapsed() >= self.limit && missing_bytes > 0 {
                     return Err(LazyError::Slow {
-                        missing_bytes: self
-                            .spaces
-                            .iter()
-                            .map(|served| lock(&served.space.plan).bytes())
-                            .sum(),
+                        missing_bytes,
                         limit: self.limit,
                     });
                 }
@@ -416,17 +510,54 @@ impl Server {
         }
     }
 
+    /// Tells the partner; one who cannot be told any more is none.
+    fn say(&mut self, said: &Said, fds: &[BorrowedFd<'_>]) {
+        if let Some(partner) = &self.partner
+            && partner::say(partner.socket.as_fd(), said, fds).is_err()
+        {
+            self.alone();
+        }
+    }
+
+    fn alone(&mut self) {
+        if let Some(partner) = self.partner.take() {
+            // Before he can hear that the connection has ended.
+            partner.slate.set(Slate::ALONE, true);
+        }
+    }
+
+    /// Hears the partner.
+    fn hear(&mut self) {
+        while let Some(partner) = &self.partner {
+            match partner::hear(partner.socket.as_fd(), false) {
+                Ok(Heard::Said(Said::Complete { id }, _)) => {
+                    for served in &mut self.spaces {
+                        if served.space.id == id {
+                            served.duplicate = Duplicate::Closed;
+                        }
+                    }
+                }
+                Ok(Heard::Said(..)) => {}
+                Ok(Heard::Nothing) => return,
+                Ok(Heard::Gone) | Err(_) => self.alone(),
+            }
+        }
+    }
+
     /// Hears what CRIU has to say.
     fn greet(&mut self, stream: &UnixStream, greeting: &mut Greeting) -> Result<(), LazyError> {
-        while let Some(said) = greeting.next(stream)? {
-            match said {
-                Said::Task(pid, uffd) => {
+        while let Some(heard) = greeting.next(stream)? {
+            match heard {
+                FromCriu::Task(pid, uffd) => {
                     self.report.tasks += 1;
                     let owner = PageOwner::Task(pid);
                     let plan = self.plans.remove(&owner).unwrap_or_default();
-                    self.add(owner, uffd, plan)?;
+                    self.next_id += 1;
+                    let id = self.next_id;
+                    self.say(&Said::Task { id, pid }, &[uffd.as_fd()]);
+                    self.add(id, owner, uffd, plan)?;
                 }
-                Said::Finished => {
+                FromCriu::Finished => {
                     if self.plans.values().any(|plan| !plan.is_empty()) {
                         // Its memory would be zeros.
                         return Err(LazyError::Protocol {
@@ -434,16 +565,33 @@ impl Server {
                         });
                     }
                     self.finished = Some(Instant::now());
+                    self.say(&Said::Runs, &[]);
                     self.shared.change(|state| state.filling = true);
-                    return Ok(());
                 }
-                Said::Ended => return Err(LazyError::RestoreEnded),
+                FromCriu::Ended => return Err(LazyError::RestoreEnded),
+            }
+            if !self.handed_over && self.plans.values().all(Plan::is_empty) {
+                self.handed_over = true;
+                self.say(&Said::HandedOver, &[]);
+                if let Some(teller) = &self.teller {
+                    // Nobody may want to know.
+                    let _ = teller.send(Told::HandedOver);
+                }
+            }
+            if self.finished.is_some() {
+                return Ok(());
             }
         }
         Ok(())
     }
 
-    fn add(&mut self, owner: PageOwner, uffd: OwnedFd, plan: Plan) -> Result<(), LazyError> {
+    fn add(
+        &mut self,
+        id: u64,
+        owner: PageOwner,
+        uffd: OwnedFd,
+        plan: Plan,
+    ) -> Result<(), LazyError> {
         if self.spaces.len() >= SPACES_MAX {
             std::mem::forget(uffd);
             return Err(LazyError::Protocol {
@@ -453,6 +601,7 @@ impl Server {
         let fd = uffd.as_raw_fd();
         let space = Arc::new(Space {
             owner,
+            id,
             uffd: RwLock::new(Some(uffd)),
             plan: Mutex::new(plan),
         });
@@ -460,6 +609,7 @@ impl Server {
             space: Arc::clone(&space),
             fd,
             waiting: Vec::new(),
+            duplicate: Duplicate::Open,
         });
         self.shared.change(|state| state.spaces.push(space));
         Ok(())
@@ -468,8 +618,16 @@ impl Server {
     /// Closes what is complete.
     fn let_go(&mut self) {
         let mut left = Vec::new();
-        for served in std::mem::take(&mut self.spaces) {
-            let ended = {
+        for mut served in std::mem::take(&mut self.spaces) {
+            let id = served.space.id;
+            if self.partner.is_none() {
+                served.duplicate = Duplicate::Closed;
+            } else if served.duplicate == Duplicate::Open && served.space.needs_nothing() {
+                // As long as he has it open, somebody must answer.
+                served.duplicate = Duplicate::Closing;
+                self.say(&Said::Complete { id }, &[]);
+            }
+            let ended = served.duplicate == Duplicate::Closed && {
                 let mut uffd = served
                     .space
                     .uffd
@@ -501,7 +659,7 @@ impl Server {
     }
 
     /// Reads the events of one address space and answers its faults.
-    fn serve(&mut self, index: usize) -> Result<(), LazyError> {
+    fn answer(&mut self, index: usize) -> Result<(), LazyError> {
         let served = &mut self.spaces[index];
         let space = Arc::clone(&served.space);
         let mut guard = space.uffd.write().unwrap_or_else(PoisonError::into_inner);
@@ -510,30 +668,64 @@ impl Server {
             return Ok(());
         };
         let mut forks = Vec::new();
-        let mut noted = false;
+        let mut noted = Vec::new();
+        if let Some(partner) = &self.partner {
+            // Until he has been told, only this process knows.
+            partner.slate.set(Slate::READING, true);
+        }
         let events = sys::events(uffd.as_fd()).map_err(space.failed("watch"))?;
         {
             let mut plan = lock(&space.plan);
             for event in events {
-                noted |= !matches!(event, Event::Fault(_));
+                let id = space.id;
                 match event {
                     Event::Fault(address) => served.waiting.push(address),
                     // What it lacks at this very moment, for events come in
                     // order.
-                    Event::Fork(uffd) => forks.push((uffd, plan.clone())),
-                    Event::Remap { from, to, bytes } => plan.shift(from, to, bytes),
+                    Event::Fork(uffd) => {
+                        self.next_id += 1;
+                        let child = self.next_id;
+                        noted.push(Said::Fork {
+                            id: child,
+                            parent: id,
+                        });
+                        forks.push((child, uffd, plan.clone()));
+                    }
+                    Event::Remap { from, to, bytes } => {
+                        plan.shift(from, to, bytes);
+                        noted.push(Said::Remap {
+                            id,
+                            from,
+                            to,
+                            bytes,
+                        });
+                    }
                     Event::Remove { start, end } => {
                         plan.take(start..end);
+                        noted.push(Said::Remove { id, start, end });
                     }
                 }
             }
         }
-        // Before anything can fail: whoever holds them must not close them.
-        for (uffd, plan) in forks {
-            self.report.forks += 1;
-            self.add(space.owner, uffd, plan)?;
+        for said in &noted {
+            let fd = match said {
+                Said::Fork { id, .. } => forks.iter().find(|(child, ..)| child == id),
+                _ => None,
+            };
+            match fd {
+                Some((_, uffd, _)) => self.say(said, &[uffd.as_fd()]),
+                None => self.say(said, &[]),
+            }
         }
-        if noted {
+        if let Some(partner) = &self.partner {
+            partner.slate.set(Slate::READING, false);
+        }
+        // Before anything can fail: whoever holds them must not close them.
+        for (id, uffd, plan) in forks {
+            self.report.forks += 1;
+            self.add(id, space.owner, uffd, plan)?;
+        }
+        if !noted.is_empty() {
             self.shared.change(|_| {});
         }
         let served = &mut self.spaces[index];
@@ -584,6 +776,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // Nobody fills for a server that is gone.
+        self.shared.change(|state| state.over = true);
         if thread::panicking() {
             // Closing them would turn what is missing into zeros.
             std::mem::forget(std::mem::take(&mut self.spaces));
@@ -592,7 +786,7 @@ impl Drop for Server {
 }
 
 /// What CRIU says over the socket.
-enum Said {
+enum FromCriu {
     Task(u32, OwnedFd),
     Finished,
     Ended,
@@ -608,7 +802,7 @@ struct Greeting {
 }
 
 impl Greeting {
-    fn next(&mut self, stream: &UnixStream) -> Result<Option<Said>, LazyError> {
+    fn next(&mut self, stream: &UnixStream) -> Result<Option<FromCriu>, LazyError> {
         let failed = |source| LazyError::Start { source };
         loop {
             if let Some(pid) = self.pid {
@@ -618,8 +812,8 @@ impl Greeting {
                 };
                 self.pid = None;
                 return match fd {
-                    Some(fd) => Ok(Some(Said::Task(pid, fd))),
-                    None if length == 0 => Ok(Some(Said::Ended)),
+                    Some(fd) => Ok(Some(FromCriu::Task(pid, fd))),
+                    None if length == 0 => Ok(Some(FromCriu::Ended)),
                     None => Err(LazyError::Protocol {
                         what: "a task without a userfaultfd",
                     }),
@@ -632,7 +826,7 @@ impl Greeting {
                 return Ok(None);
             };
             if length == 0 {
-                return Ok(Some(Said::Ended));
+                return Ok(Some(FromCriu::Ended));
             }
             self.have += length;
             if self.have < 4 {
@@ -640,7 +834,7 @@ impl Greeting {
             }
             self.have = 0;
             match i32::from_ne_bytes(self.word) {
-                FINISHED => return Ok(Some(Said::Finished)),
+                FINISHED => return Ok(Some(FromCriu::Finished)),
                 // Dead and not reaped: it has no memory.
                 ..=-1 => {}
                 0 => {

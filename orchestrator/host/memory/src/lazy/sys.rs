@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
 use crate::PAGE;
 
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
@@ -247,47 +248,179 @@ pub(super) fn receive(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
 ) -> io::Result<Option<(usize, Option<OwnedFd>)>> {
+    let received = receive_all(socket, buffer, false)?;
+    Ok(received.map(|(length, mut fds)| (length, fds.pop())))
+}
+
+/// Descriptors that one message may bring.
+const FDS_MAX: usize = 8;
+
+/// Words of memory for them, header included.
+const CONTROL_WORDS: usize = 2 + FDS_MAX / 2;
+
+/// Receives at most `buffer.len()` bytes and the descriptors that come along.
+/// `None` when there is nothing yet and it shall not be waited for.
+pub(super) fn receive_all(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    wait: bool,
+) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
     let mut part = libc::iovec {
         iov_base: buffer.as_mut_ptr().cast(),
         iov_len: buffer.len(),
     };
-    // Room for one descriptor, aligned as a header must be.
-    let mut control = [0u64; 3];
+    // Aligned as a header must be.
+    let mut control = [0u64; CONTROL_WORDS];
     // SAFETY: all-zero is a valid message header.
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
     header.msg_iov = &raw mut part;
     header.msg_iovlen = 1;
     header.msg_control = control.as_mut_ptr().cast();
     header.msg_controllen = size_of_val(&control) as _;
-    // SAFETY: the header points to memory that lives here, with its lengths.
-    let received = unsafe {
-        libc::recvmsg(
-            socket.as_raw_fd(),
-            &raw mut header,
-            libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC,
-        )
-    };
-    let Ok(received) = usize::try_from(received) else {
-        let error = io::Error::last_os_error();
-        return match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
-            io::ErrorKind::ConnectionReset => Ok(Some((0, None))),
-            _ => Err(error),
+    let flags = if wait { 0 } else { libc::MSG_DONTWAIT };
+    let received = loop {
+        // SAFETY: the header points to memory that lives here, with its lengths.
+        let received = unsafe {
+            libc::recvmsg(
+                socket.as_raw_fd(),
+                &raw mut header,
+                flags | libc::MSG_CMSG_CLOEXEC,
+            )
         };
+        if let Ok(received) = usize::try_from(received) {
+            break received;
+        }
+        let error = io::Error::last_os_error();
+        match error.kind() {
+            io::ErrorKind::Interrupted if wait => {}
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => return Ok(None),
+            io::ErrorKind::ConnectionReset => return Ok(Some((0, Vec::new()))),
+            _ => return Err(error),
+        }
     };
+    let mut fds = Vec::new();
     // SAFETY: the kernel has written `msg_controllen` bytes of control data,
-    // and the macros stay within them; a descriptor in it is new and ours.
-    let fd = unsafe {
+    // and the macros stay within them; descriptors in it are new and ours.
+    unsafe {
         let first = libc::CMSG_FIRSTHDR(&raw const header);
         if !first.is_null()
             && (*first).cmsg_level == libc::SOL_SOCKET
             && (*first).cmsg_type == libc::SCM_RIGHTS
         {
-            let number = libc::CMSG_DATA(first).cast::<RawFd>().read_unaligned();
-            Some(OwnedFd::from_raw_fd(number))
-        } else {
-            None
+            let numbers = libc::CMSG_DATA(first).cast::<RawFd>();
+            let bytes = (*first).cmsg_len as usize - libc::CMSG_LEN(0) as usize;
+            for index in 0..bytes / size_of::<RawFd>() {
+                let number = numbers.add(index).read_unaligned();
+                fds.push(OwnedFd::from_raw_fd(number));
+            }
         }
+    }
+    Ok(Some((received, fds)))
+}
+
+/// Sends a message with descriptors, or fails at once.
+pub(super) fn send(socket: BorrowedFd<'_>, data: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut part = libc::iovec {
+        iov_base: data.as_ptr().cast_mut().cast(),
+        iov_len: data.len(),
     };
-    Ok(Some((received, fd)))
+    let numbers: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+    if numbers.len() > FDS_MAX {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let bytes = u32::try_from(size_of_val(numbers.as_slice())).unwrap_or(0);
+    // Aligned as a header must be.
+    let mut control = [0u64; CONTROL_WORDS];
+    // SAFETY: all-zero is a valid message header.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    if bytes > 0 {
+        header.msg_control = control.as_mut_ptr().cast();
+        // SAFETY: only computes.
+        header.msg_controllen = unsafe { libc::CMSG_SPACE(bytes) } as _;
+        // SAFETY: `control` has room for a header and `FDS_MAX` descriptors,
+        // of which there are no more.
+        unsafe {
+            let first = libc::CMSG_FIRSTHDR(&raw const header);
+            (*first).cmsg_level = libc::SOL_SOCKET;
+            (*first).cmsg_type = libc::SCM_RIGHTS;
+            (*first).cmsg_len = libc::CMSG_LEN(bytes) as _;
+            let to = libc::CMSG_DATA(first).cast::<RawFd>();
+            for (index, number) in numbers.iter().enumerate() {
+                to.add(index).write_unaligned(*number);
+            }
+        }
+    }
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the header points to memory that lives here, with its lengths,
+    // and nothing of it is written to.
+    if unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const header, flags) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Lets every thread that waits for a page look again.
+pub(super) fn wake_all(uffd: BorrowedFd<'_>) {
+    // From `vm.mmap_min_addr`'s usual value to the end of the address space of
+    // four levels of page tables, which is the lowest in use.
+    let range = UffdioRange {
+        start: 1 << 16,
+        len: (1 << 47) - PAGE - (1 << 16),
+    };
+    // SAFETY: as for `wake`.
+    unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_WAKE, &raw const range) };
+}
+
+/// Waits until the socket takes more.
+pub(super) fn await_room(socket: BorrowedFd<'_>, limit_ms: i32) {
+    let mut list = libc::pollfd {
+        fd: socket.as_raw_fd(),
+        events: libc::POLLOUT,
+        revents: 0,
+    };
+    // SAFETY: one entry that lives here.
+    unsafe { libc::poll(&raw mut list, 1, limit_ms) };
+}
+
+/// Ends a connection for both sides.
+pub(super) fn hang_up(socket: BorrowedFd<'_>) {
+    // SAFETY: the call takes no pointer.
+    unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
+}
+
+/// Forks, moves, given back and unmapped memory are reported: without these no
+/// tree could be served.
+const FEATURES: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6;
+
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// Makes a userfaultfd with all that is needed, and closes it.
+pub(super) fn probe() -> io::Result<()> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    // SAFETY: the call takes no pointer; the result is a new descriptor.
+    let uffd = unsafe {
+        let fd = libc::syscall(libc::SYS_userfaultfd, flags);
+        let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    let mut api = UffdioApi {
+        api: 0xaa,
+        features: FEATURES,
+        ioctls: 0,
+    };
+    // SAFETY: the request reads and writes one `UffdioApi`, which lives here.
+    if unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, &raw mut api) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }

@@ -1,0 +1,440 @@
+//! Serving from a process of its own, which the one that has started it backs
+//! up.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::ops::Range;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use migrate_core::wire::PageOwner;
+
+use super::partner::{self, Heard, ORDER_FDS, Partner, Said, Slate};
+use super::plan::Plan;
+use super::serve::{Replica, Server, Task, plans};
+use super::{LazyError, LazyOptions, LazyReport, LazyServer, LazyServing, Told, lacking, sys};
+use crate::arena::{Mapping, memory_file};
+use crate::store::PageStore;
+
+/// Largest plan that is accepted, in numbers: a GiB of them would be the plan
+/// for a tree without two pages side by side in 128 GiB.
+const PLAN_WORDS_MAX: usize = 1 << 27;
+
+/// What has to be put in place and how, as it is handed to the keeper.
+struct Order {
+    lacking: Vec<(PageOwner, Range<u64>, u64)>,
+    first: Vec<(PageOwner, Range<u64>)>,
+    threads: usize,
+    piece_bytes: u64,
+    limit: Duration,
+}
+
+impl Order {
+    fn write(&self) -> io::Result<File> {
+        let pid = |owner: PageOwner| match owner {
+            PageOwner::Task(pid) => u64::from(pid),
+            // Never lazy.
+            PageOwner::Shared(_) => 0,
+        };
+        let mut words = vec![
+            self.threads as u64,
+            self.piece_bytes,
+            u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX),
+            self.lacking.len() as u64,
+            self.first.len() as u64,
+        ];
+        for (owner, range, from) in &self.lacking {
+            words.extend([pid(*owner), range.start, range.end, *from]);
+        }
+        for (owner, range) in &self.first {
+            words.extend([pid(*owner), range.start, range.end]);
+        }
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut file = memory_file(c"migrate-plan")?;
+        file.write_all(&bytes)?;
+        Ok(file)
+    }
+
+    fn read(mut file: File) -> io::Result<Self> {
+        let bytes = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        if bytes > PLAN_WORDS_MAX * 8 {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        file.rewind()?;
+        let mut raw = Vec::with_capacity(bytes);
+        file.read_to_end(&mut raw)?;
+        let mut words = raw
+            .chunks_exact(8)
+            .map(|word| word.try_into().map_or(0, u64::from_le_bytes));
+        let mut next = || words.next().ok_or(io::ErrorKind::UnexpectedEof);
+        let task = |word: u64| {
+            u32::try_from(word)
+                .map(PageOwner::Task)
+                .map_err(io::Error::other)
+        };
+        let mut order = Self {
+            threads: usize::try_from(next()?).map_err(io::Error::other)?,
+            piece_bytes: next()?,
+            limit: Duration::from_millis(next()?),
+            lacking: Vec::new(),
+            first: Vec::new(),
+        };
+        let (lacking, first) = (next()?, next()?);
+        for _ in 0..lacking {
+            let (owner, start, end) = (task(next()?)?, next()?, next()?);
+            order.lacking.push((owner, start..end, next()?));
+        }
+        for _ in 0..first {
+            order.first.push((task(next()?)?, next()?..next()?));
+        }
+        Ok(order)
+    }
+}
+
+/// A process that will serve memory, as the one that has started it sees it.
+///
+/// It is ended when dropped before [`Keeper::serve`].
+#[derive(Debug)]
+pub struct Keeper {
+    socket: OwnedFd,
+    child: Option<Child>,
+}
+
+impl Keeper {
+    /// Starts it: `command` must call [`keep`]. It gets a session of its own and
+    /// the connection to this process as its standard input.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn start(mut command: Command) -> Result<Self, LazyError> {
+        let failed = |source| LazyError::Start { source };
+        let (ours, theirs) = Partner::pair().map_err(failed)?;
+        command
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .current_dir("/");
+        // SAFETY: one system call between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                libc::setsid();
+                Ok(())
+            });
+        }
+        let child = command.spawn().map_err(failed)?;
+        Ok(Self {
+            socket: ours,
+            child: Some(child),
+        })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        let pid = self.child.as_ref().map_or(0, Child::id);
+        pid.cast_signed()
+    }
+
+    /// Gives it its order; see [`LazyServer::start`]. `hold` is a descriptor
+    /// that stays open until all memory is in place, whoever sees to that.
+    ///
+    /// # Errors
+    ///
+    /// A page is not in store, or the process has ended.
+    pub fn serve(
+        mut self,
+        server: LazyServer,
+        pages: &PageStore,
+        plan: &[(PageOwner, Range<u64>)],
+        options: LazyOptions,
+        hold: Option<OwnedFd>,
+    ) -> Result<LazyServing, LazyError> {
+        let failed = |source| LazyError::Start { source };
+        let order = Order {
+            lacking: lacking(pages, plan)?,
+            first: options.first,
+            threads: options.threads,
+            piece_bytes: options.piece_bytes,
+            limit: options.limit,
+        };
+        let file = match pages.file() {
+            Ok(file) => file.try_clone_to_owned(),
+            // There are no pages.
+            Err(_) => memory_file(c"migrate-pages").map(OwnedFd::from),
+        };
+        let file = file.map_err(failed)?;
+        let (slate, slate_file) = Slate::new().map_err(failed)?;
+        let order_file = order.write().map_err(failed)?;
+        let hold = match hold {
+            Some(hold) => hold,
+            None => File::open("/dev/null").map_err(failed)?.into(),
+        };
+        let fds: [_; ORDER_FDS] = [
+            server.listener.as_fd(),
+            file.as_fd(),
+            order_file.as_fd(),
+            slate_file.as_fd(),
+            hold.as_fd(),
+        ];
+        partner::say(self.socket.as_fd(), &Said::Order, &fds).map_err(failed)?;
+        let bell = Arc::new(sys::event_fd().map_err(failed)?);
+        let (teller, told) = mpsc::channel();
+        let socket = self.socket.try_clone().map_err(failed)?;
+        let other = self.socket.try_clone().map_err(failed)?;
+        let guard = Guard {
+            socket,
+            slate,
+            file,
+            _hold: hold,
+            threads: order.threads,
+            piece_bytes: order.piece_bytes,
+            limit: order.limit,
+            plans: plans(order.lacking, order.first),
+            replicas: BTreeMap::new(),
+            runs: false,
+            child: self.child.take(),
+        };
+        thread::Builder::new()
+            .name("lazy-guard".to_owned())
+            .spawn(move || guard.run(&teller))
+            .map_err(failed)?;
+        Ok(LazyServing {
+            told,
+            handed_over: false,
+            bell,
+            socket: Some(other),
+            held: Vec::new(),
+        })
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // It has no order: the end of the connection ends it, and this is
+        // faster.
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// The account that is kept beside the server's own.
+struct Guard {
+    socket: OwnedFd,
+    slate: Slate,
+    file: OwnedFd,
+    _hold: OwnedFd,
+    threads: usize,
+    piece_bytes: u64,
+    limit: Duration,
+    plans: BTreeMap<PageOwner, Plan>,
+    replicas: BTreeMap<u64, Replica>,
+    runs: bool,
+    child: Option<Child>,
+}
+
+impl Guard {
+    fn run(mut self, teller: &mpsc::Sender<Told>) {
+        let end = self.listen(teller);
+        // Closing them would turn what is missing into zeros.
+        let replicas = std::mem::take(&mut self.replicas);
+        let held = if self.runs {
+            std::mem::forget(replicas);
+            Vec::new()
+        } else {
+            replicas.into_values().map(|replica| replica.uffd).collect()
+        };
+        // Nobody may want to know.
+        let _ = teller.send(Told::End(end, held));
+        if let Some(child) = &mut self.child {
+            let _ = child.wait();
+        }
+    }
+
+    fn listen(&mut self, teller: &mpsc::Sender<Told>) -> Result<LazyReport, LazyError> {
+        loop {
+            let heard = partner::hear(self.socket.as_fd(), true);
+            match heard.map_err(|source| LazyError::Start { source })? {
+                Heard::Said(Said::HandedOver, _) => {
+                    let _ = teller.send(Told::HandedOver);
+                }
+                Heard::Said(Said::End(report), _) => return Ok(report),
+                Heard::Said(Said::Failed(why), _) => return Err(LazyError::Keeper { why }),
+                Heard::Said(said, fds) => self.note(&said, fds)?,
+                Heard::Nothing => {}
+                Heard::Gone => return self.take_over(),
+            }
+        }
+    }
+
+    /// Does what the server has done.
+    fn note(&mut self, said: &Said, mut fds: Vec<OwnedFd>) -> Result<(), LazyError> {
+        let unknown = LazyError::Protocol {
+            what: "a message of the memory keeper",
+        };
+        match *said {
+            Said::Task { id, pid } => {
+                let owner = PageOwner::Task(pid);
+                let uffd = fds.pop().ok_or(unknown)?;
+                let plan = self.plans.remove(&owner).unwrap_or_default();
+                self.replicas.insert(id, Replica { owner, uffd, plan });
+            }
+            Said::Fork { id, parent } => {
+                let uffd = fds.pop().ok_or(LazyError::Lost)?;
+                let parent = self.replicas.get(&parent);
+                let (owner, plan) = match parent {
+                    Some(parent) => (parent.owner, parent.plan.clone()),
+                    None => {
+                        std::mem::forget(uffd);
+                        return Err(unknown);
+                    }
+                };
+                self.replicas.insert(id, Replica { owner, uffd, plan });
+            }
+            Said::Remap {
+                id,
+                from,
+                to,
+                bytes,
+            } => {
+                if let Some(replica) = self.replicas.get_mut(&id) {
+                    replica.plan.shift(from, to, bytes);
+                }
+            }
+            Said::Remove { id, start, end } => {
+                if let Some(replica) = self.replicas.get_mut(&id) {
+                    replica.plan.take(start..end);
+                }
+            }
+            Said::Runs => self.runs = true,
+            Said::Complete { id } => {
+                self.replicas.remove(&id);
+                // Should it be gone, that is heard next.
+                let _ = partner::say(self.socket.as_fd(), said, &[]);
+            }
+            Said::Order | Said::HandedOver | Said::End(_) | Said::Failed(_) => return Err(unknown),
+        }
+        Ok(())
+    }
+
+    /// The keeper has died, or does without this process.
+    fn take_over(&mut self) -> Result<LazyReport, LazyError> {
+        if self.slate.has(Slate::ALONE) {
+            // It serves on; what is held here would only be in its way.
+            self.replicas.clear();
+            return Err(LazyError::Unguarded);
+        }
+        if !self.runs || self.slate.has(Slate::READING) {
+            // CRIU has lost its server; or the tree may have done something
+            // that nobody living knows of.
+            return Err(LazyError::Lost);
+        }
+        let failed = |source| LazyError::Start { source };
+        let server = Server::new(Task {
+            pages: Arc::new(Mapping::of(self.file.as_fd()).map_err(failed)?),
+            plans: BTreeMap::new(),
+            threads: self.threads,
+            piece_bytes: self.piece_bytes,
+            limit: self.limit,
+            bell: Arc::new(sys::event_fd().map_err(failed)?),
+            partner: None,
+            teller: None,
+        })
+        .map_err(failed)?;
+        let replicas = std::mem::take(&mut self.replicas);
+        server.take_over(replicas.into_values().collect())
+    }
+}
+
+/// Ignored by the keeper: it ends when its work is done.
+const DEAF_TO: [libc::c_int; 5] = [
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGPIPE,
+];
+
+/// The keeper: serves what the process on the other side of standard input
+/// orders, also when that has ended meanwhile. Blocks until all memory is in
+/// place.
+///
+/// # Errors
+///
+/// As [`LazyServing::wait`]. After an error with a [`LazyError::help`] the tree
+/// has to be killed before this process ends.
+pub fn keep() -> Result<LazyReport, LazyError> {
+    let failed = |source| LazyError::Start { source };
+    for signal in DEAF_TO {
+        // SAFETY: ignoring a signal installs no handler.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+    // SAFETY: a name that ends with a zero.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"memory-keeper".as_ptr()) };
+    // Where that is not allowed, it is killed as late as others are.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    let socket = io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
+    let unknown = LazyError::Protocol {
+        what: "an order of the agent",
+    };
+    let mut fds = match partner::hear(socket.as_fd(), true).map_err(failed)? {
+        Heard::Said(Said::Order, fds) => fds.into_iter(),
+        Heard::Gone => return Err(LazyError::RestoreEnded),
+        Heard::Said(..) | Heard::Nothing => return Err(unknown),
+    };
+    let (Some(listener), Some(pages), Some(order), Some(slate), Some(_hold)) =
+        (fds.next(), fds.next(), fds.next(), fds.next(), fds.next())
+    else {
+        return Err(unknown);
+    };
+    let order = Order::read(File::from(order)).map_err(failed)?;
+    let server = Server::new(Task {
+        pages: Arc::new(Mapping::of(pages.as_fd()).map_err(failed)?),
+        plans: plans(order.lacking, order.first),
+        threads: order.threads,
+        piece_bytes: order.piece_bytes,
+        limit: order.limit,
+        bell: Arc::new(sys::event_fd().map_err(failed)?),
+        partner: Some(Partner {
+            socket,
+            slate: Slate::of(slate.as_fd()).map_err(failed)?,
+        }),
+        teller: None,
+    })
+    .map_err(failed)?;
+    server.serve(&UnixListener::from(listener))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_order_is_read_as_it_was_written() {
+        let task = PageOwner::Task(7);
+        let order = Order {
+            lacking: vec![(task, 4096..8192, 1), (task, 1 << 40..1 << 41, 2 << 20)],
+            first: vec![(task, 4096..8192)],
+            threads: 3,
+            piece_bytes: 5,
+            limit: Duration::from_millis(6),
+        };
+        let read = Order::read(order.write().unwrap()).unwrap();
+        assert_eq!(read.lacking, order.lacking);
+        assert_eq!(read.first, order.first);
+        assert_eq!(
+            (read.threads, read.piece_bytes, read.limit),
+            (3, 5, order.limit)
+        );
+        let cut = order.write().unwrap();
+        cut.set_len(60).unwrap();
+        assert!(Order::read(cut).is_err());
+    }
+}
