@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -205,7 +205,7 @@ impl Keeper {
             .spawn(move || guard.run(&teller))
             .map_err(failed)?;
         Ok(LazyServing {
-            told,
+            told: Mutex::new(told),
             handed_over: false,
             bell,
             socket: Some(other),

@@ -65,8 +65,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use migrate_core::wire::PageOwner;
@@ -300,7 +299,7 @@ impl LazyServer {
             })
             .map_err(failed)?;
         Ok(LazyServing {
-            told,
+            told: Mutex::new(told),
             handed_over: false,
             bell,
             socket: None,
@@ -350,7 +349,8 @@ fn lacking(
 /// before that it ends. Drop it when the restore is given up and the copy dead.
 #[derive(Debug)]
 pub struct LazyServing {
-    told: mpsc::Receiver<Told>,
+    /// Locked only for the sake of the compiler: there is one that listens.
+    told: Mutex<mpsc::Receiver<Told>>,
     handed_over: bool,
     bell: Arc<OwnedFd>,
     /// To the keeper, when there is one.
@@ -367,15 +367,16 @@ impl LazyServing {
     ///
     /// [`LazyError::NotYet`], or the server has ended.
     pub fn handed_over(&mut self, limit: Duration) -> Result<(), LazyError> {
+        let told = self.told.get_mut().unwrap_or_else(PoisonError::into_inner);
         let told = if self.handed_over {
             // Has it ended since?
-            match self.told.try_recv() {
+            match told.try_recv() {
                 Err(mpsc::TryRecvError::Empty) => return Ok(()),
                 Err(mpsc::TryRecvError::Disconnected) => return Err(LazyError::Lost),
                 Ok(told) => told,
             }
         } else {
-            match self.told.recv_timeout(limit) {
+            match told.recv_timeout(limit) {
                 Err(mpsc::RecvTimeoutError::Timeout) => {
                     return Err(LazyError::NotYet { waited: limit });
                 }
@@ -403,8 +404,9 @@ impl LazyServing {
     /// are the end. [`LazyError::RestoreEnded`] leaves nothing behind; after
     /// those with a [`LazyError::help`] the tree must be killed.
     pub fn wait(&mut self, limit: Duration) -> Result<LazyReport, LazyError> {
+        let told = self.told.get_mut().unwrap_or_else(PoisonError::into_inner);
         loop {
-            match self.told.recv_timeout(limit) {
+            match told.recv_timeout(limit) {
                 Ok(Told::HandedOver) => self.handed_over = true,
                 Ok(Told::End(end, held)) => {
                     self.held = held;
