@@ -3,13 +3,14 @@
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use aya::programs::SchedClassifier;
 use aya::programs::tc::TcAttachType;
 use migrate_test_hosts::{Host, INTERFACE};
+use migrate_test_vms::Kernel;
 
 /// Between two looks at something that announces itself to nobody.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
@@ -232,8 +233,8 @@ fn snmp(text: &str, group: &str, name: &str) -> Option<u64> {
 
 /// Why a test cannot run here, for [`require!`](crate::require).
 ///
-/// `need` is `root`, `tcx` (kernel 6.6), `migrate` (built), or the name of a
-/// program.
+/// `need` is `root`, `tcx` (kernel 6.6), `migrate` (built), `vm` (QEMU),
+/// `kernel_6_1` and the like (fetched), or the name of a program.
 #[must_use]
 pub fn lacking(need: &str) -> Option<String> {
     /// The private place of a CRIU that `scripts/setup` fetched.
@@ -252,6 +253,13 @@ pub fn lacking(need: &str) -> Option<String> {
             let version = (number(), number());
             (version < (6, 6)).then(|| format!("needs Linux 6.6, this is {}", release.trim()))
         }
+        "vm" => migrate_test_vms::lacking(),
+        "gate_tests" => gate_tests()
+            .is_none()
+            .then(|| "needs `cargo test -p migrate-gate --no-run`".to_owned()),
+        "kernel_6_1" => lacking_kernel(Kernel::V6_1),
+        "kernel_6_12" => lacking_kernel(Kernel::V6_12),
+        "kernel_newest" => lacking_kernel(Kernel::Newest),
         "migrate" => {
             let path = std::env::var_os("MIGRATE_BIN")
                 .map_or_else(|| crate::client::program("migrate"), Into::into);
@@ -268,6 +276,27 @@ pub fn lacking(need: &str) -> Option<String> {
         "python" => (!Path::new("/usr/bin/python3").exists()).then(|| "needs python3".to_owned()),
         program => (!on_path(program)).then(|| format!("needs {program}")),
     }
+}
+
+/// The newest build of the gate's own tests, beside the running one.
+#[must_use]
+pub fn gate_tests() -> Option<PathBuf> {
+    let this = std::env::current_exe().ok()?;
+    let built = |path: &PathBuf| fs::metadata(path).and_then(|file| file.modified()).ok();
+    fs::read_dir(this.parent()?)
+        .ok()?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            path.extension().is_none() && name.is_some_and(|name| name.starts_with("migrate_gate-"))
+        })
+        .max_by_key(built)
+}
+
+fn lacking_kernel(kernel: Kernel) -> Option<String> {
+    let error = kernel.find().err()?;
+    Some(format!("{error}: {}", error.help().unwrap_or_default()))
 }
 
 fn on_path(program: &str) -> bool {

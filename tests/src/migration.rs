@@ -58,24 +58,11 @@ where
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let output = output_within(command.spawn()?, MIGRATE_TIMEOUT)?;
-    let lines = String::from_utf8_lossy(&output.stdout);
-    let events: Vec<Value> = lines
-        .lines()
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect();
-    let last = events.last().filter(|event| event["event"] == "report");
-    let report = last.and_then(|event| {
-        // The report's fields stand in the event or below its name.
-        [event, &event["report"]]
-            .into_iter()
-            .find_map(|value| serde_json::from_value::<Report>(value.clone()).ok())
-    });
-    Ok(Migration {
-        code: output.status.code(),
-        report,
-        events,
-        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-    })
+    Ok(Migration::read(
+        output.status.code(),
+        &output.stdout,
+        &output.stderr,
+    ))
 }
 
 /// The output of a process that must end in time; else it is killed.
@@ -120,6 +107,29 @@ fn output_within(mut child: Child, limit: Duration) -> io::Result<Output> {
 }
 
 impl Migration {
+    /// What `migrate --json` printed, wherever it ran.
+    #[must_use]
+    pub fn read(code: Option<i32>, stdout: &[u8], stderr: &[u8]) -> Self {
+        let lines = String::from_utf8_lossy(stdout);
+        let events: Vec<Value> = lines
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect();
+        let last = events.last().filter(|event| event["event"] == "report");
+        let report = last.and_then(|event| {
+            // The report's fields stand in the event or below its name.
+            [event, &event["report"]]
+                .into_iter()
+                .find_map(|value| serde_json::from_value::<Report>(value.clone()).ok())
+        });
+        Self {
+            code,
+            report,
+            events,
+            stderr: String::from_utf8_lossy(stderr).into_owned(),
+        }
+    }
+
     /// The report of a migration that committed, without a RST.
     ///
     /// # Panics

@@ -2,6 +2,7 @@
 
 mod bench;
 mod hosts;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -22,12 +23,16 @@ enum Verb {
     Hosts(hosts::Verb),
     /// Move workloads between test hosts and compare ways to do it.
     Bench(bench::Arguments),
+    /// Virtual machines with Debian's kernels, in the place of the test hosts.
+    #[command(subcommand)]
+    Vm(vm::Verb),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().verb {
         Verb::Hosts(verb) => hosts::run(verb),
         Verb::Bench(arguments) => bench::run(arguments),
+        Verb::Vm(verb) => vm::run(verb),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -35,7 +40,8 @@ fn main() -> ExitCode {
             eprintln!("error: {error:#}");
             let help = error
                 .downcast_ref::<migrate_test_hosts::Error>()
-                .and_then(|e| e.help());
+                .and_then(|e| e.help())
+                .or_else(|| error.downcast_ref::<migrate_test_vms::Error>()?.help());
             if let Some(help) = help {
                 eprintln!("help: {help}");
             }

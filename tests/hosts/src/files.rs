@@ -13,7 +13,7 @@ pub(crate) const STATE: &str = "/run/migrate-hosts";
 /// Where sshd says that it listens, inside a host.
 pub(crate) const SSHD_PID_FILE: &str = "/run/sshd.pid";
 /// The first directory of root's path on Debian, for logins of every kind.
-pub(crate) const TOOLS: &str = "/usr/local/sbin";
+pub const TOOLS: &str = "/usr/local/sbin";
 /// Root's path, as Debian's login programs set it.
 pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -23,12 +23,15 @@ pub(crate) fn state_dir(lab: &str) -> PathBuf {
 }
 
 /// The keys of a lab: root's own, and one per machine.
-pub(crate) struct Keys {
+#[derive(Debug)]
+pub struct Keys {
     dir: PathBuf,
 }
 
 impl Keys {
-    pub(crate) fn in_dir(dir: &Path) -> Self {
+    /// Those in a directory, made there or to be made.
+    #[must_use]
+    pub fn in_dir(dir: &Path) -> Self {
         Self {
             dir: dir.to_owned(),
         }
@@ -39,7 +42,11 @@ impl Keys {
     }
 
     /// Makes all of them.
-    pub(crate) fn generate(&self) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// If `ssh-keygen` is missing or fails.
+    pub fn generate(&self) -> Result<()> {
         for owner in ["root", HostName::Host1.as_str(), HostName::Host2.as_str()] {
             let mut command = Command::new("ssh-keygen");
             command.args(["-q", "-t", "ed25519", "-N", "", "-C", owner, "-f"]);
@@ -49,11 +56,21 @@ impl Keys {
         Ok(())
     }
 
-    pub(crate) fn private(&self, owner: &str) -> Result<String> {
+    /// The private key of `root` or of a machine.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn private(&self, owner: &str) -> Result<String> {
         read(&self.path(owner))
     }
 
-    pub(crate) fn public(&self, owner: &str) -> Result<String> {
+    /// The public key of `root` or of a machine.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn public(&self, owner: &str) -> Result<String> {
         read(&self.path(owner).with_extension("pub"))
     }
 }
@@ -101,7 +118,8 @@ pub(crate) fn run(
 }
 
 /// `/etc/hosts` of every host of a lab.
-pub(crate) fn hosts() -> String {
+#[must_use]
+pub fn hosts() -> String {
     let mut text = String::from("127.0.0.1 localhost\n::1 localhost ip6-localhost\n");
     for host in HostName::ALL {
         // The IPv6 addresses have names of their own: which of two addresses a program takes for
@@ -114,7 +132,11 @@ pub(crate) fn hosts() -> String {
 }
 
 /// The keys of both machines, under all their names but [`STRANGER`].
-pub(crate) fn known_hosts(keys: &Keys) -> Result<String> {
+///
+/// # Errors
+///
+/// If one cannot be read.
+pub fn known_hosts(keys: &Keys) -> Result<String> {
     let mut text = String::new();
     for host in HostName::ALL.into_iter().filter(|host| host.has_sshd()) {
         let (v4, v6) = (host.ipv4(), host.ipv6());
@@ -125,7 +147,7 @@ pub(crate) fn known_hosts(keys: &Keys) -> Result<String> {
 }
 
 /// The client's side: nothing of the machine's own users gets in, and nothing is asked.
-pub(crate) const SSH_CONFIG: &str = "\
+pub const SSH_CONFIG: &str = "\
 Host *
     IdentityFile /etc/ssh/root_key
     IdentitiesOnly yes
@@ -137,7 +159,8 @@ Host *
 ";
 
 /// The server's side. `criu` is the value of `MIGRATE_CRIU`, if it is set.
-pub(crate) fn sshd_config(criu: Option<&str>) -> String {
+#[must_use]
+pub fn sshd_config(criu: Option<&str>) -> String {
     let mut text = format!(
         "\
 HostKey /etc/ssh/ssh_host_ed25519_key

@@ -40,7 +40,7 @@
 
 mod cgroup;
 mod error;
-mod files;
+pub mod files;
 mod helper;
 mod host;
 mod lab;

@@ -1,7 +1,9 @@
 //! The file system that keeps the gate alive without its owner.
 //!
 //! A gate is one directory, `DIRECTORY/ID-ROLE/`, with a pin per map and one
-//! per attachment (`ingress-IFINDEX`, `egress-IFINDEX`). A bpf file system is
+//! per attachment: a link's (`ingress-IFINDEX`), or before Linux 6.6 the
+//! program's, with the handle of its filter (`ingress-IFINDEX-HANDLE`). A bpf
+//! file system is
 //! mounted on `DIRECTORY` where there is none, and taken away again with the
 //! last gate, if it is one that this program mounted.
 
@@ -10,11 +12,14 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use aya::programs::TcAttachType;
+use aya::programs::links::Link as _;
+use aya::programs::tc::{SchedClassifierLink, TcHandle};
+use migrate_ebpf_common::Direction;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{BPF_FS_MAGIC, fstatfs};
 
-use crate::GateError;
-use crate::sys;
+use crate::{FILTER_PRIORITY, GateError, sys};
 
 /// What our mounts are called in /proc/self/mountinfo, so that they can be
 /// told from those of others.
@@ -127,10 +132,10 @@ pub(crate) fn remove_gate(path: &Path) -> Result<(), GateError> {
     pins.sort_by_key(|pin| parse_link(pin).is_none());
     let mut first_error = Ok(());
     for pin in pins {
-        let detached = if parse_link(&pin).is_some() {
-            sys::detach_link(&pin)
-        } else {
-            Ok(())
+        let detached = match parse_link(&pin) {
+            Some(hook) if hook.filter.is_some() => detach_filter(&hook),
+            Some(_) => sys::detach_link(&pin),
+            None => Ok(()),
         };
         let removed = fs::remove_file(&pin);
         first_error = first_error.and(detached.and(removed).map_err(failed(&pin)));
@@ -138,10 +143,49 @@ pub(crate) fn remove_gate(path: &Path) -> Result<(), GateError> {
     first_error.and(fs::remove_dir(path).map_err(failed(path)))
 }
 
-/// The interface index in the name of a link's pin, `None` for a map's.
-pub(crate) fn parse_link(pin: &Path) -> Option<u32> {
-    let (direction, index) = pin.file_name()?.to_str()?.split_once('-')?;
-    matches!(direction, "ingress" | "egress").then(|| index.parse().ok())?
+/// Where a program hangs, as the name of its pin says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Hook {
+    pub(crate) direction: Direction,
+    pub(crate) interface_index: u32,
+    /// The filter's handle, where there is no link.
+    pub(crate) filter: Option<u32>,
+}
+
+/// `None` for a map's pin.
+pub(crate) fn parse_link(pin: &Path) -> Option<Hook> {
+    let (direction, place) = pin.file_name()?.to_str()?.split_once('-')?;
+    let direction = match direction {
+        "ingress" => Direction::Ingress,
+        "egress" => Direction::Egress,
+        _ => return None,
+    };
+    let (index, filter) = match place.split_once('-') {
+        Some((index, handle)) => (index, Some(handle.parse().ok()?)),
+        None => (place, None),
+    };
+    Some(Hook {
+        direction,
+        interface_index: index.parse().ok()?,
+        filter,
+    })
+}
+
+/// Takes a filter off its interface.
+fn detach_filter(hook: &Hook) -> io::Result<()> {
+    // Interfaces that are gone have taken their filters along.
+    let Ok(name) = nix::net::if_::if_indextoname(hook.interface_index) else {
+        return Ok(());
+    };
+    let name = name.into_string().map_err(io::Error::other)?;
+    let way = match hook.direction {
+        Direction::Ingress => TcAttachType::Ingress,
+        Direction::Egress => TcAttachType::Egress,
+    };
+    let handle = TcHandle::from(hook.filter.unwrap_or_default());
+    SchedClassifierLink::attached(&name, way, FILTER_PRIORITY, handle, None)?
+        .detach()
+        .map_err(io::Error::other)
 }
 
 #[cfg(test)]
@@ -159,8 +203,18 @@ mod tests {
 
     #[test]
     fn links_are_told_from_maps() {
-        assert_eq!(parse_link(Path::new("/x/ingress-12")), Some(12));
-        assert_eq!(parse_link(Path::new("/x/egress-3")), Some(3));
+        let hook = |direction, interface_index, filter| {
+            Some(Hook {
+                direction,
+                interface_index,
+                filter,
+            })
+        };
+        let parsed = |name: &str| parse_link(&Path::new("/x").join(name));
+        assert_eq!(parsed("ingress-12"), hook(Direction::Ingress, 12, None));
+        assert_eq!(parsed("egress-3"), hook(Direction::Egress, 3, None));
+        assert_eq!(parsed("egress-3-7"), hook(Direction::Egress, 3, Some(7)));
+        assert_eq!(parsed("egress-3-x"), None);
         assert_eq!(parse_link(Path::new("/x/flows")), None);
         assert_eq!(parse_link(Path::new("/x/ingress-x")), None);
     }

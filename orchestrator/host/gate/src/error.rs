@@ -18,8 +18,8 @@ pub enum GateError {
     /// No interface was given, or loopback only.
     #[error("there is no interface to put the gate on")]
     NoInterface,
-    /// The kernel has no tcx hooks.
-    #[error("kernel {release} has no tcx hooks")]
+    /// The gate has not been tried on so old a kernel.
+    #[error("kernel {release} is too old for the gate")]
     KernelTooOld {
         /// The running kernel.
         release: String,
@@ -180,7 +180,7 @@ impl GateError {
                 "the gate needs root, or CAP_BPF and CAP_NET_ADMIN in the initial user namespace"
                     .to_owned(),
             ),
-            Self::KernelTooOld { .. } => Some("the gate needs Linux 6.6 or newer".to_owned()),
+            Self::KernelTooOld { .. } => Some("the gate needs Linux 6.1 or newer".to_owned()),
             Self::MountBpffs { path, .. } => Some(format!(
                 "run as root, or mount one beforehand: mount -t bpf bpf {}",
                 path.display()

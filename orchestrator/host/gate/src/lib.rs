@@ -86,7 +86,7 @@ use std::time::Duration;
 
 use aya::Ebpf;
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::tc::TcAttachOptions;
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
 use migrate_core::{Flow, Listener};
@@ -196,7 +196,7 @@ impl Gate {
     pub fn attach(interfaces: &[u32], options: &GateOptions) -> Result<Self, GateError> {
         let path = gate_path(&options.directory, &options.id, options.role)?;
         let kernel = KernelVersion::current().unwrap_or_else(|_| KernelVersion::new(0, 0, 0));
-        if kernel < KernelVersion::new(6, 6, 0) {
+        if kernel < OLDEST_KERNEL {
             let release = nix::sys::utsname::uname()
                 .map(|name| name.release().to_string_lossy().into_owned())
                 .unwrap_or_default();
@@ -739,7 +739,7 @@ pub fn adopt(directory: &Path, id: &str, role: Role) -> Result<Gate, GateError> 
     }
     let mut links = Vec::new();
     for pin in entries(&path) {
-        if bpffs::parse_link(&pin).is_some() {
+        if bpffs::parse_link(&pin).is_some_and(|hook| hook.filter.is_none()) {
             links.push(
                 PinnedLink::from_pin(&pin).map_err(|error| GateError::OpenPin {
                     path: pin,
@@ -803,7 +803,7 @@ fn attach_in(path: &Path, devices: &[Device], options: &GateOptions) -> Result<P
             }
             let program = load_program(&mut ebpf, direction, kind)?;
             for device in of_kind() {
-                links.push(attach_to(program, device, direction, path)?);
+                links.extend(attach_to(program, device, direction, path)?);
             }
         }
     }
@@ -860,7 +860,7 @@ fn attach_to(
     device: &Device,
     direction: Direction,
     path: &Path,
-) -> Result<PinnedLink, GateError> {
+) -> Result<Option<PinnedLink>, GateError> {
     let failed = |source: ProgramError| GateError::Attach {
         interface: device.name.clone(),
         source: source.into(),
@@ -869,6 +869,27 @@ fn attach_to(
         Direction::Ingress => (TcAttachType::Ingress, "ingress"),
         Direction::Egress => (TcAttachType::Egress, "egress"),
     };
+    let unpinned = |pin: &Path| {
+        let path = pin.to_owned();
+        move |source| GateError::Pin { path, source }
+    };
+    if !has_tcx() {
+        let link = attach_filter(program, &device.name, hook).map_err(failed)?;
+        let handle = u32::from(link.handle().map_err(failed)?);
+        // The name says where it hangs; the pin keeps the name.
+        let pin = path.join(format!("{prefix}-{}-{handle}", device.index));
+        let pinned = program
+            .pin(&pin)
+            .map_err(|error| unpinned(&pin)(error.into()));
+        if let Err(error) = pinned {
+            // Dropping it takes it off again.
+            drop(link);
+            return Err(error);
+        }
+        // As pinned links do, it outlives its owner.
+        std::mem::forget(link);
+        return Ok(None);
+    }
     let id = program
         .attach_with_options(
             &device.name,
@@ -878,14 +899,39 @@ fn attach_to(
         .map_err(failed)?;
     let link = program.take_link(id).map_err(failed)?;
     let pin = path.join(format!("{prefix}-{}", device.index));
-    let unpinned = |source| GateError::Pin {
-        path: pin.clone(),
-        source,
-    };
     FdLink::try_from(link)
-        .map_err(|error| unpinned(error.into()))?
+        .map_err(|error| unpinned(&pin)(error.into()))?
         .pin(&pin)
-        .map_err(|error| unpinned(error.into()))
+        .map(Some)
+        .map_err(|error| unpinned(&pin)(error.into()))
+}
+
+/// The oldest kernel on which the gate has been tried: Debian 12's.
+const OLDEST_KERNEL: KernelVersion = KernelVersion::new(6, 1, 0);
+/// Filters of this priority come first.
+const FILTER_PRIORITY: u16 = 1;
+
+/// Whether programs hang on tcx hooks (Linux commit e420bed02507), or on the
+/// filters that came before them.
+fn has_tcx() -> bool {
+    KernelVersion::current().is_ok_and(|kernel| kernel >= KernelVersion::new(6, 6, 0))
+}
+
+/// Attaches a program as a filter, in front of other eBPF filters. The queueing
+/// discipline that it needs stays: others may have put theirs there meanwhile.
+fn attach_filter(
+    program: &mut SchedClassifier,
+    interface: &str,
+    hook: TcAttachType,
+) -> Result<SchedClassifierLink, ProgramError> {
+    // It may be there already; if not, attaching fails.
+    let _ = qdisc_add_clsact(interface);
+    let options = NlOptions {
+        priority: FILTER_PRIORITY,
+        ..NlOptions::default()
+    };
+    let id = program.attach_with_options(interface, hook, TcAttachOptions::Netlink(options))?;
+    program.take_link(id)
 }
 
 fn gate_path(directory: &Path, id: &str, role: Role) -> Result<PathBuf, GateError> {
@@ -922,7 +968,7 @@ fn entries(path: &Path) -> impl Iterator<Item = PathBuf> {
 
 fn attached_interfaces(path: &Path) -> Vec<u32> {
     let mut indexes: Vec<u32> = entries(path)
-        .filter_map(|pin| bpffs::parse_link(&pin))
+        .filter_map(|pin| Some(bpffs::parse_link(&pin)?.interface_index))
         .collect();
     indexes.sort_unstable();
     indexes.dedup();

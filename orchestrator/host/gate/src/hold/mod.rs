@@ -526,6 +526,9 @@ fn attach_return(
     ports
         .iter()
         .map(|port| {
+            if !crate::has_tcx() {
+                return crate::attach_filter(program, &port.tap.name, TcAttachType::Ingress);
+            }
             let id = program.attach_with_options(
                 &port.tap.name,
                 TcAttachType::Ingress,

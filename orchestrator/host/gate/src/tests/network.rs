@@ -130,6 +130,17 @@ impl Pair {
     /// How many programs sit on the server's device, both directions.
     fn programs(&self) -> usize {
         self.server.run(|| {
+            if !crate::has_tcx() {
+                return ["ingress", "egress"]
+                    .map(|hook| {
+                        let mut tc = Command::new("tc");
+                        let output = tc.args(["filter", "show", "dev", "gate0", hook]).output();
+                        let text = String::from_utf8(output.unwrap().stdout).unwrap();
+                        text.matches("direct-action").count()
+                    })
+                    .iter()
+                    .sum();
+            }
             [TcAttachType::Ingress, TcAttachType::Egress]
                 .map(|hook| SchedClassifier::query_tcx("gate0", hook).unwrap().1.len())
                 .iter()

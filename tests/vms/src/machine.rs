@@ -1,0 +1,728 @@
+//! Guests that run.
+
+use std::collections::VecDeque;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader, Read, Write as _};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migrate_test_hosts::HostName;
+use migrate_test_hosts::files::Keys;
+
+use crate::agent::{FAILED, PORTS, READY};
+use crate::error::{Attempt, Error, Result};
+use crate::exec::{self, EXEC};
+use crate::kernels::Kernel;
+use crate::root::{self, Program};
+use crate::switch::{self, Switch};
+
+/// A guest is up within 10 s under emulation; three at once on two busy cores take longer.
+const UP_WITHIN: Duration = Duration::from_secs(240);
+/// With hardware help the first line comes within a fraction of a second.
+const HARDWARE_SPEAKS_WITHIN: Duration = Duration::from_secs(4);
+/// Quick to boot, dead at the first oops.
+const COMMAND_LINE: &str = "console=ttyS0 rdinit=/init panic=-1 oops=panic nokaslr mitigations=off \
+     net.ifnames=0 loglevel=4 quiet nowatchdog rcupdate.rcu_cpu_stall_suppress=1";
+/// Lines of a console kept for a failure's message.
+const CONSOLE_LINES_MAX: usize = 40;
+/// A kernel that dies prints for so long.
+const DYING_WORDS: Duration = Duration::from_secs(1);
+/// Between two looks at a process.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// What a kernel prints when nothing after it can be trusted.
+/// Not that it made no progress: on a busy machine nobody does, and every wait has its deadline.
+const FATAL: [&str; 5] = [
+    "Kernel panic",
+    "BUG: ",
+    "Oops",
+    "general protection fault",
+    "Out of memory",
+];
+
+/// One guest to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct Order {
+    /// Its name and place.
+    pub host: HostName,
+    /// What it boots.
+    pub kernel: Kernel,
+    /// Its memory.
+    pub memory_mib: u32,
+}
+
+impl Order {
+    /// With as much memory as a small workload needs.
+    #[must_use]
+    pub const fn new(host: HostName, kernel: Kernel) -> Self {
+        Self {
+            host,
+            kernel,
+            memory_mib: 768,
+        }
+    }
+}
+
+/// A directory for a set of guests, private and removed with the handle.
+///
+/// # Errors
+///
+/// When it cannot be made.
+pub fn scratch() -> Result<tempfile::TempDir> {
+    tempfile::Builder::new()
+        .prefix("migrate-vms.")
+        .tempdir()
+        .attempt(|| "make a directory for the machines".to_owned())
+}
+
+/// A set of guests that runs as long as this lives.
+#[derive(Debug)]
+pub struct Machines {
+    machines: Vec<Machine>,
+    qemus: Vec<Child>,
+    _switch: Switch,
+}
+
+impl Machines {
+    /// Boots them side by side, with their sockets and consoles in `dir`, and waits until all are
+    /// up.
+    ///
+    /// # Errors
+    ///
+    /// When something they are made of is missing, or one does not come up. Nothing runs then.
+    pub fn boot(dir: &Path, orders: &[Order], programs: &[Program]) -> Result<Self> {
+        let keys = Keys::in_dir(dir);
+        keys.generate().map_err(Error::Keys)?;
+        let common = dir.join("common.cpio");
+        root::common(&common, programs)?;
+        let ports: Vec<_> = orders
+            .iter()
+            .map(|order| (order.host.as_str(), hardware_address(order.host)))
+            .collect();
+        let mut machines = Self {
+            machines: Vec::new(),
+            qemus: Vec::new(),
+            _switch: Switch::start(dir, &ports)?,
+        };
+        let mut accelerator = None;
+        for order in orders {
+            let kernel = order.kernel.find()?;
+            let modules = dir.join(format!("{}.modules.cpio", order.kernel));
+            root::modules(&modules, &kernel)?;
+            let own = dir.join(format!("{}.own.cpio", order.host));
+            root::own(&own, order.host, &keys)?;
+            let initrd = dir.join(format!("{}.initrd", order.host));
+            concatenate(&[&common, &modules, &own], &initrd)?;
+            let accelerator = accelerator.get_or_insert_with(|| Accelerator::find(&kernel.image));
+            let console = dir.join(format!("{}.console", order.host));
+            let mut command = qemu(dir, order, *accelerator);
+            command.arg("-kernel").arg(&kernel.image);
+            command.arg("-initrd").arg(&initrd);
+            let (machine, child) = Machine::start(dir, order, &console, &mut command)?;
+            machines.qemus.push(child);
+            machines.machines.push(machine);
+        }
+        let deadline = Instant::now() + UP_WITHIN;
+        for machine in &machines.machines {
+            if let Err(error) = machine.await_up(deadline) {
+                // What comes behind the verdict tells why, and the file goes with the directory.
+                thread::sleep(DYING_WORDS);
+                eprint!("{}", machine.console());
+                return Err(error);
+            }
+        }
+        // QEMU has read them; whatever may end this process, little is left behind.
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path
+                .extension()
+                .is_some_and(|kind| kind == "cpio" || kind == "initrd")
+            {
+                let _ = fs::remove_file(path);
+            }
+        }
+        Ok(machines)
+    }
+
+    /// One of them.
+    #[must_use]
+    pub fn get(&self, host: HostName) -> Option<&Machine> {
+        self.machines.iter().find(|machine| machine.host == host)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Machine> {
+        self.machines.iter()
+    }
+}
+
+impl Drop for Machines {
+    fn drop(&mut self) {
+        for qemu in &mut self.qemus {
+            let _ = qemu.kill();
+        }
+        for qemu in &mut self.qemus {
+            let _ = qemu.wait();
+        }
+    }
+}
+
+/// A locally administered address, the last byte the host's.
+fn hardware_address(host: HostName) -> [u8; 6] {
+    let [.., last] = host.ipv4().octets();
+    [0x52, 0x54, 0, 0x77, 0, last]
+}
+
+/// Kernels take several archives one behind the other.
+fn concatenate(parts: &[&Path], whole: &Path) -> Result<()> {
+    let write = || format!("write {}", whole.display());
+    let mut to = File::create(whole).attempt(write)?;
+    for part in parts {
+        let mut from = File::open(part).attempt(|| format!("read {}", part.display()))?;
+        io::copy(&mut from, &mut to).attempt(write)?;
+    }
+    Ok(())
+}
+
+/// How the guests' instructions are run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Accelerator {
+    Hardware,
+    Emulation,
+}
+
+impl Accelerator {
+    /// Hardware help where a kernel speaks with it: on a machine that is a guest itself the device
+    /// may be there and a guest of it may never say a word.
+    fn find(kernel: &Path) -> Self {
+        let writable = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm");
+        if writable.is_err() || std::env::var_os("MIGRATE_VM_EMULATE").is_some() {
+            return Self::Emulation;
+        }
+        let mut command = Command::new(crate::kernels::qemu());
+        Self::Hardware.add_to(&mut command);
+        command
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-no-reboot", "-m", "256", "-serial", "stdio"])
+            .args(["-append", "console=ttyS0 panic=-1 earlyprintk=ttyS0"])
+            .arg("-kernel")
+            .arg(kernel)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let Ok(mut child) = command.spawn() else {
+            return Self::Emulation;
+        };
+        let (said, heard) = std::sync::mpsc::channel();
+        if let Some(mut stdout) = child.stdout.take() {
+            thread::spawn(move || {
+                let mut byte = [0];
+                // Nobody listens when this comes too late.
+                let _ = said.send(stdout.read(&mut byte).is_ok_and(|length| length > 0));
+            });
+        }
+        let speaks = heard
+            .recv_timeout(HARDWARE_SPEAKS_WITHIN)
+            .unwrap_or_default();
+        let _ = child.kill();
+        let _ = child.wait();
+        if speaks {
+            Self::Hardware
+        } else {
+            Self::Emulation
+        }
+    }
+
+    /// A guest measures how fast its CPU counts. Where the machine gives it no time meanwhile, it
+    /// gets that wrong, and its clock and its timers with it: emulated timers keep the time.
+    const fn clocks(self) -> &'static str {
+        match self {
+            Self::Hardware => "",
+            Self::Emulation => "notsc nolapic_timer clocksource=hpet",
+        }
+    }
+
+    fn add_to(self, command: &mut Command) {
+        command.args(match self {
+            Self::Hardware => ["-accel", "kvm", "-cpu", "host,-arch-capabilities"],
+            // Five levels of page tables would be walked by hand.
+            Self::Emulation => [
+                "-accel",
+                "tcg,thread=multi",
+                "-cpu",
+                "max,la57=off,tsc-deadline=off",
+            ],
+        });
+    }
+}
+
+fn qemu(dir: &Path, order: &Order, accelerator: Accelerator) -> Command {
+    let name = order.host.as_str();
+    let mut command = Command::new(crate::kernels::qemu());
+    accelerator.add_to(&mut command);
+    command
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["-no-reboot", "-m", &order.memory_mib.to_string()])
+        .args(["-name", name, "-serial", "stdio"])
+        .args(["-device", "virtio-rng-pci"])
+        .args([
+            "-device",
+            &format!("virtio-serial-pci,max_ports={}", PORTS + 1),
+        ]);
+    let prefix = dir.join(name);
+    for number in 0..PORTS {
+        let path = exec::port(&prefix, number);
+        let path = path.display();
+        command
+            .args([
+                "-chardev",
+                &format!("socket,id=c{number},path={path},server=on,wait=off"),
+            ])
+            .args([
+                "-device",
+                &format!("virtserialport,chardev=c{number},name=agent.{number}"),
+            ]);
+    }
+    let (plug, socket) = (switch::plug(dir, name), switch::socket(dir, name));
+    let address = hardware_address(order.host).map(|byte| format!("{byte:02x}"));
+    command
+        .args([
+            "-netdev",
+            &format!(
+                "dgram,id=n0,local.type=unix,local.path={},remote.type=unix,remote.path={}",
+                plug.display(),
+                socket.display()
+            ),
+        ])
+        // No ROM: nothing boots from this network.
+        .args([
+            "-device",
+            &format!(
+                "virtio-net-pci,netdev=n0,romfile=,mac={}",
+                address.join(":")
+            ),
+        ])
+        .args([
+            "-append",
+            &format!("{COMMAND_LINE} {}", accelerator.clocks()),
+        ]);
+    command
+}
+
+#[derive(Debug, Default)]
+struct Watched {
+    ready: bool,
+    /// The line after which nothing counts.
+    verdict: Option<String>,
+    last_lines: VecDeque<String>,
+}
+
+#[derive(Debug, Default)]
+struct Watch {
+    state: Mutex<Watched>,
+    changed: Condvar,
+}
+
+impl Watch {
+    fn line(&self, line: &str) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.last_lines.len() == CONSOLE_LINES_MAX {
+            state.last_lines.pop_front();
+        }
+        state.last_lines.push_back(line.to_owned());
+        state.ready |= line.starts_with(READY);
+        let is_fatal = line.starts_with(FAILED) || FATAL.iter().any(|text| line.contains(text));
+        if is_fatal && state.verdict.is_none() {
+            state.verdict = Some(line.to_owned());
+        }
+        self.changed.notify_all();
+    }
+
+    fn end(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.verdict.is_none() {
+            let last = state.last_lines.back().cloned().unwrap_or_default();
+            state.verdict = Some(format!("QEMU ended after `{last}`"));
+        }
+        self.changed.notify_all();
+    }
+}
+
+/// One guest.
+#[derive(Debug)]
+pub struct Machine {
+    host: HostName,
+    kernel: Kernel,
+    prefix: PathBuf,
+    console: PathBuf,
+    watch: Arc<Watch>,
+}
+
+/// How a command in a guest ended.
+#[derive(Debug)]
+pub struct Finished {
+    /// The exit code; 128 and the signal's number for a signal.
+    pub code: Option<i32>,
+    /// Its standard output.
+    pub stdout: Vec<u8>,
+    /// Its standard error.
+    pub stderr: Vec<u8>,
+}
+
+impl Finished {
+    /// Both outputs as text.
+    #[must_use]
+    pub fn said(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned() + &String::from_utf8_lossy(&self.stderr)
+    }
+}
+
+impl Machine {
+    fn start(
+        dir: &Path,
+        order: &Order,
+        console: &Path,
+        command: &mut Command,
+    ) -> Result<(Self, Child)> {
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        // SAFETY: prctl is a bare system call. A guest ends with the thread that made it.
+        unsafe {
+            command.pre_exec(|| {
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        let mut child = command.spawn().attempt(|| "start QEMU".to_owned())?;
+        let watch = Arc::new(Watch::default());
+        let create = || format!("create {}", console.display());
+        let log = Arc::new(File::create(console).attempt(create)?);
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        if let Some(stdout) = stdout {
+            let (watch, log) = (Arc::clone(&watch), Arc::clone(&log));
+            thread::spawn(move || {
+                follow(stdout, &watch, &log);
+                watch.end();
+            });
+        }
+        if let Some(stderr) = stderr {
+            let watch = Arc::clone(&watch);
+            thread::spawn(move || follow(stderr, &watch, &log));
+        }
+        let machine = Self {
+            host: order.host,
+            kernel: order.kernel,
+            prefix: dir.join(order.host.as_str()),
+            console: console.to_owned(),
+            watch,
+        };
+        Ok((machine, child))
+    }
+
+    fn await_up(&self, deadline: Instant) -> Result<()> {
+        let mut state = self
+            .watch
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(verdict) = &state.verdict {
+                return Err(self.died(verdict.clone()));
+            }
+            if state.ready {
+                return Ok(());
+            }
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                let last = state.last_lines.back().cloned().unwrap_or_default();
+                let seconds = UP_WITHIN.as_secs();
+                return Err(self.died(format!("hangs: not up after {seconds} s, `{last}`")));
+            };
+            state = self
+                .watch
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    fn died(&self, verdict: String) -> Error {
+        Error::Machine {
+            host: self.host.as_str(),
+            series: self.kernel.series(),
+            verdict,
+            console: self.console.clone(),
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn host(&self) -> HostName {
+        self.host
+    }
+
+    /// The kernel it runs.
+    #[must_use]
+    pub fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+
+    /// The line by which it died, if it did.
+    #[must_use]
+    pub fn verdict(&self) -> Option<String> {
+        let state = self.watch.state.lock();
+        state
+            .unwrap_or_else(PoisonError::into_inner)
+            .verdict
+            .clone()
+    }
+
+    /// The end of what it printed on its console.
+    #[must_use]
+    pub fn console(&self) -> String {
+        let state = self.watch.state.lock();
+        let state = state.unwrap_or_else(PoisonError::into_inner);
+        state
+            .last_lines
+            .iter()
+            .map(|line| format!("{line}\n"))
+            .collect()
+    }
+
+    /// A command that runs `program` in the guest, used like any other [`Command`]: arguments and
+    /// standard streams are the program's, the exit code too (128 and the number for a signal).
+    /// When it is killed, so is the program's session. Arguments have to be UTF-8.
+    #[must_use]
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        Self::command_at(&self.prefix, program)
+    }
+
+    /// The same from another process than the one that booted it: `prefix` is the directory of the
+    /// set with the host's name.
+    #[must_use]
+    pub fn command_at(prefix: &Path, program: impl AsRef<OsStr>) -> Command {
+        Self::helper(prefix, "", program)
+    }
+
+    fn helper(prefix: &Path, log: &str, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0(EXEC).arg(prefix).arg(log).arg(program);
+        command
+    }
+
+    /// Runs a program to its end. How it ended is in what comes back.
+    ///
+    /// # Errors
+    ///
+    /// When the guest is dead, or the program not done within `limit`.
+    pub fn exec<I>(&self, argv: I, limit: Duration) -> Result<Finished>
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
+        let mut argv = argv.into_iter();
+        let mut command = match argv.next() {
+            Some(program) => self.command(program),
+            None => self.command(""),
+        };
+        command.args(argv).stdin(Stdio::null());
+        self.finish(command, &[], limit)
+    }
+
+    /// As [`Machine::exec`], and it has to succeed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Machine::exec`], and [`Error::Command`] when it fails.
+    pub fn succeed<I>(&self, argv: I, limit: Duration) -> Result<String>
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
+        let argv: Vec<_> = argv
+            .into_iter()
+            .map(|word| word.as_ref().to_owned())
+            .collect();
+        let finished = self.exec(&argv, limit)?;
+        if finished.code == Some(0) {
+            return Ok(String::from_utf8_lossy(&finished.stdout).into_owned());
+        }
+        Err(Error::Command {
+            host: self.host.as_str(),
+            command: format!("{argv:?}"),
+            code: finished.code,
+            said: finished.said(),
+        })
+    }
+
+    /// Starts a daemon: a child of the guest's init, in a session of its own, with `log` as its
+    /// output. Returns its PID.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started.
+    pub fn spawn_detached<I>(&self, argv: I, log: &str) -> Result<i32>
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
+        let argv: Vec<_> = argv
+            .into_iter()
+            .map(|word| word.as_ref().to_owned())
+            .collect();
+        let mut words = argv.iter();
+        let program = words.next().cloned().unwrap_or_default();
+        let mut command = Self::helper(&self.prefix, log, program);
+        command.args(words).stdin(Stdio::null());
+        let finished = self.finish(command, &[], UP_WITHIN)?;
+        let text = String::from_utf8_lossy(&finished.stdout);
+        text.trim().parse().map_err(|_| Error::Command {
+            host: self.host.as_str(),
+            command: format!("{argv:?}"),
+            code: finished.code,
+            said: finished.said(),
+        })
+    }
+
+    /// Puts a file of this machine into the guest.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read here or written there.
+    pub fn put(&self, from: &Path, to: &str, mode: u32) -> Result<()> {
+        let content = fs::read(from).attempt(|| format!("read {}", from.display()))?;
+        let mut command = self.command("sh");
+        let script = format!("cat >\"$0\" && chmod {mode:o} \"$0\"");
+        command.args(["-c", &script, to]).stdin(Stdio::piped());
+        let finished = self.finish(command, &content, UP_WITHIN)?;
+        if finished.code == Some(0) {
+            return Ok(());
+        }
+        Err(Error::Command {
+            host: self.host.as_str(),
+            command: format!("write {to}"),
+            code: finished.code,
+            said: finished.said(),
+        })
+    }
+
+    /// The content of a file of the guest.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or it cannot be read.
+    pub fn read(&self, path: &str) -> Result<String> {
+        self.succeed(["cat", path], UP_WITHIN)
+    }
+
+    fn finish(&self, mut command: Command, input: &[u8], limit: Duration) -> Result<Finished> {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let words: Vec<_> = command
+            .get_args()
+            .skip(2)
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect();
+        let what = || format!("run a program on {}", self.host);
+        let mut child = command.spawn().attempt(what)?;
+        let (stdin, stdout, stderr) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let deadline = Instant::now() + limit;
+        thread::scope(|scope| {
+            if let Some(mut stdin) = stdin {
+                // A program that does not read it says so in another way.
+                scope.spawn(move || drop(stdin.write_all(input)));
+            }
+            let stdout = scope.spawn(|| read_all(stdout));
+            let stderr = scope.spawn(|| read_all(stderr));
+            let mut ended = child.try_wait().attempt(what)?;
+            while ended.is_none() && Instant::now() < deadline && self.verdict().is_none() {
+                thread::sleep(LOOK_AGAIN);
+                ended = child.try_wait().attempt(what)?;
+            }
+            if ended.is_none() {
+                child.kill().attempt(what)?;
+            }
+            let status = child.wait().attempt(what)?;
+            let finished = Finished {
+                code: status.code(),
+                stdout: stdout.join().unwrap_or_default(),
+                stderr: stderr.join().unwrap_or_default(),
+            };
+            if let Some(verdict) = self.verdict() {
+                return Err(self.died(verdict));
+            }
+            if ended.is_none() {
+                return Err(Error::Deadline {
+                    host: self.host.as_str(),
+                    command: words.join(" "),
+                    limit,
+                    said: finished.said(),
+                });
+            }
+            Ok(finished)
+        })
+    }
+}
+
+fn read_all(from: Option<impl Read>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if let Some(mut from) = from {
+        // What came before an error counts.
+        let _ = from.read_to_end(&mut bytes);
+    }
+    bytes
+}
+
+fn follow(from: impl Read, watch: &Watch, log: &File) {
+    let mut from = BufReader::new(from);
+    let mut line = Vec::new();
+    while from
+        .read_until(b'\n', &mut line)
+        .is_ok_and(|length| length > 0)
+    {
+        // The log is for the reader of a failure; the watch is what counts.
+        let mut log = log;
+        let _ = log.write_all(&line);
+        watch.line(String::from_utf8_lossy(&line).trim_end());
+        line.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_console_tells_who_is_up_and_who_is_dead() {
+        let watch = Watch::default();
+        watch.line("[    0.1] Linux version 6.1");
+        assert!(!watch.state.lock().unwrap().ready);
+        watch.line(READY);
+        assert!(watch.state.lock().unwrap().ready);
+        watch.line("[   9.0] Kernel panic - not syncing: Attempted to kill init!");
+        watch.line("[   9.1] BUG: another");
+        watch.end();
+        let verdict = watch.state.lock().unwrap().verdict.clone().unwrap();
+        assert!(verdict.contains("Attempted to kill init"), "{verdict}");
+    }
+
+    #[test]
+    fn a_guest_that_ends_without_a_word_is_dead() {
+        let watch = Watch::default();
+        watch.line("the last line");
+        watch.end();
+        let verdict = watch.state.lock().unwrap().verdict.clone().unwrap();
+        assert_eq!(verdict, "QEMU ended after `the last line`");
+    }
+}

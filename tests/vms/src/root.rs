@@ -1,0 +1,237 @@
+//! What the guests are made of.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use migrate_test_hosts::files::{self, Keys};
+use migrate_test_hosts::{
+    HostName, INTERFACE, PREFIX_BITS_V4, PREFIX_BITS_V6, WORKLOAD_V4, WORKLOAD_V6,
+};
+
+use crate::agent::{SETUP_FILE, Setup};
+use crate::error::{Attempt, Error, Result};
+use crate::initramfs::Archive;
+use crate::kernels::{Fetched, with_dependencies};
+
+/// A program that was built here and goes to every guest, on root's path.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// Where it is on this machine.
+    pub path: PathBuf,
+    /// Its name in the guest.
+    pub name: String,
+}
+
+/// What `scripts/setup` installs: no guest comes up without.
+const PROGRAMS: [&str; 40] = [
+    "sh", "bash", "cat", "chmod", "cp", "cut", "date", "dd", "df", "dmesg", "echo", "env", "false",
+    "find", "grep", "head", "ip", "kill", "kmod", "ln", "ls", "mkdir", "mount", "mv", "ps", "rm",
+    "sed", "setsid", "sleep", "sort", "ss", "ssh", "sshd", "sysctl", "tail", "tee", "touch",
+    "true", "uname", "wc",
+];
+/// What the tests move; a guest comes up without.
+const WORKLOADS: [&str; 5] = [
+    "redis-server",
+    "redis-cli",
+    "redis-benchmark",
+    "memcached",
+    "tc",
+];
+/// Devices, and what sockets, the gate and CRIU ask the kernel for.
+const MODULES: [&str; 30] = [
+    "virtio_pci",
+    "virtio_net",
+    "virtio_console",
+    "virtio_rng",
+    "failover",
+    "net_failover",
+    "af_packet",
+    "tun",
+    "veth",
+    "bridge",
+    "8021q",
+    "sch_ingress",
+    "cls_bpf",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "raw_diag",
+    "unix_diag",
+    "netlink_diag",
+    "af_packet_diag",
+    "nf_tables",
+    "nft_compat",
+    "nf_conntrack",
+    "nf_conntrack_netlink",
+    "nft_ct",
+    "ip_tables",
+    "iptable_filter",
+    "xt_mark",
+    "xt_tcpudp",
+    "overlay",
+];
+/// Lists that `modprobe` reads.
+const MODULE_LISTS: [&str; 10] = [
+    "modules.dep",
+    "modules.dep.bin",
+    "modules.alias",
+    "modules.alias.bin",
+    "modules.softdep",
+    "modules.symbols.bin",
+    "modules.builtin",
+    "modules.builtin.bin",
+    "modules.builtin.alias.bin",
+    "modules.builtin.modinfo",
+];
+/// The private place of a CRIU that `scripts/setup` fetched.
+const OWN_CRIU: &str = "/opt/migrate/criu/bin/criu";
+
+/// Why virtual machines cannot be had here; `None` when they can.
+#[must_use]
+pub fn lacking() -> Option<String> {
+    if !cfg!(target_arch = "x86_64") {
+        return Some("virtual machines are made for x86-64 only".to_owned());
+    }
+    let on_path = |name: &str| {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path)
+            .chain(["/usr/sbin".into(), "/sbin".into()])
+            .any(|directory| directory.join(name).is_file())
+    };
+    if !crate::kernels::qemu().is_file() {
+        return Some("needs QEMU: run scripts/vms".to_owned());
+    }
+    ["kmod", "strip", "ldd", "ssh-keygen", "sshd"]
+        .into_iter()
+        .find(|name| !on_path(name))
+        .map(|name| format!("needs {name}: run scripts/setup"))
+}
+
+/// The part that all guests of a set share.
+pub(crate) fn common(path: &Path, programs: &[Program]) -> Result<()> {
+    let mut archive = Archive::create(path)?;
+    archive.skeleton()?;
+    for name in PROGRAMS {
+        archive.program(name)?;
+    }
+    for name in WORKLOADS {
+        match archive.program(name) {
+            Err(Error::MissingProgram { .. }) | Ok(()) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    archive.link("/usr/sbin/modprobe", Path::new("../bin/kmod"))?;
+    for name in ["insmod", "lsmod"] {
+        archive.link(format!("/usr/sbin/{name}"), Path::new("../bin/kmod"))?;
+    }
+    let init = std::env::current_exe().attempt(|| "find this executable".to_owned())?;
+    archive.built(&init, Path::new("/init"))?;
+    for program in programs {
+        let to = Path::new(files::TOOLS).join(&program.name);
+        archive.built(&program.path, &to)?;
+    }
+    criu(&mut archive)?;
+    for (name, text) in [
+        (
+            "passwd",
+            "root:x:0:0:root:/root:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\nmemcache:x:101:65534::/:/usr/sbin/nologin\nnobody:x:65534:65534::/:/usr/sbin/nologin\n",
+        ),
+        ("group", "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"),
+        ("shadow", "root:*:19000:0:99999:7:::\n"),
+        (
+            "nsswitch.conf",
+            "passwd: files\ngroup: files\nshadow: files\nhosts: files\n",
+        ),
+        ("hosts", &files::hosts()),
+    ] {
+        archive.file(Path::new("/etc").join(name), 0o644, text.as_bytes())?;
+    }
+    archive.finish()
+}
+
+fn criu(archive: &mut Archive) -> Result<()> {
+    let named = std::env::var_os("MIGRATE_CRIU").map(PathBuf::from);
+    let path = named.unwrap_or_else(|| OWN_CRIU.into());
+    let Ok(real) = path.canonicalize() else {
+        // The guests do without, and what needs it says so.
+        return Ok(());
+    };
+    // One that `scripts/setup` fetched has its loader and libraries beside it.
+    let own = real.ancestors().find(|path| path.ends_with("root"));
+    match own.filter(|own| own.join("usr/lib").is_dir()) {
+        Some(own) => archive.tree(&own.join("usr/lib"))?,
+        None => archive.libraries(&real)?,
+    }
+    archive.copy_to(&real, &real)?;
+    if path != real {
+        archive.link(&path, &real)?;
+    }
+    Ok(())
+}
+
+/// The part that belongs to one kernel.
+pub(crate) fn modules(path: &Path, kernel: &Fetched) -> Result<()> {
+    let mut archive = Archive::create(path)?;
+    let to = Path::new("/usr/lib/modules").join(&kernel.release);
+    for name in MODULE_LISTS {
+        let from = kernel.modules.join(name);
+        if from.is_file() {
+            archive.copy_to(&from, &to.join(name))?;
+        }
+    }
+    let read = || format!("read the modules of {}", kernel.release);
+    for file in with_dependencies(&kernel.modules, &MODULES).attempt(read)? {
+        archive.copy_to(&kernel.modules.join(&file), &to.join(&file))?;
+    }
+    archive.finish()
+}
+
+/// The part that belongs to one guest.
+pub(crate) fn own(path: &Path, host: HostName, keys: &Keys) -> Result<()> {
+    let mut archive = Archive::create(path)?;
+    let mut network = format!(
+        "link set lo up\naddr add {}/{PREFIX_BITS_V4} dev {INTERFACE}\n",
+        host.ipv4()
+    );
+    let owns_workload = host == HostName::Host1;
+    if owns_workload {
+        let _ = writeln!(
+            network,
+            "addr add {WORKLOAD_V4}/{PREFIX_BITS_V4} dev {INTERFACE}"
+        );
+    }
+    // The host's own comes last, which makes it the source of the host's own connections.
+    let workload = owns_workload.then_some(WORKLOAD_V6);
+    for address in workload.into_iter().chain([host.ipv6()]) {
+        let _ = writeln!(
+            network,
+            "addr add {address}/{PREFIX_BITS_V6} dev {INTERFACE} nodad"
+        );
+    }
+    let _ = writeln!(network, "link set {INTERFACE} up");
+    let setup = Setup {
+        hostname: host.as_str().to_owned(),
+        modules: MODULES.map(str::to_owned).to_vec(),
+        network,
+        last_pid: host.last_pid(),
+        sshd: host.has_sshd(),
+    };
+    let setup = serde_json::to_vec(&setup).attempt(|| format!("write {SETUP_FILE}"))?;
+    archive.file(SETUP_FILE, 0o644, &setup)?;
+    archive.file("/etc/hostname", 0o644, format!("{host}\n").as_bytes())?;
+    let known_hosts = files::known_hosts(keys).map_err(Error::Keys)?;
+    archive.file("/etc/ssh/ssh_config", 0o644, files::SSH_CONFIG.as_bytes())?;
+    archive.file("/etc/ssh/ssh_known_hosts", 0o644, known_hosts.as_bytes())?;
+    let public = keys.public("root").map_err(Error::Keys)?;
+    archive.file("/etc/ssh/authorized_keys", 0o644, public.as_bytes())?;
+    let private = keys.private("root").map_err(Error::Keys)?;
+    archive.file("/etc/ssh/root_key", 0o600, private.as_bytes())?;
+    if host.has_sshd() {
+        let criu = std::env::var("MIGRATE_CRIU").ok();
+        let config = files::sshd_config(criu.as_deref());
+        archive.file("/etc/ssh/sshd_config", 0o644, config.as_bytes())?;
+        let key = keys.private(host.as_str()).map_err(Error::Keys)?;
+        archive.file("/etc/ssh/ssh_host_ed25519_key", 0o600, key.as_bytes())?;
+    }
+    archive.finish()
+}
