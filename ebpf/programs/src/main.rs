@@ -27,7 +27,9 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::BPF_F_INGRESS;
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_redirect, bpf_skb_load_bytes};
+use aya_ebpf::helpers::generated::{
+    bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_redirect, bpf_skb_load_bytes,
+};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::trace;
