@@ -481,10 +481,24 @@ fn judge_mapping(subject: &str, file: &MappedFile) -> Option<Finding> {
     if is_no_file(path) || mapping.inode == 0 {
         return None;
     }
-    let meta = std::fs::metadata(file.link()).ok();
     if path.ends_with(DELETED) {
-        let (size, links) = meta.map_or((u64::MAX, 0), |meta| (meta.size(), meta.nlink()));
-        return judge_unnamed(subject.to_owned(), "has mapped", path, size, links);
+        return match std::fs::metadata(file.link()) {
+            Ok(meta) => judge_unnamed(
+                subject.to_owned(),
+                "has mapped",
+                path,
+                meta.size(),
+                meta.nlink(),
+            ),
+            // Unmapped since it was listed, or the process has ended: workers
+            // come and go.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => Some(Finding::refused(
+                subject,
+                format!("has mapped {path}, which cannot be examined: {error}"),
+                "restart the program, so that it maps the file by its present name",
+            )),
+        };
     }
     if mapping.shared && mapping.writable && is_in_memory(path) {
         return Some(Finding::refused(
