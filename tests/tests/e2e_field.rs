@@ -25,6 +25,7 @@ use migrate_tests::hosts::{eventually, has_address, listens, runs};
 use migrate_tests::migration::{
     Migration, migrate, moves, no_gate_left, print_logs, serves_old_connections,
 };
+use migrate_tests::refusals::guards;
 use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload};
 use sha2::{Digest as _, Sha256};
@@ -583,7 +584,7 @@ fn system_v_shared_memory_is_refused_by_name() {
         &host2,
         pid,
         &[],
-        &["System V shared memory", "shared_memory_type"],
+        &["System V shared memory", "unshare --ipc"],
     );
 }
 
@@ -1385,6 +1386,16 @@ fn the_destination_is_silent_until_the_tree_is_its_own() {
     no_gate_left(&host2);
 }
 
+/// Kills a `migrate` and the guard that would clear up after it.
+fn kill_with_guard(migration: Running, host: &Host) {
+    let guards = guards(host);
+    assert!(!guards.is_empty());
+    for guard in guards {
+        nix::sys::signal::kill(guard, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+    migration.kill(host).unwrap();
+}
+
 #[test]
 fn a_killed_owner_leaves_an_open_gate_that_unlock_removes() {
     require!("a_killed_owner_leaves_an_open_gate_that_unlock_removes": root, tcx, criu, migrate);
@@ -1396,7 +1407,7 @@ fn a_killed_owner_leaves_an_open_gate_that_unlock_removes() {
     let migration =
         Running::start(&host1, &[("MIGRATE_CRIU", &criu)], ["--to", "host2", &pid]).unwrap();
     assert!(eventually(SOON, || shared.path("go.waits").exists()));
-    migration.kill(&host1).unwrap();
+    kill_with_guard(migration, &host1);
     std::fs::write(shared.path("go"), "").unwrap();
     serves_old_connections(&mut client);
 
@@ -1445,7 +1456,7 @@ fn a_gate_that_its_dead_owner_left_closed_opens_by_itself() {
     let pid = workload.pid.to_string();
     let mut migration = Running::start(&host1, &[], ["--to", "host2", &pid]).unwrap();
     assert!(migration.saw("ended", "freeze"), "{:?}", migration.events);
-    migration.kill(&host1).unwrap();
+    kill_with_guard(migration, &host1);
     // Nobody renews the lease; the connections go on when it has run out.
     assert!(runs(&host1, workload.pid));
     serves_old_connections(&mut client);

@@ -24,6 +24,12 @@ impl Cancel {
         self.sender.send_replace(true);
     }
 
+    /// Whether somebody has asked.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        *self.sender.borrow()
+    }
+
     /// Waits until somebody asks.
     pub async fn cancelled(&self) {
         let mut receiver = self.sender.subscribe();

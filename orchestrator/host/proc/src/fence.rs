@@ -212,7 +212,13 @@ impl Fence {
                 if origin.as_deref() == Some(directory) {
                     continue;
                 }
+                let known =
+                    |member: &FencedProcess| (member.pid, member.start_ticks) == (pid, start_ticks);
                 match cgroup::enter(directory, pid) {
+                    // The kernel leaves out what is about to end, without a
+                    // word (`cgroup_migrate_add_task` in `cgroup.c`), and the
+                    // end of a large process takes long.
+                    Ok(true) if self.record.members.iter().any(known) => {}
                     Ok(true) => {
                         moved += 1;
                         self.record.members.push(FencedProcess {

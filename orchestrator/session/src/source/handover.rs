@@ -22,6 +22,7 @@ use migrate_core::wire::Message;
 use migrate_criu::{Notice, Session};
 
 use super::{Engine, Go, Migration, STEP_LIMIT, detach, micros, not_yet, verdict};
+use crate::cancel::Cancel;
 use crate::error::Error;
 
 impl Migration {
@@ -34,8 +35,8 @@ impl Migration {
     const VERDICT_TRIES: u32 = 5;
 
     /// The commit and everything after it.
-    pub(super) async fn hand_over(&mut self) -> Result<(), Error> {
-        self.seal().await?;
+    pub(super) async fn hand_over(&mut self, cancel: &Cancel) -> Result<(), Error> {
+        self.seal(cancel).await?;
         if let Err(lost) = self.go().await {
             // `Go` may have arrived: ask until there is an answer that binds.
             let stage = self.verdict(&lost, |stage| !stage.may_own()).await?;
@@ -83,7 +84,7 @@ impl Migration {
     }
 
     /// Makes sure that nothing here runs or answers any more, and records it.
-    async fn seal(&mut self) -> Result<(), Error> {
+    async fn seal(&mut self, cancel: &Cancel) -> Result<(), Error> {
         let fence = self.fence.as_ref().ok_or_else(|| not_yet("the fence"))?;
         fence.close()?;
         crate::pause::at("fenced");
@@ -109,6 +110,10 @@ impl Migration {
                         .to_owned(),
                 ));
             }
+        }
+        // The last moment at which that is possible.
+        if cancel.is_cancelled() {
+            return Err(Error::Cancelled);
         }
         if let Some(journal) = &mut self.journal {
             journal.stage(Stage::HandedOver)?;

@@ -163,7 +163,7 @@ pub async fn migrate(
         () = passed(&mut frozen_until) => Err(Error::BlackoutLimit { limit }),
     };
     let outcome = match before_commit {
-        Ok(()) => migration.hand_over().await,
+        Ok(()) => migration.hand_over(&cancel).await,
         Err(error) => Err(error),
     };
     let Err(error) = outcome else {
