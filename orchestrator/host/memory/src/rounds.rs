@@ -386,6 +386,8 @@ impl<S: PageSink> Pass<'_, S> {
                 return Ok(false);
             }
             self.hand_on(&[piece], &data.freeze()).await?;
+            self.stats.pages_scanned += wanted / PAGE;
+            self.stats.pages_written += wanted / PAGE;
         }
         Ok(true)
     }
