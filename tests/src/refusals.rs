@@ -381,22 +381,33 @@ impl Scene {
         }
     }
 
-    /// The workload runs in one place and serves the connections it had.
+    /// The workload serves the connections it had from where it was.
     ///
     /// # Panics
     ///
     /// When that is not so.
     #[track_caller]
-    pub fn serves_here(&mut self) {
+    pub fn serves_on(&mut self) {
         serves_old_connections(&mut self.client);
         let pid = self.workload.pid;
-        let (source, destination) = (self.source(), self.destination());
+        let source = self.source();
         assert!(runs(&source, pid), "{pid} runs on {}", source.name());
         let address = self.workload.kind.address().ip();
         match has_address(&source, address) {
             Ok(has) => assert!(has, "{address} is on {}", source.name()),
             Err(error) => panic!("{error}"),
         }
+    }
+
+    /// It does, and nowhere else is a copy of it.
+    ///
+    /// # Panics
+    ///
+    /// When that is not so.
+    #[track_caller]
+    pub fn serves_here(&mut self) {
+        self.serves_on();
+        let destination = self.destination();
         // A copy listens, whatever PID it has.
         let port = self.workload.kind.address().port();
         assert!(
