@@ -132,7 +132,12 @@ fn a_tracer_and_another_namespace() {
     eventually("exec", || running.tree().processes[0].name == "sleep");
     let found = running.tree().findings().unwrap();
     assert!(stops(&found, "network namespace"), "{found:#?}");
-    assert!(stops(&found, "IPC namespace"), "{found:#?}");
+    // That one moves along.
+    assert!(!stops(&found, "IPC namespace"), "{found:#?}");
+    assert!(
+        found.iter().any(|f| f.finding.contains("IPC namespace")),
+        "{found:#?}"
+    );
 
     let running = Running::start(&["sleep", "1000"]);
     let tracer = Running::with(
