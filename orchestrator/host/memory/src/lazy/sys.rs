@@ -112,11 +112,16 @@ fn event(message: &[u8]) -> Option<Event> {
 }
 
 /// Puts pages where there are none; pages that are there stay as they are.
+///
+/// Nobody may read events of `uffd` meanwhile: it is what is not read yet that
+/// tells pages that have moved from pages nobody wants any more.
 pub(super) fn copy(uffd: BorrowedFd<'_>, to: u64, data: &[u8]) -> io::Result<Copied> {
     let total = data.len() as u64;
     let mut at = 0;
     // Smaller once a piece has met the end of a mapping.
     let mut most = total;
+    // The page that has no mapping, as far as the kernel says.
+    let mut homeless = None;
     while at < total {
         let len = most.min(total - at);
         let mut copy = UffdioCopy {
@@ -145,6 +150,11 @@ pub(super) fn copy(uffd: BorrowedFd<'_>, to: u64, data: &[u8]) -> io::Result<Cop
             // A mapping ends within the piece, or there is none that waits for
             // pages.
             Some(libc::ENOENT) if len > PAGE => most = (len / 2 / PAGE * PAGE).max(PAGE),
+            // The kernel looks for changes before it looks for the mapping, and
+            // again only once it has found one: a mapping that moves in between
+            // looks like one that has gone. Its event is out by now, so the
+            // second answer is true.
+            Some(libc::ENOENT) if homeless != Some(at) => homeless = Some(at),
             Some(libc::ENOENT) => at += PAGE,
             // The cgroup may have room again before the time is up.
             Some(libc::EAGAIN | libc::EINTR | libc::ENOMEM) => return Ok(Copied::Until(at)),
@@ -423,4 +433,133 @@ pub(super) fn probe() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
+mod tests {
+    use std::os::fd::AsFd as _;
+    use std::thread;
+
+    use super::*;
+
+    const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+    const LIMIT_MS: u64 = 60_000;
+
+    #[repr(C)]
+    struct UffdioRegister {
+        range: UffdioRange,
+        mode: u64,
+        ioctls: u64,
+    }
+
+    fn map() -> u64 {
+        let (protection, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        );
+        // SAFETY: a new mapping.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGE as usize,
+                protection,
+                flags,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(at, libc::MAP_FAILED);
+        at.addr() as u64
+    }
+
+    /// A page, and who is told that it is missing.
+    fn watched() -> Option<(u64, OwnedFd)> {
+        // SAFETY: the call takes no pointer; the result is a new descriptor.
+        let fd =
+            unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+        if fd < 0 {
+            return None;
+        }
+        // SAFETY: made above.
+        let uffd = unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).unwrap()) };
+        let mut api = UffdioApi {
+            api: 0xaa,
+            features: FEATURES,
+            ioctls: 0,
+        };
+        let at = map();
+        let mut register = UffdioRegister {
+            range: UffdioRange {
+                start: at,
+                len: PAGE,
+            },
+            mode: 1,
+            ioctls: 0,
+        };
+        // SAFETY: the requests read and write what lives here.
+        unsafe {
+            if libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, &raw mut api) < 0 {
+                return None;
+            }
+            assert_eq!(
+                libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register),
+                0
+            );
+        }
+        Some((at, uffd))
+    }
+
+    fn await_event(uffd: &OwnedFd) {
+        assert_eq!(poll(&[uffd.as_raw_fd()], Some(LIMIT_MS)).unwrap(), [true]);
+    }
+
+    #[test]
+    fn a_page_that_moves_while_it_is_copied_is_not_given_up() {
+        let (Some((from, uffd)), Some((source, source_uffd))) = (watched(), watched()) else {
+            println!("SKIP a_page_that_moves_while_it_is_copied_is_not_given_up: no userfaultfd");
+            return;
+        };
+        let to = map();
+        let content = [7u8; PAGE as usize];
+        // SAFETY: a page of ours, which is filled once and stays for good.
+        let data = unsafe { std::slice::from_raw_parts(source as *const u8, PAGE as usize) };
+        thread::scope(|scope| {
+            // The kernel has let go of the mapping when it waits for the data.
+            let copying = scope.spawn(|| copy(uffd.as_fd(), from, data).unwrap());
+            await_event(&source_uffd);
+            let moving = scope.spawn(|| {
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                let bytes = PAGE as usize;
+                // SAFETY: a page that only the kernel knows goes where another
+                // one of ours was.
+                let at = unsafe { libc::mremap(from as *mut _, bytes, bytes, flags, to) };
+                assert_eq!(at.addr() as u64, to);
+            });
+            await_event(&uffd);
+            assert_eq!(
+                copy(source_uffd.as_fd(), source, &content).unwrap(),
+                Copied::All
+            );
+            // Judged once nobody waits for events any more.
+            let copied = copying.join();
+            let moved = events(uffd.as_fd()).unwrap();
+            // It also says that nothing is left behind.
+            while !moving.is_finished() {
+                poll(&[uffd.as_raw_fd()], Some(1)).unwrap();
+                events(uffd.as_fd()).unwrap();
+            }
+            moving.join().unwrap();
+            assert_eq!(copied.unwrap(), Copied::Until(0));
+            assert!(
+                matches!(moved[..], [Event::Remap { from: f, to: t, bytes: PAGE }] if (f, t) == (from, to)),
+                "{moved:?}"
+            );
+            assert_eq!(copy(uffd.as_fd(), to, data).unwrap(), Copied::All);
+        });
+        // SAFETY: a page of ours that is there.
+        assert_eq!(unsafe { (to as *const u8).read_volatile() }, 7);
+        // Where nothing is any more, nothing is wanted.
+        assert_eq!(copy(uffd.as_fd(), from, &content).unwrap(), Copied::All);
+    }
 }
