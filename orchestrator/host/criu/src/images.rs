@@ -77,6 +77,9 @@ struct VmaEntry {
     /// `VMA_AREA_*` and `VMA_*` of CRIU's `include/image.h`.
     #[prost(uint32, required, tag = "7")]
     status: u32,
+    /// Set of `MADV_*`.
+    #[prost(uint64, optional, tag = "9")]
+    advice: Option<u64>,
 }
 
 impl VmaEntry {
@@ -93,6 +96,13 @@ impl VmaEntry {
         let wanted = Self::REGULAR | Self::ANON_PRIVATE;
         self.flags.cast_signed() & (flags | not) == flags
             && self.status & (wanted | Self::SPECIAL) == wanted
+    }
+
+    /// Whether children find zeros there. They do not say so when the copy
+    /// forks, and would get what their parent lacks: it must lack nothing.
+    fn is_wiped_on_fork(&self) -> bool {
+        self.advice
+            .is_some_and(|advice| advice & 1 << libc::MADV_WIPEONFORK != 0)
     }
 }
 
@@ -383,7 +393,7 @@ impl ImageDir {
             let PageOwner::Task(pid) = owner else {
                 continue;
             };
-            if memory.gaps.is_empty() {
+            if memory.gaps.is_empty() && memory.runs.iter().all(|run| run.flags & LAZY == 0) {
                 continue;
             }
             let name = format!("mm-{pid}.img");
@@ -713,12 +723,49 @@ impl Memory {
         }
     }
 
+    /// Makes gaps of what would be lazy in these mappings.
+    fn hold<'a>(&mut self, mappings: impl Iterator<Item = &'a VmaEntry>) {
+        let page = PAGE_BYTES as u64;
+        for mapping in mappings {
+            let mut place = 0;
+            for run in std::mem::take(&mut self.runs) {
+                let start = mapping.start.clamp(run.vaddr, run.end());
+                let stop = mapping.end.clamp(start, run.end());
+                if run.flags & LAZY == 0 || start == stop {
+                    self.push(run);
+                } else {
+                    for (part, flags) in [
+                        (run.vaddr..start, run.flags),
+                        (start..stop, run.flags & !LAZY),
+                        (stop..run.end(), run.flags),
+                    ] {
+                        if !part.is_empty() {
+                            self.push(Run {
+                                vaddr: part.start,
+                                pages: (part.end - part.start) / page,
+                                flags,
+                            });
+                        }
+                    }
+                    self.gaps.push(Gap {
+                        at: place + (start - run.vaddr) / page,
+                        vaddr: start,
+                        pages: (stop - start) / page,
+                    });
+                }
+                place += run.pages;
+            }
+        }
+        self.gaps.sort_by_key(|gap| gap.vaddr);
+    }
+
     /// Makes lazy what lies in gaps and in mappings that can be.
     fn settle(&mut self, mm: &MmEntry) {
+        self.hold(mm.vmas.iter().filter(|vma| vma.is_wiped_on_fork()));
         let mut mappings: Vec<Range<u64>> = mm
             .vmas
             .iter()
-            .filter(|vma| vma.can_be_lazy())
+            .filter(|vma| vma.can_be_lazy() && !vma.is_wiped_on_fork())
             .map(|vma| vma.start..vma.end)
             .collect();
         mappings.sort_by_key(|range| range.start);
@@ -1152,6 +1199,7 @@ mod tests {
             end,
             flags: flags.cast_unsigned(),
             status,
+            advice: None,
         }
     }
 
@@ -1246,6 +1294,53 @@ mod tests {
         );
         let bytes = [0, 0, 2, 0, 0, stored(0x6000), stored(0x7000), 0, 0, 0];
         let bytes = [&bytes[..], &[stored(0xb000), 4]].concat();
+        let expected: Vec<u8> = bytes.into_iter().flat_map(|byte| filled(1, byte)).collect();
+        let pages = fs::read(images.path().join("pages-1.img")).unwrap();
+        assert!(pages == expected);
+    }
+
+    #[test]
+    fn what_children_find_wiped_does_not_wait() {
+        let (_parent, mut images) = directory();
+        images.lazy().unwrap();
+        let task = PageOwner::Task(7);
+        let fresh = PageRun {
+            flags: PageRun::PRESENT | LAZY,
+            ..run(task, 0x1000, 6)
+        };
+        images.pages(fresh, &filled(6, 1)).unwrap();
+        images.gap(gap(task, 0x8000, 3)).unwrap();
+        inventory(&mut images);
+        let wiped = |start, end| VmaEntry {
+            // With `MADV_DONTDUMP`.
+            advice: Some(1 << 16 | 1 << 18),
+            ..plain(start, end)
+        };
+        let mappings = vec![
+            plain(0x1000, 0x3000),
+            wiped(0x3000, 0x5000),
+            plain(0x5000, 0x9000),
+            wiped(0x9000, 0xa000),
+            plain(0xa000, 0xb000),
+        ];
+        mm(&mut images, 7, mappings);
+        images.fill(&mut from_store).unwrap();
+        let stats = images.finish().unwrap();
+        assert_eq!(
+            (stats.pages, stats.pages_in_gaps, stats.lazy_pages),
+            (6, 3, 6)
+        );
+        assert_eq!(
+            images.lazy_ranges(),
+            [
+                (task, 0x1000..0x3000),
+                (task, 0x5000..0x7000),
+                (task, 0x8000..0x9000),
+                (task, 0xa000..0xb000)
+            ]
+        );
+        let bytes = [0, 0, stored(0x3000), stored(0x4000), 0, 0];
+        let bytes = [&bytes[..], &[0, stored(0x9000), 0]].concat();
         let expected: Vec<u8> = bytes.into_iter().flat_map(|byte| filled(1, byte)).collect();
         let pages = fs::read(images.path().join("pages-1.img")).unwrap();
         assert!(pages == expected);
