@@ -79,13 +79,15 @@ fn redis_serves_while_its_memory_arrives() {
     grow(&lab, 64);
     let mut client = workload.client(&lab, 10, &["--verify"]).unwrap();
     serves_old_connections(&mut client);
-    let report = moves(&lab, &workload, HostName::Host1, HostName::Host2);
+    let pid = workload.pid.to_string();
+    let there = ["--restore", "lazy", "--to", "host2", &pid];
+    let there = migrate(&lab.host(HostName::Host1), there).unwrap();
+    let report = there.expect_committed();
     assert!(report.lazy_pages > 64 << 8, "{report:?}");
     all_right(&lab, 64);
 
-    // And all at once where the user wants that.
-    let pid = workload.pid.to_string();
-    let back = ["--restore", "eager", "--to", "host1", &pid];
+    // And all at once unless the user says otherwise.
+    let back = ["--to", "host1", &pid];
     let back = migrate(&lab.host(HostName::Host2), back).unwrap();
     assert_eq!(back.expect_committed().lazy_pages, 0);
     all_right(&lab, 64);
@@ -108,7 +110,7 @@ fn ten_hops_in_a_row_lose_nothing() {
             0 => (HostName::Host1, "host2"),
             _ => (HostName::Host2, "host1"),
         };
-        let moved = migrate(&lab.host(from), ["--to", to, &pid]).unwrap();
+        let moved = migrate(&lab.host(from), ["--restore", "lazy", "--to", to, &pid]).unwrap();
         let report = moved.expect_committed();
         assert!(report.lazy_pages > 64 << 8, "hop {hop}: {report:?}");
     }
@@ -140,7 +142,11 @@ fn memory_that_is_forked_moved_and_given_back_at_once_is_right() {
         let pid = source.spawn_detached(words, "/dev/null").unwrap();
         let said = |host: &Host| fs::read_to_string(host.path(&file)).unwrap_or_default();
         assert!(eventually(SOON, || said(&source) == "ready"));
-        let moved = migrate(&source, ["--to", "host2", &pid.to_string()]).unwrap();
+        let moved = migrate(
+            &source,
+            ["--restore", "lazy", "--to", "host2", &pid.to_string()],
+        )
+        .unwrap();
         let report = moved.expect_committed();
         assert!(report.lazy_pages > 96 << 7, "{report:?}");
         assert!(eventually(SOON, || !said(&destination).is_empty()));
@@ -183,7 +189,9 @@ fn at_stage(host: &Host, stage: &str) -> bool {
 fn half_way(lab: &Lab, workload: &Workload) -> (i32, thread::JoinHandle<Migration>) {
     let (source, destination) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
     let pid = workload.pid.to_string();
-    let moving = thread::spawn(move || migrate(&source, ["--to", "host2", &pid]).unwrap());
+    let moving = thread::spawn(move || {
+        migrate(&source, ["--restore", "lazy", "--to", "host2", &pid]).unwrap()
+    });
     let mut keeper = None;
     let runs = eventually(SOON, || {
         keeper = keeper.or_else(|| named(&destination, "memory-keeper"));

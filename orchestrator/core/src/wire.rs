@@ -297,13 +297,11 @@ pub enum StdioChoice {
 /// When the copy gets its memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RestoreChoice {
-    /// Lazily where the destination can do that.
+    /// All of it before it runs.
     #[default]
-    Auto,
+    Eager,
     /// While it already runs, what its threads touch first.
     Lazy,
-    /// All of it before it runs.
-    Eager,
 }
 
 /// What the destination measured, for the closing block.

@@ -197,7 +197,7 @@ impl Error {
             Self::Memory(error) => error.help().map(str::to_owned),
             Self::Store(error) => error.help().map(str::to_owned),
             Self::Lazy(error) => error.help().map(str::to_owned),
-            Self::NotLazy { .. } => Some("use --restore auto or --restore eager".to_owned()),
+            Self::NotLazy { .. } => Some("leave --restore lazy out".to_owned()),
             Self::Arriving { .. } => Some("wait until it is complete, then try again".to_owned()),
             Self::NotConverged { .. } => Some("lower --goal, raise --max-iterations, or allow the freeze with --on-timeout freeze".to_owned()),
             Self::NotTheSame { .. } => Some("this is a defect of migrate: please report it; `--engine full` moves the tree without pre-copy".to_owned()),

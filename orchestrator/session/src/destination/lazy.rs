@@ -52,11 +52,7 @@ impl Memory {
         }
         if let Err(error) = probe_lazy() {
             let why = crate::error::chain(&error);
-            if choice == RestoreChoice::Lazy {
-                return Err(Error::NotLazy { why });
-            }
-            tracing::info!(why, "memory is restored at once");
-            return Ok(());
+            return Err(Error::NotLazy { why });
         }
         self.home = home.path();
         self.pids = tree.processes.iter().map(|process| process.pid).collect();

@@ -437,6 +437,7 @@ pub(super) fn probe() -> io::Result<()> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
+#[allow(clippy::cast_possible_truncation, reason = "a page fits everywhere")]
 mod tests {
     use std::os::fd::AsFd as _;
     use std::thread;
