@@ -492,7 +492,7 @@ fn judge_mapping(subject: &str, file: &MappedFile) -> Option<Finding> {
             ),
             // Unmapped since it was listed, or the process has ended: workers
             // come and go.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) if read::is_gone(&error) => None,
             Err(error) => Some(Finding::refused(
                 subject,
                 format!("has mapped {path}, which cannot be examined: {error}"),
