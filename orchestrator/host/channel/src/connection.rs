@@ -286,19 +286,9 @@ impl Connection {
     ) -> Result<Self, ChannelError> {
         let (mut reader, mut writer, local_addr, peer_addr, name) = ends(stream)?;
         let theirs = introduce(&mut reader, &mut writer, &name, hello, ends_at).await?;
-        Ok(Self {
-            sender: Sender(writer),
-            receiver: Receiver(reader),
-            peer: Peer {
-                hostname: printable(&theirs.hostname, HOSTNAME_CHARS_MAX),
-                address: peer_addr,
-            },
-            hello: theirs,
-            local_addr,
-            peer_addr,
-            ssh: None,
-            further: further(name, peer_addr),
-        })
+        let further = further(name, peer_addr);
+        let halves = (Sender(writer), Receiver(reader));
+        Ok(Self::new(halves, theirs, local_addr, peer_addr, further))
     }
 
     /// Receives a peer on the destination.
@@ -318,9 +308,23 @@ impl Connection {
             }
         };
         let theirs = answer(&mut writer, &name, hello, theirs).await?;
-        Ok(Guest::Source(Box::new(Self {
-            sender: Sender(writer),
-            receiver: Receiver(reader),
+        let further = Further::wait(name, tokens, Arc::clone(registry));
+        let halves = (Sender(writer), Receiver(reader));
+        let source = Self::new(halves, theirs, local_addr, peer_addr, further);
+        Ok(Guest::Source(Box::new(source)))
+    }
+
+    /// A connection over which both have said hello.
+    fn new(
+        (sender, receiver): (Sender, Receiver),
+        theirs: Hello,
+        local_addr: SocketAddr,
+        peer_addr: SocketAddr,
+        further: Further,
+    ) -> Self {
+        Self {
+            sender,
+            receiver,
             peer: Peer {
                 hostname: printable(&theirs.hostname, HOSTNAME_CHARS_MAX),
                 address: peer_addr,
@@ -329,8 +333,8 @@ impl Connection {
             local_addr,
             peer_addr,
             ssh: None,
-            further: Further::wait(name, tokens, Arc::clone(registry)),
-        })))
+            further,
+        }
     }
 }
 

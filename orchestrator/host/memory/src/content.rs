@@ -20,7 +20,7 @@ use migrate_core::wire::{PAGE_BYTES, PageRun};
 use crate::error::{MemoryError, RoundError};
 use crate::maps::{self, Vma};
 use crate::process::Memory;
-use crate::rounds::{Limits, PageSink, RUN_PAGES_MAX, RoundStats, micros, runs};
+use crate::rounds::{Limits, PageSink, RUN_PAGES_MAX, RoundStats, micros, runs, unless_gone};
 use crate::sys::PIECES_MAX;
 use crate::{PAGE, ZERO_PAGE, tree};
 
@@ -125,21 +125,12 @@ impl ContentPrecopy {
         sink: &mut S,
     ) -> Result<RoundStats, RoundError<S::Error>> {
         let start = Instant::now();
-        let mut stats = RoundStats {
-            since_previous_us: self
-                .last_start
-                .map_or(0, |last| micros(start.duration_since(last))),
-            ..RoundStats::default()
-        };
+        let mut stats = RoundStats::begun(start, self.last_start);
         let members = tree::members(self.root, self.limits.processes)?;
         self.last_start = Some(start);
         for member in &members {
-            match self.process(member.pid, sink, &mut stats).await {
-                Err(RoundError::Memory {
-                    source: MemoryError::Gone { pid },
-                }) if pid != self.root => {}
-                done => done?,
-            }
+            let done = self.process(member.pid, sink, &mut stats).await;
+            unless_gone(done, self.root)?;
         }
         stats.processes = members.len() as u64;
         stats.took_us = micros(start.elapsed());

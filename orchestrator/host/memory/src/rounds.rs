@@ -109,6 +109,31 @@ pub struct RoundStats {
     pub sink_us: u64,
 }
 
+impl RoundStats {
+    /// Of a round that begins at `start`, after one that began at `previous`.
+    pub(crate) fn begun(start: Instant, previous: Option<Instant>) -> Self {
+        Self {
+            since_previous_us: previous
+                .map_or(0, |previous| micros(start.duration_since(previous))),
+            ..Self::default()
+        }
+    }
+}
+
+/// A process that ends in the middle of a round is no error, unless it is the
+/// root of the tree.
+pub(crate) fn unless_gone<E: std::error::Error + 'static>(
+    done: Result<(), RoundError<E>>,
+    root: i32,
+) -> Result<(), RoundError<E>> {
+    match done {
+        Err(RoundError::Memory {
+            source: MemoryError::Gone { pid },
+        }) if pid != root => Ok(()),
+        done => done,
+    }
+}
+
 /// Whether a process is tracked.
 #[derive(Debug)]
 pub enum TrackingState {
@@ -199,22 +224,13 @@ impl Precopy {
         sink: &mut S,
     ) -> Result<RoundStats, RoundError<S::Error>> {
         let start = Instant::now();
-        let mut stats = RoundStats {
-            since_previous_us: self
-                .last_start
-                .map_or(0, |last| micros(start.duration_since(last))),
-            ..RoundStats::default()
-        };
+        let mut stats = RoundStats::begun(start, self.last_start);
         let members = tree::members(self.root, self.limits.processes)?;
         self.last_start = Some(start);
         self.forget_ended(&members, sink).await?;
         for &member in &members {
-            match self.copy(member, sink, &mut stats).await {
-                Err(RoundError::Memory {
-                    source: MemoryError::Gone { pid },
-                }) if pid != self.root => {}
-                done => done?,
-            }
+            let done = self.copy(member, sink, &mut stats).await;
+            unless_gone(done, self.root)?;
         }
         stats.processes = members.len() as u64;
         stats.took_us = micros(start.elapsed());
