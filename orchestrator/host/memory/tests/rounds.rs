@@ -173,35 +173,44 @@ struct Seen {
 /// Populated pages of private, readable, anonymous memory, read independently
 /// of the code under test: `/proc/PID/pagemap`, bits 63 present, 62 swapped,
 /// 61 file, 57 write-protected by userfaultfd.
+///
+/// A mark counts in a mapping that is watched only, as for the dump: when
+/// `mremap` moves a mapping next to another, Linux joins the two and watches
+/// neither any more, and the marks of the one that stayed are left behind.
 fn populated(pid: i32) -> Vec<Seen> {
     let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let mut seen = Vec::new();
-    for line in fs::read_to_string(format!("/proc/{pid}/maps"))
-        .unwrap()
-        .lines()
-    {
+    let mut mapping: Option<Range<u64>> = None;
+    for line in smaps.lines() {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let name = fields.get(5).copied().unwrap_or("");
-        let ours = fields[1].starts_with('r')
-            && fields[1].ends_with('p')
-            && fields[4] == "0"
-            && (name.is_empty() || name == "[heap]" || name == "[stack]");
-        if !ours {
+        if let Some((start, end)) = fields[0].split_once('-') {
+            let name = fields.get(5).copied().unwrap_or("");
+            let ours = fields[1].starts_with('r')
+                && fields[1].ends_with('p')
+                && fields[4] == "0"
+                && (name.is_empty() || name == "[heap]" || name == "[stack]");
+            let address = |text| u64::from_str_radix(text, 16).unwrap();
+            mapping = ours.then(|| address(start)..address(end));
+        }
+        if fields[0] != "VmFlags:" {
             continue;
         }
-        let (start, end) = fields[0].split_once('-').unwrap();
-        let start = u64::from_str_radix(start, 16).unwrap();
-        let end = u64::from_str_radix(end, 16).unwrap();
-        let mut entries = vec![0u8; usize::try_from((end - start) / PAGE * 8).unwrap()];
+        let Some(range) = mapping.take() else {
+            continue;
+        };
+        let watched = fields.contains(&"uw");
+        let pages = (range.end - range.start) / PAGE;
+        let mut entries = vec![0u8; usize::try_from(pages * 8).unwrap()];
         pagemap
-            .read_exact_at(&mut entries, start / PAGE * 8)
+            .read_exact_at(&mut entries, range.start / PAGE * 8)
             .unwrap();
-        for (entry, vaddr) in entries.chunks_exact(8).zip((start..).step_by(PAGE_BYTES)) {
+        for (entry, vaddr) in entries.chunks_exact(8).zip(range.step_by(PAGE_BYTES)) {
             let entry = u64::from_ne_bytes(entry.try_into().unwrap());
             if entry >> 62 != 0 && entry & (1 << 61) == 0 {
                 seen.push(Seen {
                     vaddr,
-                    clean: entry & (1 << 57) != 0,
+                    clean: watched && entry & (1 << 57) != 0,
                 });
             }
         }
