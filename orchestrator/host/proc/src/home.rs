@@ -81,7 +81,13 @@ impl Home {
         let parent = Hierarchy::v2().and_then(|v2| v2.directory(cgroup::HOME_PARENT));
         for name in names(name, root_pid, id) {
             if let Some(parent) = &parent {
-                cgroup::remove_empty_home(&parent.join(name));
+                let home = parent.join(name);
+                if home.exists() {
+                    // What was killed a moment ago may still be giving back
+                    // its memory.
+                    let _ = fence::await_event(&home, "populated", "0", EMPTY_WAIT_MAX);
+                    cgroup::remove_empty_home(&home);
+                }
             }
         }
     }
