@@ -1,7 +1,7 @@
 //! What a migration is, without the machine it runs on.
 //!
-//! Phases and their legal transitions, when pre-copy ends, the messages between source and
-//! destination, the facts that preflight compares, and the report a user
+//! The protocol of both sides as tables, when pre-copy ends, the messages between
+//! source and destination, the facts that preflight compares, and the report a user
 //! reads. Nothing here makes a system call, reads a clock or knows an adapter.
 
 pub mod convergence;
@@ -10,6 +10,7 @@ pub mod flow;
 pub mod journal;
 pub mod phase;
 pub mod preflight;
+pub mod protocol;
 pub mod report;
 pub mod stream;
 pub mod tracked;

@@ -1,17 +1,11 @@
-//! The phases of a migration and the only place that says which may follow which.
+//! The phases of a migration as a user sees them.
 //!
-//! ```text
-//! preflight -> track -> prepare -> precopy -> freeze -> dump -> restore -> handover -> takeover -> finish
-//!     |          |         |          |          |        |        |          |
-//!     +----------+---------+----------+----------+--------+--------+          +--> undecided
-//!                          v                                                  |
-//!                     rolled back <------ the destination does not own it ----+ (also from takeover)
-//! ```
+//! Which step follows which is said in [`crate::protocol`]; a phase is what a
+//! step belongs to ([`crate::protocol::source::Step::phase`]).
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
 /// Where a migration stands, seen from the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -45,46 +39,6 @@ pub enum Phase {
     Undecided,
 }
 
-/// What moves a migration on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Event {
-    /// Nothing stands in the way.
-    Checked,
-    /// The gate knows every flow of the tree.
-    Tracked,
-    /// The destination is ready for the tree.
-    Prepared,
-    /// More rounds would not shorten the blackout.
-    Converged,
-    /// The gate is closed and the tree no longer runs.
-    Frozen,
-    /// All pages and images have left.
-    Dumped,
-    /// The destination holds a complete copy that has not run yet.
-    Restored,
-    /// The destination says that it owns the tree.
-    Owned,
-    /// The copy runs and its connections are served.
-    Running,
-    /// The source's tree is gone and its gate detached.
-    Removed,
-    /// Something failed, or the user cancelled.
-    Failed,
-    /// Asked after a lost answer, the destination has put on record that it
-    /// does not own the tree and never will.
-    Disowned,
-}
-
-/// An event that a phase has no answer to: a defect of the driver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("{on:?} cannot happen in phase {from}")]
-pub struct IllegalTransition {
-    /// The phase it happened in.
-    pub from: Phase,
-    /// The event.
-    pub on: Event,
-}
-
 impl Phase {
     /// Every phase, in order.
     pub const ALL: [Self; 13] = [
@@ -113,42 +67,6 @@ impl Phase {
     #[must_use]
     pub fn from_number(number: u8) -> Option<Self> {
         Self::ALL.get(usize::from(number)).copied()
-    }
-
-    /// The phase that follows, or a refusal.
-    ///
-    /// # Errors
-    ///
-    /// The event has no meaning in this phase.
-    pub fn on(self, event: Event) -> Result<Self, IllegalTransition> {
-        Ok(match (self, event) {
-            (Self::Preflight, Event::Checked) => Self::Track,
-            (Self::Track, Event::Tracked) => Self::Prepare,
-            (Self::Prepare, Event::Prepared) => Self::Precopy,
-            (Self::Precopy, Event::Converged) => Self::Freeze,
-            (Self::Freeze, Event::Frozen) => Self::Dump,
-            (Self::Dump, Event::Dumped) => Self::Restore,
-            (Self::Restore, Event::Restored) => Self::HandedOver,
-            (Self::HandedOver, Event::Owned) => Self::Takeover,
-            (Self::Takeover, Event::Running) => Self::Finish,
-            (Self::Finish, Event::Removed) => Self::Committed,
-            (phase, Event::Failed) if phase.may_roll_back() => Self::RolledBack,
-            (Self::HandedOver, Event::Failed) => Self::Undecided,
-            // Also of a destination that has died between its word and the
-            // first instruction of the copy, which can be proved there.
-            (Self::HandedOver | Self::Takeover, Event::Disowned) => Self::RolledBack,
-            // The destination owns the tree: whatever fails from here on, the
-            // source never runs it again, and the outcome stays a commit.
-            (Self::Takeover, Event::Failed) => Self::Finish,
-            (Self::Finish, Event::Failed) => Self::Committed,
-            (from, on) => return Err(IllegalTransition { from, on }),
-        })
-    }
-
-    /// Whether a failure in this phase leaves the source running.
-    #[must_use]
-    pub fn may_roll_back(self) -> bool {
-        self < Self::HandedOver
     }
 
     /// The name a user reads.
@@ -182,57 +100,11 @@ impl fmt::Display for Phase {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 12] = [
-        Event::Checked,
-        Event::Tracked,
-        Event::Prepared,
-        Event::Converged,
-        Event::Frozen,
-        Event::Dumped,
-        Event::Restored,
-        Event::Owned,
-        Event::Running,
-        Event::Removed,
-        Event::Failed,
-        Event::Disowned,
-    ];
-
     #[test]
     fn a_phase_is_found_by_its_number() {
         for phase in Phase::ALL {
             assert_eq!(Phase::from_number(phase.number()), Some(phase));
         }
         assert_eq!(Phase::from_number(13), None);
-    }
-
-    #[test]
-    fn every_pair_is_pinned() {
-        let mut table = String::new();
-        for phase in Phase::ALL {
-            for event in EVENTS {
-                if let Ok(next) = phase.on(event) {
-                    table += &format!("{phase} + {event:?} -> {next}\n");
-                }
-            }
-        }
-        assert_eq!(table, include_str!("phase_table.txt"));
-    }
-
-    #[test]
-    fn no_failure_rolls_back_once_handed_over() {
-        for phase in Phase::ALL.into_iter().filter(|p| *p >= Phase::HandedOver) {
-            assert_ne!(phase.on(Event::Failed), Ok(Phase::RolledBack), "{phase}");
-        }
-    }
-
-    #[test]
-    fn only_the_destinations_word_commits() {
-        for phase in Phase::ALL {
-            for event in EVENTS {
-                if phase.on(event) == Ok(Phase::Takeover) {
-                    assert_eq!((phase, event), (Phase::HandedOver, Event::Owned));
-                }
-            }
-        }
     }
 }

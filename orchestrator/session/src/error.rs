@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use migrate_channel::ChannelError;
 use migrate_core::convergence::StopReason;
-use migrate_core::phase::IllegalTransition;
+use migrate_core::protocol::IllegalTransition;
 use migrate_core::wire::WireError;
 use migrate_criu::CriuError;
 use migrate_gate::GateError;

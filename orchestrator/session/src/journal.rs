@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
+use migrate_core::protocol::recovery;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::error::Error;
@@ -47,8 +48,8 @@ impl Journal {
     /// the file cannot be written.
     pub fn update(&mut self, change: impl FnOnce(&mut Record)) -> Result<(), Error> {
         let _lock = lock(&self.path)?;
-        let closed = load(&self.path)?.is_none_or(|on_disk| on_disk.stage == Stage::Undone);
-        if closed && self.record.stage != Stage::Undone {
+        let on_record = load(&self.path)?.map(|record| record.stage);
+        if !recovery::may_write(on_record, self.record.stage) {
             return Err(Error::Disowned);
         }
         change(&mut self.record);
@@ -77,6 +78,15 @@ impl Journal {
             .map_err(Error::file("create", &path))
     }
 
+    /// Takes the note back: CRIU could not be told.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be removed.
+    pub fn not_let_go(&self) -> Result<(), Error> {
+        remove_note(&self.path)
+    }
+
     /// Removes the record: nothing is left that it would be needed for.
     pub fn discard(self) {
         unlink(&self.path);
@@ -87,6 +97,25 @@ impl Journal {
 #[must_use]
 pub fn was_let_go(state: &State, record: &Record) -> bool {
     note_path(&path(state, &record.migration_id, record.side)).exists()
+}
+
+/// Removes the note of a copy that has provably not run.
+///
+/// # Errors
+///
+/// It cannot be removed.
+pub fn forget_note(state: &State, record: &Record) -> Result<(), Error> {
+    remove_note(&path(state, &record.migration_id, record.side))
+}
+
+fn remove_note(path: &Path) -> Result<(), Error> {
+    let path = note_path(path);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(Error::file("remove", &path)(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// One record as it is now.
@@ -131,19 +160,17 @@ pub fn claim(state: &State, record: &Record) -> Result<Option<Flock<File>>, Erro
 pub fn verdict(state: &State, migration_id: &str) -> Result<Stage, Error> {
     let path = path(state, migration_id, Side::Destination);
     if !path.exists() {
-        // Nothing was ever prepared under this id, or it was undone and swept;
-        // a record that is gone does not come back.
-        return Ok(Stage::Undone);
+        // No lock either, then: nobody may fill the directory with questions.
+        return Ok(recovery::verdict(None).0);
     }
     let _lock = lock(&path)?;
-    let Some(mut record) = load(&path)? else {
-        return Ok(Stage::Undone);
-    };
-    if record.stage.may_own() {
-        record.stage = Stage::Undone;
-        store(&path, &record)?;
+    let mut record = load(&path)?;
+    let (answer, becomes) = recovery::verdict(record.as_ref().map(|record| record.stage));
+    if let (Some(record), Some(stage)) = (&mut record, becomes) {
+        record.stage = stage;
+        store(&path, record)?;
     }
-    Ok(record.stage)
+    Ok(answer)
 }
 
 /// Whether a migration may have this name, which becomes part of file names.

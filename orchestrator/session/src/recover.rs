@@ -1,16 +1,7 @@
 //! What a dead orchestrator or agent has left, brought to its one right end.
 //!
-//! ```text
-//! source       Preparing ----------------------------> runs here
-//!              HandedOver --the destination says-- Undone --> runs here
-//!                                                  Done ----> removed here
-//!                                                  Owned, no answer: undecided
-//! destination  Preparing, Undone --------------------> copy removed
-//!              Owned --the copy has never run--> Undone --> copy removed
-//!                    --it runs-----------------> Done ----> gate opened
-//!                    --it was let go and is not there: undecided
-//!              Done ---------------------------------> images and gate removed
-//! ```
+//! What is right says [`migrate_core::protocol::recovery`]; here it is found
+//! out and done.
 //!
 //! Only records of dead owners are touched, each by one process at a time, and
 //! every step may have been done before: whoever comes after a crash of this
@@ -20,6 +11,7 @@ use std::fmt::Display;
 use std::time::{Duration, Instant};
 
 use migrate_core::journal::{Record, Route, Side, Stage};
+use migrate_core::protocol::recovery::{self, Evidence};
 use migrate_gate::{GateError, Role};
 use migrate_net::{Net, NetError, Withdrawn};
 use migrate_proc::{Fence, FenceRecord, HoldDown, HoldDownRecord, Home, TcpSockets};
@@ -208,29 +200,34 @@ impl Case<'_> {
                 return ("a record".to_owned(), Outcome::Undecided);
             }
         }
-        match (self.record.side, self.record.stage) {
-            (Side::Source, Stage::Preparing | Stage::Undone | Stage::Owned) => {
-                self.back_here().await;
-                let found = "the command that moved it has died before the commit";
-                (found.to_owned(), self.if_done(Outcome::RunsHere))
-            }
-            (Side::Source, Stage::Done) => {
-                self.remove_tree().await;
-                let found = "moved, with something left behind";
-                (found.to_owned(), Outcome::RunsThere)
-            }
-            (Side::Source, Stage::HandedOver) => self.ask(ask).await,
-            (Side::Destination, Stage::Owned) => self.owned().await,
-            (Side::Destination, Stage::Done) => {
-                self.open_here().await;
-                let found = "moved here, and runs";
-                (found.to_owned(), Outcome::RunsHere)
-            }
-            (Side::Destination, Stage::Preparing | Stage::Undone | Stage::HandedOver) => {
-                self.remove_copy().await;
-                let found = "the agent has died before the commit";
-                (found.to_owned(), Outcome::RunsThere)
-            }
+        let stage = self.record.stage;
+        match self.record.side {
+            Side::Source => match recovery::source(stage) {
+                recovery::Source::TakeBack => {
+                    self.back_here().await;
+                    let found = "the command that moved it has died before the commit";
+                    (found.to_owned(), self.if_done(Outcome::RunsHere))
+                }
+                recovery::Source::Remove => {
+                    self.remove_tree().await;
+                    let found = "moved, with something left behind";
+                    (found.to_owned(), Outcome::RunsThere)
+                }
+                recovery::Source::Ask => self.ask(ask).await,
+            },
+            Side::Destination => match recovery::destination(stage) {
+                recovery::Destination::Examine => self.owned().await,
+                recovery::Destination::Open => {
+                    self.open_here().await;
+                    let found = "moved here, and runs";
+                    (found.to_owned(), Outcome::RunsHere)
+                }
+                recovery::Destination::Remove => {
+                    self.remove_copy().await;
+                    let found = "the agent has died before the commit";
+                    (found.to_owned(), Outcome::RunsThere)
+                }
+            },
         }
     }
 
@@ -285,29 +282,32 @@ impl Case<'_> {
             )),
         };
         match answer {
-            Ok(Stage::Done) => {
-                let found = format!("{found}, which runs it");
-                if !self.close(Stage::Done) {
-                    return (found, Outcome::Undecided);
+            Ok(stage) => match recovery::told(stage) {
+                Some(recovery::Source::Remove) => {
+                    let found = format!("{found}, which runs it");
+                    if !self.close(Stage::Done) {
+                        return (found, Outcome::Undecided);
+                    }
+                    self.remove_tree().await;
+                    (found, Outcome::RunsThere)
                 }
-                self.remove_tree().await;
-                (found, Outcome::RunsThere)
-            }
-            Ok(stage) if !stage.owns() && !stage.may_own() => {
-                let found = format!("{found}, which has put on record that it never will run it");
-                if !self.close(Stage::Undone) {
-                    return (found, Outcome::Undecided);
+                Some(recovery::Source::TakeBack) => {
+                    let found =
+                        format!("{found}, which has put on record that it never will run it");
+                    if !self.close(Stage::Undone) {
+                        return (found, Outcome::Undecided);
+                    }
+                    self.back_here().await;
+                    (found, self.if_done(Outcome::RunsHere))
                 }
-                self.back_here().await;
-                (found, self.if_done(Outcome::RunsHere))
-            }
-            Ok(stage) => {
-                self.left.push(format!(
-                    "{} owns it and does not say that it runs ({stage:?})",
-                    self.record.peer
-                ));
-                (found, Outcome::Undecided)
-            }
+                Some(recovery::Source::Ask) | None => {
+                    self.left.push(format!(
+                        "{} owns it and does not say that it runs ({stage:?})",
+                        self.record.peer
+                    ));
+                    (found, Outcome::Undecided)
+                }
+            },
             Err(error) => {
                 self.left
                     .push(format!("no word from it: {}", error.chain()));
@@ -521,25 +521,33 @@ impl Case<'_> {
         let sockets = self.note("find its connections", sockets);
         let (connected, in_repair) =
             sockets.map_or((0, 0), |sockets| (sockets.connected(), sockets.in_repair()));
-        // CRIU takes all of them out of repair mode before the first
-        // instruction, and nobody else puts them into it.
-        let never_ran = !let_go || (connected > 0 && connected == in_repair);
-        if never_ran && self.left.is_empty() {
-            let found = "the agent has died after the commit, before the copy's first instruction";
-            if self.close(Stage::Undone) {
+        let found = recovery::examined(Evidence {
+            let_go,
+            alive: !copy.is_empty(),
+            connected,
+            in_repair,
+            complete: self.left.is_empty(),
+        });
+        match found {
+            Some(recovery::Destination::Remove) => {
+                let found =
+                    "the agent has died after the commit, before the copy's first instruction";
                 self.remove_copy().await;
-                self.done
-                    .push(format!("{} may take it back", self.record.peer));
+                if self.record.stage == Stage::Undone {
+                    self.done
+                        .push(format!("{} may take it back", self.record.peer));
+                }
+                return (found.to_owned(), Outcome::RunsThere);
             }
-            return (found.to_owned(), Outcome::RunsThere);
-        }
-        if copy.is_empty() {
-            self.left.push(
-                "the copy was let go and is not there: it has ended, or was lost with its agent"
-                    .to_owned(),
-            );
-            let found = "the agent has died after the commit";
-            return (found.to_owned(), Outcome::Undecided);
+            Some(recovery::Destination::Examine) | None => {
+                self.left.push(
+                    "the copy was let go and is not there: it has ended, or was lost with its agent"
+                        .to_owned(),
+                );
+                let found = "the agent has died after the commit";
+                return (found.to_owned(), Outcome::Undecided);
+            }
+            Some(recovery::Destination::Open) => {}
         }
         let found = "the agent has died after the commit, and the copy runs";
         if self.close(Stage::Done) {
@@ -570,8 +578,22 @@ impl Case<'_> {
     }
 
     /// The copy has not run and never will.
+    ///
+    /// A record that says `Owned` says so until the address has gone: it may
+    /// have been announced, and the source takes it back as soon as it hears
+    /// `Undone`. Any other is closed first, so that nobody can own the tree.
     async fn remove_copy(&mut self) {
-        if self.record.stage != Stage::Undone && !self.close(Stage::Undone) {
+        let owned = self.record.stage == Stage::Owned;
+        if owned {
+            // What has been proved stays proved when the copy is gone.
+            let forgotten = journal::forget_note(self.state, &self.record);
+            if self
+                .note("note that the copy has not run", forgotten)
+                .is_none()
+            {
+                return;
+            }
+        } else if self.record.stage != Stage::Undone && !self.close(Stage::Undone) {
             return;
         }
         let copy = self.copy().await;
@@ -608,6 +630,9 @@ impl Case<'_> {
         }
         self.remove_gate(Role::Destination);
         self.remove_images();
+        if owned && !(self.left.is_empty() && self.close(Stage::Undone)) {
+            return;
+        }
         self.forget();
     }
 
@@ -670,7 +695,7 @@ async fn ask_until_settled(
         last = verdict::ask(&destination, &record.migration_id, &record.peer, reporter)
             .await
             .map(|(_, stage)| stage);
-        if matches!(last, Ok(stage) if stage != Stage::Owned) {
+        if matches!(last, Ok(stage) if recovery::told(stage).is_some()) {
             break;
         }
     }

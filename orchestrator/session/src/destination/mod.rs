@@ -1,7 +1,8 @@
 //! The destination's side of a migration: one connection, one tree.
 //!
-//! Until `Owned` is on record everything is undone when the connection ends,
-//! whatever the reason; after it nothing is.
+//! [`serve`] does what the table of [`migrate_core::protocol::destination`] says,
+//! step by step. Until `Owned` is on record everything is undone when the
+//! connection ends, whatever the reason; after it nothing is.
 
 mod lazy;
 mod preflight;
@@ -18,10 +19,11 @@ use migrate_channel::{Connection, Further, Receiver, Sender};
 use migrate_core::Flow;
 use migrate_core::facts::TreeFacts;
 use migrate_core::journal::{Side, Stage};
-use migrate_core::phase::Phase;
-use migrate_core::wire::{Message, StdioChoice, WireError};
+use migrate_core::protocol::destination::{Event, Step};
+use migrate_core::protocol::{IllegalTransition, Machine as _};
+use migrate_core::wire::{Message, RestoreChoice, StdioChoice, WireError};
 use migrate_criu::{Criu, CriuError, ImageDir, Notice, Session, Worker};
-use migrate_gate::{Gate, HeldPackets};
+use migrate_gate::{Gate, HeldPacket, HeldPackets};
 use migrate_net::{Net, Placement, Staged};
 use migrate_proc::Home;
 
@@ -56,33 +58,36 @@ const SILENCE: Duration = Duration::from_secs(60);
 pub async fn serve(connection: Connection, cancel: Cancel) -> Result<Served, Error> {
     let state = State::open()?;
     let mut side = Destination::new(state, connection);
-    let outcome = side.run(&cancel).await;
-    if let Err(error) = &outcome {
-        tracing::warn!(error = %error.chain(), phase = %side.phase, "the migration failed here");
-        let failed = Message::Failed(WireError {
-            phase: side.phase,
-            host: crate::hostname(),
-            message: error.chain(),
-            help: error.help(),
-        });
-        // Told before the undoing, for the source's tree may stand still. Its
-        // end waits for the end of the connection, so that the same command
-        // succeeds at once.
-        let _ = side.sender.control(&failed).await;
-        if side.owned {
-            // A copy that has provably not run goes back; else the record
-            // stays as it is.
-            side.engine = Engine::None;
-            crate::recover::abandoned(&side.migration_id).await;
-        } else {
-            for leftover in side.undo().await {
-                tracing::error!("{leftover}");
+    let mut failed = None;
+    while !side.step.is_end() {
+        let step = side.step;
+        let came = if step.may_be_dropped() {
+            tokio::select! {
+                came = side.perform(step) => came,
+                () = cancel.cancelled() => Err(Error::Stopped),
             }
-        }
+        } else {
+            side.perform(step).await
+        };
+        let event = match came {
+            Ok(event) => event,
+            Err(error) => {
+                side.tell_failure(&error).await;
+                failed = Some(error);
+                Event::Failed
+            }
+        };
+        side.follow(event)?;
     }
     // A peer that is gone needs no farewell.
     let _ = side.sender.close().await;
-    outcome
+    let error = failed.unwrap_or_else(|| receive::nothing("a reason"));
+    match side.step {
+        Step::Running => Ok(Served::Running),
+        Step::Answered => Ok(Served::Asked),
+        Step::Abandoned => Err(Error::LostAfterCommit(Box::new(error))),
+        _ => Err(error),
+    }
 }
 
 /// What the source has told about the tree.
@@ -90,6 +95,15 @@ struct Order {
     tree: TreeFacts,
     stdio: StdioChoice,
     placements: Vec<Placement>,
+}
+
+/// How the source wants its tree to be taken.
+#[derive(Debug, Clone, Copy)]
+struct Wanted {
+    blackout_limit: Duration,
+    verify: bool,
+    streams: u32,
+    restore: RestoreChoice,
 }
 
 /// CRIU's part, which changes from a waiting worker to a held restore.
@@ -116,9 +130,15 @@ struct Destination {
     /// The way to further connections, until they are there.
     further: Option<Further>,
     incoming: Incoming,
-    phase: Phase,
-    owned: bool,
+    /// Where it stands; only [`Destination::follow`] changes it.
+    step: Step,
     order: Option<Order>,
+    /// What the source has asked for with `Prepare`.
+    wanted: Option<Wanted>,
+    /// When `Go` had come.
+    go_at: Option<Instant>,
+    /// What was held when egress opened, and waits for live sockets.
+    waiting: Vec<HeldPacket>,
     net: Option<Net>,
     criu: Option<Criu>,
     dumped_at: Option<Instant>,
@@ -150,9 +170,11 @@ impl Destination {
             sender: connection.sender,
             further: Some(connection.further),
             incoming: Incoming::Frames(connection.receiver),
-            phase: Phase::Preflight,
-            owned: false,
+            step: Step::Listen,
             order: None,
+            wanted: None,
+            go_at: None,
+            waiting: Vec::new(),
             net: None,
             criu: None,
             dumped_at: None,
@@ -171,24 +193,80 @@ impl Destination {
         }
     }
 
-    /// Everything that can be undone, and then what cannot.
-    async fn run(&mut self, cancel: &Cancel) -> Result<Served, Error> {
-        let until_owned = tokio::select! {
-            served = self.until_owned() => served,
-            () = cancel.cancelled() => Err(Error::Stopped),
-        };
-        if until_owned? == Served::Asked {
-            return Ok(Served::Asked);
+    /// Does what a step stands for, and says what came of it; an error is
+    /// [`Event::Failed`].
+    async fn perform(&mut self, step: Step) -> Result<Event, Error> {
+        match step {
+            Step::Listen => return self.listen().await,
+            Step::Prepare => {
+                let Wanted {
+                    streams, restore, ..
+                } = self.wanted()?;
+                self.prepare(streams, restore).await?;
+                crate::pause::at("prepared");
+            }
+            Step::Receive => {
+                let Wanted {
+                    blackout_limit,
+                    verify,
+                    ..
+                } = self.wanted()?;
+                self.receive(blackout_limit, verify).await?;
+                crate::pause::at("received");
+            }
+            Step::Restore => {
+                self.restore().await?;
+                crate::pause::at("restored");
+            }
+            Step::AwaitGo => self.await_go(self.wanted()?.blackout_limit).await?,
+            Step::Own => self.own()?,
+            Step::Open => self.open().await?,
+            Step::Note => self.note()?,
+            Step::Resume => self.resume().await?,
+            Step::Close => self.close().await?,
+            Step::Undo => {
+                for leftover in self.undo().await {
+                    tracing::error!("{leftover}");
+                }
+            }
+            Step::Abandon => {
+                // A copy that has provably not run goes back; else the record
+                // stays as it is.
+                self.engine = Engine::None;
+                crate::recover::abandoned(&self.migration_id).await;
+            }
+            Step::Answered | Step::Running | Step::Undone | Step::Abandoned => {}
         }
-        self.phase = Phase::Takeover;
-        match self.take_over().await {
-            Ok(()) => Ok(Served::Running),
-            Err(error) => Err(Error::LostAfterCommit(Box::new(error))),
-        }
+        Ok(Event::Done)
     }
 
-    /// The phases in order, up to the record that makes the tree ours.
-    async fn until_owned(&mut self) -> Result<Served, Error> {
+    /// Moves on to the next step.
+    fn follow(&mut self, event: Event) -> Result<(), IllegalTransition> {
+        self.step = self.step.on(event)?;
+        Ok(())
+    }
+
+    fn wanted(&self) -> Result<Wanted, Error> {
+        self.wanted.ok_or_else(|| receive::nothing("the order"))
+    }
+
+    /// Told before the undoing, for the source's tree may stand still. Its end
+    /// waits for the end of the connection, so that the same command succeeds
+    /// at once.
+    async fn tell_failure(&mut self, error: &Error) {
+        let phase = self.step.phase();
+        tracing::warn!(error = %error.chain(), %phase, "the migration failed here");
+        let failed = Message::Failed(WireError {
+            phase,
+            host: crate::hostname(),
+            message: error.chain(),
+            help: error.help(),
+        });
+        let _ = self.sender.control(&failed).await;
+    }
+
+    /// Examines and answers until the source wants its tree taken, or no more.
+    async fn listen(&mut self) -> Result<Event, Error> {
         self.must_be_name(&self.migration_id)?;
         loop {
             match self.message("what the source wants", SILENCE).await? {
@@ -202,28 +280,22 @@ impl Destination {
                     self.settle(&migration_id).await?;
                     let stage = journal::verdict(&self.state, &migration_id)?;
                     self.send(&Message::VerdictIs(stage)).await?;
-                    return Ok(Served::Asked);
+                    return Ok(Event::Asked);
                 }
-                Message::Abort { .. } => return Ok(Served::Asked),
+                Message::Abort { .. } => return Ok(Event::Asked),
                 Message::Prepare {
                     blackout_limit_ms,
                     verify,
                     streams,
                     restore,
                 } => {
-                    let blackout_limit = Duration::from_millis(blackout_limit_ms);
-                    self.phase = Phase::Prepare;
-                    self.prepare(streams, restore).await?;
-                    crate::pause::at("prepared");
-                    self.phase = Phase::Dump;
-                    self.receive(blackout_limit, verify).await?;
-                    crate::pause::at("received");
-                    self.phase = Phase::Restore;
-                    self.restore().await?;
-                    crate::pause::at("restored");
-                    self.phase = Phase::HandedOver;
-                    self.await_go(blackout_limit).await?;
-                    return Ok(Served::Running);
+                    self.wanted = Some(Wanted {
+                        blackout_limit: Duration::from_millis(blackout_limit_ms),
+                        verify,
+                        streams,
+                        restore,
+                    });
+                    return Ok(Event::Done);
                 }
                 other => return Err(self.unexpected(&other, "what the source wants")),
             }

@@ -36,18 +36,22 @@ impl Destination {
             other => return Err(self.unexpected(&other, AWAITED)),
         }
         // Before anything is decided: a copy without its memory is none.
-        self.lazy.handed_over().await?;
+        self.lazy.handed_over().await
+    }
+
+    /// The commit of this side.
+    pub(super) fn own(&mut self) -> Result<(), Error> {
+        self.criu_lives()?;
         let journal = self.journal.as_mut().ok_or_else(|| nothing("the record"))?;
         // Fails when a question of the source has closed the record meanwhile.
         journal.stage(Stage::Owned)?;
-        self.owned = true;
+        self.go_at = Some(Instant::now());
         crate::pause::at("owned");
         Ok(())
     }
 
-    /// Runs the tree.
-    pub(super) async fn take_over(&mut self) -> Result<(), Error> {
-        let begun = Instant::now();
+    /// Tells the source, and lets the copy's world hear of it.
+    pub(super) async fn open(&mut self) -> Result<(), Error> {
         if let Some(gate) = &self.gate {
             // What leaves from here on is what peers have waited for.
             gate.start_watching();
@@ -69,21 +73,54 @@ impl Destination {
             tracing::warn!(error = %crate::error::chain(&error), "could not announce the address");
         }
         // What the sockets have said while they were built may go out now.
-        let (mut waiting, unsent): (Vec<_>, Vec<_>) = held::drain(&mut self.held)
+        let (waiting, unsent): (Vec<_>, Vec<_>) = held::drain(&mut self.held)
             .into_iter()
             .partition(|packet| packet.direction == Direction::Ingress);
         if let Some(gate) = gate {
             held::give_back(gate, &unsent);
         }
+        self.waiting = waiting;
+        Ok(())
+    }
+
+    /// Without CRIU the copy is lost, and nothing but the source's tree is left.
+    fn criu_lives(&mut self) -> Result<(), Error> {
+        let Engine::Held(session) = &mut self.engine else {
+            return Err(nothing("CRIU's restore"));
+        };
+        if session.alive() {
+            Ok(())
+        } else {
+            Err(Error::Changed(
+                "CRIU has died with the copy in its hands".to_owned(),
+            ))
+        }
+    }
+
+    /// Until here the copy can be proved never to have run.
+    pub(super) fn note(&mut self) -> Result<(), Error> {
+        self.criu_lives()?;
+        let journal = self.journal.as_ref().ok_or_else(|| nothing("the record"))?;
+        journal.let_go()
+    }
+
+    /// Lets the copy go.
+    pub(super) async fn resume(&mut self) -> Result<(), Error> {
+        let begun = self.go_at.unwrap_or_else(Instant::now);
+        let mut waiting = std::mem::take(&mut self.waiting);
+        let gate = self.gate.as_ref();
+        let order = self.order.as_ref().ok_or_else(|| nothing("the tree"))?;
         let interface = |ip| interface_of(&order.placements, ip);
         let Engine::Held(session) = &mut self.engine else {
             return Err(nothing("CRIU's restore"));
         };
-        // Until here the copy can be proved never to have run.
-        if let Some(journal) = &self.journal {
-            journal.let_go()?;
+        if let Err(error) = session.answer(true).await {
+            // What could not be said was not heard: the copy has never run.
+            if let Some(journal) = &self.journal {
+                journal.not_let_go()?;
+            }
+            return Err(error.into());
         }
-        session.answer(true).await?;
         crate::pause::at("let-go");
         let mut told = false;
         loop {
@@ -134,6 +171,11 @@ impl Destination {
             return Err(nothing("CRIU's word that the tree runs"));
         }
         crate::pause::at("running");
+        Ok(())
+    }
+
+    /// Puts `Done` on record and clears up.
+    pub(super) async fn close(&mut self) -> Result<(), Error> {
         self.clean_up().await;
         // Whatever becomes of the rest: without its memory the tree is lost.
         std::mem::take(&mut self.lazy).complete().await

@@ -1,7 +1,7 @@
 //! Handover, takeover, finish: the commit and what follows it.
 //!
-//! The order in `Migration::hand_over` is the safety argument of the whole
-//! tool:
+//! The order of the steps (`migrate_core::protocol::source`) is the safety
+//! argument of the whole tool:
 //!
 //! 1. The destination has a complete copy that has not run an instruction.
 //! 2. The fence is closed: from here on the tree does not run even when CRIU
@@ -16,12 +16,13 @@
 use std::time::{Duration, Instant};
 
 use migrate_core::journal::Stage;
-use migrate_core::phase::Event;
+use migrate_core::protocol::Machine as _;
+use migrate_core::protocol::source::{Event, Step};
 use migrate_core::report::{Continuity, FlowSeen};
 use migrate_core::wire::Message;
 use migrate_criu::{Notice, Session};
 
-use super::{Engine, Go, Migration, STEP_LIMIT, detach, micros, not_yet, verdict};
+use super::{Engine, Migration, STEP_LIMIT, detach, micros, not_yet, verdict};
 use crate::cancel::Cancel;
 use crate::error::Error;
 
@@ -34,61 +35,18 @@ impl Migration {
     /// How often a lost answer is asked for.
     const VERDICT_TRIES: u32 = 5;
 
-    /// The commit and everything after it.
-    pub(super) async fn hand_over(&mut self, cancel: &Cancel) -> Result<(), Error> {
-        self.seal(cancel).await?;
-        if let Err(lost) = self.go().await {
-            // `Go` may have arrived: ask until there is an answer that binds.
-            let stage = self.verdict(&lost, |stage| !stage.may_own()).await?;
-            if !stage.owns() {
-                self.go = Go::Disowned;
-                return Err(lost);
-            }
-            self.reporter
-                .warn("the destination says that it owns the tree");
-        }
-        self.advance(Event::Owned, String::new())?;
-        match self.await_running().await {
-            Ok(()) => {
-                self.moments.running = Some(Instant::now());
-                let detail = format!(
-                    "runs as {} in cgroup {}",
-                    self.running.root_pid,
-                    if self.running.cgroup.is_empty() {
-                        "/"
-                    } else {
-                        &self.running.cgroup
-                    }
-                );
-                self.advance(Event::Running, detail)?;
-            }
-            // Its word was lost, or it failed or died before the copy ran, and
-            // then the frozen tree is all there is. Its record tells the two
-            // apart.
-            Err(error) => {
-                // Where the copy has provably never run, the destination has
-                // given it up by the time it answers.
-                let settled = |stage| stage != Stage::Owned;
-                let stage = self.verdict(&error, settled).await?;
-                if !stage.owns() {
-                    self.go = Go::Disowned;
-                    return Err(error);
-                }
-                self.reporter
-                    .warn("the destination says that the tree runs");
-                self.phase = self.phase.on(Event::Failed)?;
-            }
-        }
-        self.remove().await;
-        self.advance(Event::Removed, String::new())
-    }
-
-    /// Makes sure that nothing here runs or answers any more, and records it.
-    async fn seal(&mut self, cancel: &Cancel) -> Result<(), Error> {
+    /// Closes the fence.
+    pub(super) fn close_fence(&mut self) -> Result<(), Error> {
         let fence = self.fence.as_ref().ok_or_else(|| not_yet("the fence"))?;
         fence.close()?;
         crate::pause::at("fenced");
         fence.holds(&self.plan()?.tree)?;
+        Ok(())
+    }
+
+    /// Makes sure that the tree has not run since it was dumped, and that
+    /// nothing here answers for it.
+    pub(super) async fn prove(&mut self) -> Result<(), Error> {
         let Engine::Dumping(session) = &mut self.engine else {
             return Err(not_yet("CRIU's dump"));
         };
@@ -111,13 +69,21 @@ impl Migration {
                 ));
             }
         }
+        Ok(())
+    }
+
+    /// Puts `HandedOver` on record.
+    pub(super) fn record_handover(&mut self, cancel: &Cancel) -> Result<(), Error> {
         // The last moment at which that is possible.
         if cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        if let Some(journal) = &mut self.journal {
-            journal.stage(Stage::HandedOver)?;
-        }
+        let journal = self.journal.as_mut().ok_or_else(|| not_yet("the record"))?;
+        journal.stage(Stage::HandedOver)
+    }
+
+    /// Takes the addresses away, and sends what has been held meanwhile.
+    pub(super) async fn withdraw(&mut self) -> Result<(), Error> {
         let net = self.net.as_ref().ok_or_else(|| not_yet("netlink"))?;
         let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
         for address in &plan.facts.addresses {
@@ -127,10 +93,9 @@ impl Migration {
     }
 
     /// Sends `Go` and waits for the word that the destination owns the tree.
-    async fn go(&mut self) -> Result<(), Error> {
+    pub(super) async fn go(&mut self) -> Result<(), Error> {
         const AWAITED: &str = "the destination's word that it owns the tree";
         crate::pause::at("sealed");
-        self.go = Go::MaybeSent;
         self.moments.committed = Some(Instant::now());
         let until = *self.frozen_until.borrow();
         let left = until.map_or(Duration::ZERO, |until| {
@@ -149,17 +114,13 @@ impl Migration {
         }
     }
 
-    /// Asks the destination who owns the tree, until its answer is `settled`;
-    /// the answer binds it.
-    async fn verdict(
-        &mut self,
-        lost: &Error,
-        settled: impl Fn(Stage) -> bool,
-    ) -> Result<Stage, Error> {
-        self.reporter.warn(format!(
-            "asking the destination who owns the tree, because {}",
-            lost.chain()
-        ));
+    /// Asks the destination what its record says, until its answer is one that
+    /// the step has a use for. Where the copy has provably never run, the
+    /// destination has given it up by the time it answers.
+    pub(super) async fn ask(&mut self, step: Step, lost: Option<&Error>) -> Result<Event, Error> {
+        let because = lost.map_or_else(String::new, |lost| format!(", because {}", lost.chain()));
+        self.reporter
+            .warn(format!("asking the destination who owns the tree{because}"));
         // The old connection is closed first, so that nothing of it arrives later.
         if let Some(mut link) = self.link.take() {
             let _ = tokio::time::timeout(Self::FAREWELL_LIMIT, link.sender.close()).await;
@@ -172,13 +133,20 @@ impl Migration {
         for _ in 0..Self::VERDICT_TRIES {
             let asked = verdict::ask(&self.request.destination, &self.id, &peer, &self.reporter);
             match asked.await {
-                Ok((link, stage)) if settled(stage) => {
-                    self.link = Some(link);
-                    return Ok(stage);
-                }
-                Ok((_, stage)) => {
-                    last = Some(Error::Changed(format!("the destination answers {stage:?}")));
-                }
+                Ok((link, stage)) => match Event::says(stage) {
+                    Some(event) if step.on(event).is_ok() => {
+                        self.link = Some(link);
+                        self.disowned = event == Event::SaysNever;
+                        if !self.disowned {
+                            self.reporter
+                                .warn(format!("the destination's record says {stage:?}"));
+                        }
+                        return Ok(event);
+                    }
+                    _ => {
+                        last = Some(Error::Changed(format!("the destination answers {stage:?}")));
+                    }
+                },
                 Err(error) => last = Some(error),
             }
             tokio::time::sleep(verdict::PAUSE).await;
@@ -188,21 +156,27 @@ impl Migration {
         )))
     }
 
-    /// Waits for the running copy.
-    async fn await_running(&mut self) -> Result<(), Error> {
+    /// Waits for the running copy; how it runs.
+    pub(super) async fn await_running(&mut self) -> Result<String, Error> {
         const AWAITED: &str = "the running copy";
         match self.next_while_carrying(AWAITED, STEP_LIMIT).await? {
-            Message::Running(report) => {
-                self.running = report;
-                Ok(())
-            }
-            other => Err(self.unexpected(&other, AWAITED)),
+            Message::Running(report) => self.running = report,
+            other => return Err(self.unexpected(&other, AWAITED)),
         }
+        self.moments.running = Some(Instant::now());
+        let cgroup = match self.running.cgroup.as_str() {
+            "" => "/",
+            path => path,
+        };
+        Ok(format!(
+            "runs as {} in cgroup {cgroup}",
+            self.running.root_pid
+        ))
     }
 
     /// Removes what is left of the tree here. CRIU kills it with its sockets
     /// in repair mode, so that no FIN and no RST leaves.
-    async fn remove(&mut self) {
+    pub(super) async fn remove(&mut self) -> String {
         let mut leftovers = Vec::new();
         let mut removed = true;
         let mut seen = None;
@@ -297,6 +271,7 @@ impl Migration {
         for leftover in leftovers {
             self.reporter.warn(leftover);
         }
+        String::new()
     }
 }
 

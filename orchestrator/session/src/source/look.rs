@@ -51,7 +51,7 @@ impl Migration {
     /// round that has just ended; none without a gate.
     pub(super) async fn count_flows(&self, look: &mut Look) -> Option<FlowCount> {
         let gate = self.gate.as_deref()?;
-        gate.set_progress(self.phase.number(), self.rounds);
+        gate.set_progress(self.step.phase().number(), self.rounds);
         let found = look.found().await;
         match teach(gate, found.as_ref()) {
             Ok(count) => Some(count),

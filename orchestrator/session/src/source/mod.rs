@@ -1,9 +1,9 @@
 //! The source's side of a migration.
 //!
-//! [`migrate`] runs the phases in order. Everything up to the commit is one
-//! future that may be dropped at any moment: each effect is noted in
-//! [`Migration`] in the same step that makes it, and [`Migration::roll_back`]
-//! undoes what is noted, newest first.
+//! [`migrate`] does what the table of [`migrate_core::protocol::source`] says,
+//! step by step. Up to the fence a step may be dropped at any moment: each
+//! effect is noted in [`Migration`] in the same step that makes it, and
+//! [`Migration::roll_back`] undoes what is noted, newest first.
 
 mod carry;
 mod dump;
@@ -26,8 +26,10 @@ use migrate_channel::{Destination, Further, Sender, StreamOptions};
 use migrate_core::Flow;
 use migrate_core::convergence::Policy;
 use migrate_core::facts::{HostFacts, TreeFacts};
-use migrate_core::journal::Route;
-use migrate_core::phase::{Event, Phase};
+use migrate_core::journal::{Route, Stage};
+use migrate_core::phase::Phase;
+use migrate_core::protocol::source::{Event, Step};
+use migrate_core::protocol::{IllegalTransition, Machine as _};
 use migrate_core::report::{Blackout, Continuity, Report};
 use migrate_core::tracked::Tracked;
 use migrate_core::wire::{Message, RestoreChoice, StdioChoice};
@@ -157,29 +159,58 @@ pub async fn migrate(
     let mut migration = Migration::new(request, reporter).map_err(early)?;
     let limit = migration.request.choices.max_blackout;
     let mut frozen_until = migration.frozen_until.subscribe();
-    let before_commit = tokio::select! {
-        done = migration.until_restored() => done,
-        () = cancel.cancelled() => Err(Error::Cancelled),
-        () = passed(&mut frozen_until) => Err(Error::BlackoutLimit { limit }),
+    let phase = migration.step.phase();
+    migration.reporter.tell(Progress::Started { phase });
+    // The first that went wrong, and where.
+    let mut failed: Option<(Phase, Error)> = None;
+    while !migration.step.is_end() {
+        let step = migration.step;
+        let lost = failed.as_ref().map(|(_, error)| error);
+        let came = if step.may_be_dropped() {
+            tokio::select! {
+                came = migration.perform(step, &cancel, lost) => came,
+                () = cancel.cancelled() => Err(Error::Cancelled),
+                () = passed(&mut frozen_until) => Err(Error::BlackoutLimit { limit }),
+            }
+        } else {
+            migration.perform(step, &cancel, lost).await
+        };
+        let (event, detail) = came.unwrap_or_else(|error| {
+            // What nobody can tell outweighs why it was asked.
+            if failed.is_none() || matches!(error, Error::Undecided(_)) {
+                failed = Some((step.phase(), error));
+            }
+            (Event::Failed, String::new())
+        });
+        // A defect; whoever comes after this process goes by the record.
+        if let Err(illegal) = migration.follow(event, detail) {
+            failed = Some((step.phase(), illegal.into()));
+            break;
+        }
+        if migration.step.phase() > Phase::Committed
+            && step.phase() <= Phase::Committed
+            && let Some((phase, error)) = &failed
+        {
+            migration.reporter.tell(Progress::Failed {
+                phase: *phase,
+                error: error.chain(),
+            });
+        }
+    }
+    let outcome = match migration.step.phase() {
+        Phase::Committed => return Ok(migration.report()),
+        Phase::RolledBack => Phase::RolledBack,
+        _ => {
+            migration.leave_fenced();
+            Phase::Undecided
+        }
     };
-    let outcome = match before_commit {
-        Ok(()) => migration.hand_over(&cancel).await,
-        Err(error) => Err(error),
-    };
-    let Err(error) = outcome else {
-        return Ok(migration.report());
-    };
-    let phase = migration.phase;
-    migration.reporter.tell(Progress::Failed {
-        phase,
-        error: error.chain(),
-    });
-    let (outcome, leftovers) = migration.fail().await;
+    let (phase, error) = failed.unwrap_or((outcome, not_yet("a reason")));
     Err(Box::new(Failure {
         phase,
         outcome,
         error,
-        leftovers,
+        leftovers: migration.leftovers,
     }))
 }
 
@@ -229,17 +260,6 @@ enum Engine {
     Dumping(Session),
 }
 
-/// The one message that cannot be taken back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Go {
-    /// It was not sent: the destination cannot run the tree.
-    NotSent,
-    /// Its sending was begun: it may have arrived.
-    MaybeSent,
-    /// The destination has put on record that it does not own the tree.
-    Disowned,
-}
-
 /// Moments of one migration, all on this host's clock.
 #[derive(Default)]
 struct Moments {
@@ -260,7 +280,8 @@ struct Migration {
     state: State,
     net: Option<Net>,
     id: String,
-    phase: Phase,
+    /// Where it stands; only [`Migration::follow`] changes it.
+    step: Step,
     begun: Instant,
     phase_begun: Instant,
     plan: Option<Plan>,
@@ -281,8 +302,10 @@ struct Migration {
     was_quiet: bool,
     /// What peers noticed.
     continuity: Option<Continuity>,
-    /// What is known about who may run the tree once `HandedOver` is on record.
-    go: Go,
+    /// The destination has put on record that it never will run the tree.
+    disowned: bool,
+    /// What could not be undone.
+    leftovers: Vec<String>,
 
     // Effects, in the order in which they come about.
     _lock: TreeLock,
@@ -330,7 +353,7 @@ impl Migration {
             reporter,
             state,
             net: None,
-            phase: Phase::Preflight,
+            step: Step::Preflight,
             begun: now,
             phase_begun: now,
             plan: None,
@@ -346,7 +369,8 @@ impl Migration {
             running: migrate_core::wire::RunningReport::default(),
             was_quiet: false,
             continuity: None,
-            go: Go::NotSent,
+            disowned: false,
+            leftovers: Vec::new(),
             _lock: lock,
             link: None,
             journal: None,
@@ -372,31 +396,54 @@ impl Migration {
         })
     }
 
-    /// Every phase that can be undone, in order.
-    async fn until_restored(&mut self) -> Result<(), Error> {
-        self.reporter.tell(Progress::Started { phase: self.phase });
-        let detail = self.preflight().await?;
-        self.advance(Event::Checked, detail)?;
-        let detail = self.track().await?;
-        self.advance(Event::Tracked, detail)?;
-        let detail = self.prepare().await?;
-        self.advance(Event::Prepared, detail)?;
-        let detail = self.precopy().await?;
-        self.advance(Event::Converged, detail)?;
-        let detail = self.freeze().await?;
-        self.advance(Event::Frozen, detail)?;
-        let detail = self.dump().await?;
-        self.advance(Event::Dumped, detail)?;
-        let detail = self.restore().await?;
-        self.advance(Event::Restored, detail)
+    /// Does what a step stands for, and says what came of it; an error is
+    /// [`Event::Failed`]. `lost` is what has gone wrong before.
+    async fn perform(
+        &mut self,
+        step: Step,
+        cancel: &Cancel,
+        lost: Option<&Error>,
+    ) -> Result<(Event, String), Error> {
+        let detail = match step {
+            Step::Preflight => self.preflight().await?,
+            Step::Track => self.track().await?,
+            Step::Prepare => self.prepare().await?,
+            Step::Precopy => self.precopy().await?,
+            Step::Freeze => self.freeze().await?,
+            Step::Dump => self.dump().await?,
+            Step::Restore => self.restore().await?,
+            Step::Fence => self.close_fence().map(|()| String::new())?,
+            Step::Prove => self.prove().await.map(|()| String::new())?,
+            Step::Record => self.record_handover(cancel).map(|()| String::new())?,
+            Step::Withdraw => self.withdraw().await.map(|()| String::new())?,
+            Step::Go => self.go().await.map(|()| String::new())?,
+            Step::AskOwner | Step::AskRunner => {
+                return self
+                    .ask(step, lost)
+                    .await
+                    .map(|event| (event, String::new()));
+            }
+            Step::Await => self.await_running().await?,
+            Step::Remove => self.remove().await,
+            Step::TakeBack => {
+                self.leftovers = self.roll_back().await;
+                String::new()
+            }
+            Step::Committed | Step::RolledBack | Step::Undecided => String::new(),
+        };
+        Ok((Event::Done, detail))
     }
 
-    /// Moves on to the next phase and says so.
-    fn advance(&mut self, event: Event, detail: String) -> Result<(), Error> {
-        let ended = self.phase;
-        self.phase = ended.on(event)?;
+    /// Moves on to the next step, and says so when that is another phase.
+    fn follow(&mut self, event: Event, detail: String) -> Result<(), IllegalTransition> {
+        let ended = self.step.phase();
+        self.step = self.step.on(event)?;
+        let phase = self.step.phase();
+        if phase == ended || phase > Phase::Committed {
+            return Ok(());
+        }
         if let Some(gate) = &self.gate {
-            gate.set_progress(self.phase.number(), self.rounds);
+            gate.set_progress(phase.number(), self.rounds);
         }
         let took = std::mem::replace(&mut self.phase_begun, Instant::now()).elapsed();
         self.reporter.tell(Progress::Ended {
@@ -404,9 +451,9 @@ impl Migration {
             took_us: micros(took),
             detail,
         });
-        if self.phase <= Phase::Finish {
-            self.reporter.tell(Progress::Started { phase: self.phase });
-            crate::pause::at(self.phase.name());
+        if phase <= Phase::Finish {
+            self.reporter.tell(Progress::Started { phase });
+            crate::pause::at(phase.name());
         }
         Ok(())
     }
@@ -448,25 +495,6 @@ impl Migration {
             })
     }
 
-    /// What a failure means, and the way back where there is one.
-    async fn fail(&mut self) -> (Phase, Vec<String>) {
-        let event = match (self.phase, self.go) {
-            (Phase::HandedOver, Go::NotSent | Go::Disowned) | (Phase::Takeover, Go::Disowned) => {
-                Event::Disowned
-            }
-            _ => Event::Failed,
-        };
-        let outcome = self.phase.on(event).unwrap_or(Phase::Undecided);
-        self.phase = outcome;
-        if outcome == Phase::RolledBack {
-            let leftovers = self.roll_back().await;
-            (outcome, leftovers)
-        } else {
-            self.leave_fenced();
-            (Phase::Undecided, Vec::new())
-        }
-    }
-
     /// How long the destination may take to undo its side before the source
     /// stops waiting for it. The source's tree runs again before that.
     const PEER_UNDO_LIMIT: Duration = Duration::from_secs(10);
@@ -486,6 +514,13 @@ impl Migration {
                 leftovers.push(format!("could not {what}: {why}"));
             }
         };
+        // Whoever comes after a crash in the middle need not ask once more.
+        if let Some(journal) = &mut self.journal
+            && journal.record().stage == Stage::HandedOver
+            && let Err(error) = journal.stage(Stage::Undone)
+        {
+            tracing::warn!(error = %error.chain(), "could not note that the tree is taken back");
+        }
         // The destination undoes its side when the connection ends. It can not
         // run the copy: `Go` was not sent, or it has disowned the tree.
         // A peer that takes nothing must not keep the tree frozen meanwhile.
@@ -505,7 +540,7 @@ impl Migration {
                         .map_err(|e| crate::error::chain(&e)),
                 );
                 // The destination may have announced it before it gave up.
-                if self.go == Go::Disowned
+                if self.disowned
                     && let Ok(Some(placement)) = net.placed(withdrawn.ip).await
                     && let Err(error) = net.announce(&[placement]).await
                 {
@@ -649,7 +684,7 @@ impl Migration {
         let facts = self.plan.as_ref().map(|plan| &plan.facts);
         Report {
             migration_id: self.id.clone(),
-            outcome: self.phase,
+            outcome: self.step.phase(),
             pid: self.request.pid,
             name: facts
                 .and_then(|facts| facts.processes.first())

@@ -53,7 +53,7 @@ impl Migration {
         self.state.await_memory(&pids, MEMORY_LIMIT).await?;
         let link = connect(&self.request.destination, &self.id, &self.reporter).await?;
         self.link = Some(link);
-        crate::pause::at(self.phase.name());
+        crate::pause::at(self.step.phase().name());
         let net = Net::open().await?;
         let examined = examine(&self.state, &net, self.request.pid, &self.request.choices).await?;
         self.net = Some(net);

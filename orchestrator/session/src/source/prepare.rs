@@ -65,7 +65,7 @@ impl Migration {
             .and_then(|()| gate.add_flows(flows))
             .and_then(|()| gate.add_listeners(listeners));
         gate.start_tracking();
-        gate.set_progress(self.phase.number(), 0);
+        gate.set_progress(self.step.phase().number(), 0);
         self.held = gate.held().ok();
         if let Some(reason) = gate.drop_reason() {
             self.reporter
