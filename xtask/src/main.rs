@@ -2,6 +2,7 @@
 
 mod bench;
 mod hosts;
+mod simulate;
 mod vm;
 
 use std::process::ExitCode;
@@ -23,6 +24,8 @@ enum Verb {
     Hosts(hosts::Verb),
     /// Move workloads between test hosts and compare ways to do it.
     Bench(bench::Arguments),
+    /// Run the protocol of both sides under faults chosen by seed.
+    Simulate(simulate::Arguments),
     /// Virtual machines with Debian's kernels, in the place of the test hosts.
     #[command(subcommand)]
     Vm(vm::Verb),
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().verb {
         Verb::Hosts(verb) => hosts::run(verb),
         Verb::Bench(arguments) => bench::run(arguments),
+        Verb::Simulate(arguments) => simulate::run(arguments),
         Verb::Vm(verb) => vm::run(verb),
     };
     match outcome {
