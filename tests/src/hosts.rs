@@ -123,8 +123,12 @@ pub fn reset_connections(host: &Host) -> io::Result<u64> {
 /// What a host's TCP has counted that no peer should have to bear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TcpCounts {
-    /// Segments sent again.
+    /// Segments sent again, probes among them.
     pub retransmitted: u64,
+    /// Probes: when nothing has come back for two round trips, Linux sends the
+    /// last segment again or the next one. On a busy machine it does so all the
+    /// time.
+    pub probes: u64,
     /// Retransmission timers that ran out.
     pub timeouts: u64,
     /// RST segments sent.
@@ -148,6 +152,7 @@ impl TcpCounts {
         };
         Ok(Self {
             retransmitted: count(&plain, "Tcp:", "RetransSegs")?,
+            probes: count(&extended, "TcpExt:", "TCPLossProbes")?,
             timeouts: count(&extended, "TcpExt:", "TCPTimeouts")?,
             resets_sent: count(&plain, "Tcp:", "OutRsts")?,
             resets: count(&plain, "Tcp:", "EstabResets")?,
@@ -159,6 +164,7 @@ impl TcpCounts {
     pub fn since(&self, earlier: &Self) -> Self {
         Self {
             retransmitted: self.retransmitted - earlier.retransmitted,
+            probes: self.probes - earlier.probes,
             timeouts: self.timeouts - earlier.timeouts,
             resets_sent: self.resets_sent - earlier.resets_sent,
             resets: self.resets - earlier.resets,

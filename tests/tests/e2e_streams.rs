@@ -4,18 +4,28 @@
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
-use std::net::{IpAddr, SocketAddr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::time::Duration;
 
 use migrate_test_hosts::{HostName, Lab, LabGuard, WORKLOAD_V6};
-use migrate_tests::hosts::{ResetCapture, TcpCounts};
-use migrate_tests::migration::{migrate, moves, serves_old_connections};
+use migrate_tests::hosts::{ResetCapture, TcpCounts, eventually};
+use migrate_tests::migration::{migrate, moves, no_gate_left, serves_old_connections};
+use migrate_tests::refusals::shell;
 use migrate_tests::require;
+use migrate_tests::streams::wire::{REPLY_BYTES, REQUEST, head};
 use migrate_tests::streams::{Kind, Running};
 use migrate_tests::workload::{Kind as WorkloadKind, Workload};
 
 fn lab(test: &str) -> LabGuard {
     Lab::scoped(&format!("{test}-{}", std::process::id())).unwrap()
 }
+
+/// What a peer may send again of one connection around a move: a probe, and the
+/// first segment each time that its timer runs out, for the peer of a silent
+/// host has no choice. Held packets that are overtaken by newer ones count in
+/// hundreds, for a sender takes them for lost.
+const REPEATED_MAX: u64 = 32;
 
 /// Moves a workload `hops` times, to and fro, under clients of some kinds,
 /// half of them over IPv6 where it has such an address.
@@ -47,6 +57,14 @@ fn moves_under(test: &str, workload: WorkloadKind, clients: &[(Kind, usize)], ho
             running.goes_on(1).unwrap();
         }
         println!("{test}, hop {hop} to {to}: blackout {}", report.blackout);
+        let noticed = report.continuity.as_ref().unwrap();
+        println!(
+            "{test}, hop {hop}: {} segments again",
+            noticed.repeated_segments
+        );
+        let worst = noticed.worst.iter().max_by_key(|f| f.repeated_by_peer);
+        let repeated = worst.map_or(0, |flow| flow.repeated_by_peer);
+        assert!(repeated <= REPEATED_MAX, "{worst:?}");
         for ((name, now), before) in hosts.iter().zip(counts()).zip(before) {
             println!("{test}, hop {hop}, {name}: {:?}", now.since(&before));
         }
@@ -80,6 +98,53 @@ fn what_a_closed_connection_has_still_to_say_is_said() {
 fn half_closed_connections_go_on() {
     require!("half_closed_connections_go_on": root, tcx, criu, migrate, tcpdump);
     moves_under("half", WorkloadKind::Streams, &[(Kind::HalfClosed, 4)], 3);
+}
+
+/// The kernel of the host on which a tree has closed a connection waits a
+/// minute for its peer to do the same. So does whoever has the address now.
+#[test]
+fn a_peer_closes_long_after_the_tree_has() {
+    require!("a_peer_closes_long_after_the_tree_has": root, tcx, criu, migrate, tcpdump, ss);
+    let lab = lab("late");
+    let workload = Workload::start(WorkloadKind::Streams, &lab).unwrap();
+    let client = lab.host(HostName::Client);
+    let capture = ResetCapture::start(&client).unwrap();
+    let v4 = workload.kind.address();
+    let v6 = SocketAddr::new(IpAddr::from(WORKLOAD_V6), v4.port());
+    let answered: Vec<TcpStream> = [v4, v6]
+        .into_iter()
+        .map(|to| {
+            let mut stream = client
+                .in_network(|| TcpStream::connect(to))
+                .unwrap()
+                .unwrap();
+            stream.write_all(&head(REQUEST, 7)).unwrap();
+            let mut reply = Vec::new();
+            // Up to the end that the server has made.
+            stream.read_to_end(&mut reply).unwrap();
+            assert_eq!(reply.len(), REPLY_BYTES);
+            stream
+        })
+        .collect();
+    let pid = workload.pid.to_string();
+    for (from, to) in [
+        (HostName::Host1, HostName::Host2),
+        (HostName::Host2, HostName::Host1),
+    ] {
+        let moved = migrate(&lab.host(from), ["--to", to.as_str(), &pid]).unwrap();
+        println!("late, to {to}: {}", moved.expect_committed().blackout);
+    }
+    // The agent there had to give up for the address to be answered for here.
+    no_gate_left(&lab.host(HostName::Host2));
+    let ask = format!("ss -tanH dport = :{}", v4.port());
+    let sockets = || shell(&client, &ask);
+    assert_eq!(sockets().lines().count(), 2, "{}", sockets());
+    drop(answered);
+    // A socket waits for the acknowledgement of its end, for minutes if need be.
+    let gone = eventually(Duration::from_secs(5), || sockets().is_empty());
+    assert!(gone, "{}", sockets());
+    assert_eq!(capture.stop().unwrap(), Vec::<String>::new());
+    no_gate_left(&lab.host(HostName::Host1));
 }
 
 #[test]
@@ -140,7 +205,7 @@ fn a_tree_that_does_not_accept_stays() {
     let capture = ResetCapture::start(&client).unwrap();
     let address = workload.kind.address();
     let waiting = client
-        .in_network(|| std::net::TcpStream::connect(address))
+        .in_network(|| TcpStream::connect(address))
         .unwrap()
         .unwrap();
     let migration = migrate(&host1, ["--to", "host2", &workload.pid.to_string()]).unwrap();
@@ -150,7 +215,7 @@ fn a_tree_that_does_not_accept_stays() {
     // It goes on here, and new connections are let in again.
     assert!(migrate_tests::hosts::runs(&host1, workload.pid));
     client
-        .in_network(|| std::net::TcpStream::connect(address))
+        .in_network(|| TcpStream::connect(address))
         .unwrap()
         .unwrap();
     drop(waiting);

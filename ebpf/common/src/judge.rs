@@ -91,23 +91,31 @@ pub fn judge<P: Packet + ?Sized, W: World>(
         return Judgement::Pass;
     }
     let parsed = parse(packet, layer2, ethertype, direction);
-    if state.is_tracking()
-        && let Parsed::Tcp {
-            key,
+    let segment = match &parsed {
+        Parsed::Tcp {
             flags,
             sequence,
             payload_bytes,
-        } = &parsed
-    {
-        let segment = Segment {
+            ..
+        } => Segment {
             flags: *flags,
             sequence: *sequence,
             payload_bytes: *payload_bytes,
-        };
+        },
+        Parsed::Other | Parsed::Unreadable | Parsed::Neighbour { .. } => Segment {
+            flags: 0,
+            sequence: 0,
+            payload_bytes: 0,
+        },
+    };
+    if state.is_tracking()
+        && let Parsed::Tcp { key, .. } = &parsed
+    {
         let fate = match mode(state, direction, world) {
             _ if is_own => Fate::Returned,
             Mode::Drop | Mode::Hold => Fate::Kept,
-            Mode::Open | Mode::HoldNew => Fate::Passes,
+            Mode::HoldBare if segment.is_bare() => Fate::Kept,
+            Mode::Open | Mode::HoldNew | Mode::HoldBare => Fate::Passes,
         };
         world.track(key, &segment, direction, fate, state.is_watching());
     }
@@ -117,7 +125,7 @@ pub fn judge<P: Packet + ?Sized, W: World>(
     match parsed {
         Parsed::Other => Judgement::Pass,
         Parsed::Unreadable => match mode(state, direction, world) {
-            Mode::Open | Mode::HoldNew => Judgement::Pass,
+            Mode::Open | Mode::HoldNew | Mode::HoldBare => Judgement::Pass,
             Mode::Drop | Mode::Hold => Judgement::Drop { reset: false },
         },
         Parsed::Neighbour {
@@ -152,12 +160,18 @@ pub fn judge<P: Packet + ?Sized, W: World>(
                     Judgement::Pass
                 };
             }
-            let passes = matches!(mode, Mode::Open) && (!reset || state.is_open());
+            let passes = match mode {
+                Mode::Open => !reset || state.is_open(),
+                Mode::HoldBare => !reset && !segment.is_bare(),
+                Mode::Drop | Mode::Hold | Mode::HoldNew => false,
+            };
             if passes || !is_workload(&key, world) {
                 return Judgement::Pass;
             }
             match mode {
                 Mode::Open | Mode::HoldNew => Judgement::PassReset,
+                Mode::HoldBare if reset => Judgement::PassReset,
+                Mode::HoldBare => Judgement::Hold,
                 Mode::Hold if !reset => Judgement::Hold,
                 Mode::Drop | Mode::Hold => Judgement::Drop { reset },
             }
@@ -390,6 +404,44 @@ mod tests {
         for flags in [0, TCP_RST] {
             let got = verdict(&segment(flags), IPV4, Direction::Egress, tracking(open));
             assert_eq!(got, Judgement::Pass);
+        }
+    }
+
+    #[test]
+    fn only_bare_acknowledgements_wait_where_senders_shall_stop() {
+        use Direction::{Egress, Ingress};
+        let world = Fixed {
+            state: State(0).next(Mode::Hold, Mode::HoldBare),
+            ..closed()
+        };
+        let foreign = Fixed {
+            is_workload: false,
+            ..world
+        };
+        let expired = Fixed {
+            deadline_ns: 1000,
+            ..world
+        };
+        let (ack, push, fin, syn_ack) = (0x10, 0x18, 0x11, 0x12);
+        let bare = |flags| segment(flags).to_vec();
+        let mut data = bare(ack);
+        data.push(0);
+        (data[3], data[32]) = (41, 0x50);
+        let mut empty = bare(ack);
+        (empty[3], empty[32]) = (40, 0x50);
+        for (bytes, direction, world, expected) in [
+            (&empty, Egress, world, Judgement::Hold),
+            (&bare(push), Egress, world, Judgement::Hold),
+            (&data, Egress, world, Judgement::Pass),
+            (&bare(fin), Egress, world, Judgement::Pass),
+            (&bare(syn_ack), Egress, world, Judgement::Pass),
+            (&bare(TCP_RST), Egress, world, Judgement::PassReset),
+            (&empty, Ingress, world, Judgement::Hold),
+            (&empty, Egress, foreign, Judgement::Pass),
+            (&empty, Egress, expired, Judgement::Pass),
+        ] {
+            let got = verdict(bytes, IPV4, direction, world);
+            assert_eq!(got, expected, "{bytes:?} {direction:?} {world:?}");
         }
     }
 

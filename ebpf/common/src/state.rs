@@ -4,7 +4,7 @@ use crate::parse::Direction;
 
 /// Version of every map's layout. A gate that another version has pinned is
 /// not adopted, only removed.
-pub const LAYOUT_VERSION: u64 = 5;
+pub const LAYOUT_VERSION: u64 = 6;
 
 /// What the gate does with the workload's packets in one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +20,10 @@ pub enum Mode {
     /// New connections wait, as with `Hold`; everything else passes. For the
     /// way in only.
     HoldNew = 3,
+    /// Segments that acknowledge and nothing more wait, as with `Hold`;
+    /// everything else passes. For the way out only: without answers senders
+    /// come to a stop at their windows.
+    HoldBare = 4,
 }
 
 /// Both modes, a flag and the epoch in one word, so that one aligned store
@@ -62,6 +66,7 @@ impl State {
             0 => Mode::Open,
             2 => Mode::Hold,
             3 => Mode::HoldNew,
+            4 => Mode::HoldBare,
             _ => Mode::Drop,
         }
     }
@@ -326,14 +331,20 @@ mod tests {
 
     #[test]
     fn an_unknown_mode_is_closed() {
-        assert_eq!(State(0x04).mode(Direction::Ingress), Mode::Drop);
+        assert_eq!(State(0x05).mode(Direction::Ingress), Mode::Drop);
         assert_eq!(State(0xff00).mode(Direction::Egress), Mode::Drop);
         assert!(State(0xff00).is_closed(Direction::Egress));
     }
 
     #[test]
     fn every_mode_is_read_as_written() {
-        let modes = [Mode::Open, Mode::Drop, Mode::Hold, Mode::HoldNew];
+        let modes = [
+            Mode::Open,
+            Mode::Drop,
+            Mode::Hold,
+            Mode::HoldNew,
+            Mode::HoldBare,
+        ];
         for ingress in modes {
             for egress in modes {
                 let state = State(0).with_staged(true).next(ingress, egress);

@@ -84,6 +84,13 @@ impl Segment {
     pub const fn is_established(&self) -> bool {
         self.flags & (TCP_SYN | TCP_RST | TCP_ACK) == TCP_ACK
     }
+
+    /// Whether it acknowledges and nothing more.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_bare(&self) -> bool {
+        self.payload_bytes == 0 && self.flags & (TCP_SYN | TCP_RST | TCP_FIN | TCP_ACK) == TCP_ACK
+    }
 }
 
 impl FlowRecord {

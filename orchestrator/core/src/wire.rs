@@ -199,8 +199,15 @@ pub enum Message {
     Flows(Vec<Flow>),
     /// Connections that the tree has closed and the source's kernel had not
     /// done with: the destination knows nothing of them, and must not say so
-    /// to their peers.
-    Ended(Vec<Flow>),
+    /// to their peers. What is said later of a flow replaces what was said
+    /// before; the last word may come just before `Go`.
+    Ended {
+        /// Their peers may close them at any time yet.
+        open: Vec<Flow>,
+        /// Their peers have closed them, too, and may not know that this was
+        /// heard.
+        over: Vec<Flow>,
+    },
     /// What the source's connection tracking knows of connections at the
     /// addresses that move.
     Tracked(Vec<Tracked>),

@@ -4,9 +4,10 @@
 //!   source                                  destination
 //!   closed: holds what peers send
 //!   Dumped, then packets as they come --->  keeps them
-//!   Go ---------------------------------->  egress opens
+//!   Go ---------------------------------->  egress opens, but for acknowledgements
 //!                                           sockets live: the source's packets,
-//!                                           then those held here, then ingress opens
+//!                                           then those held here, then ingress opens,
+//!                                           then the acknowledgements
 //!   stragglers, until the end ----------->  given to the sockets as they come
 //! ```
 //!
@@ -16,7 +17,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use migrate_core::facts::WindowFacts;
 use migrate_ebpf_common::Direction;
-use migrate_gate::{Gate, HeldPacket, HeldPackets, HoldOptions};
+use migrate_gate::{Gate, GateError, HeldPacket, HeldPackets, HoldOptions};
 
 /// The most that one host ever holds.
 pub(crate) const BYTES_CAP: usize = 256 << 20;
@@ -60,6 +61,42 @@ pub(crate) fn give_back(gate: &Gate, packets: &[HeldPacket]) {
             tracing::warn!(error = %crate::error::chain(&error), "a held packet was lost");
         }
     }
+}
+
+/// How often packets that have come meanwhile are put in, before the gate opens
+/// all the same. Without answers a sender stops when its window is full; the
+/// first look finds most of that.
+const RELEASE_ROUNDS_MAX: usize = 16;
+
+/// Opens a gate in front of sockets that live: `waiting` goes in first, then
+/// what is held. The gate has been told to hold answers, without which nobody
+/// has a reason to send more, so that the last of it is in before the gate
+/// opens: a sender takes for lost what is overtaken, and sends it again.
+pub(crate) fn release(
+    gate: &Gate,
+    held: &mut Option<HeldPackets>,
+    mut waiting: Vec<HeldPacket>,
+) -> Result<(), GateError> {
+    let mut answers = Vec::new();
+    for _ in 0..RELEASE_ROUNDS_MAX {
+        waiting.extend(drain(held));
+        let (inward, outward): (Vec<_>, Vec<_>) = waiting
+            .drain(..)
+            .partition(|packet| packet.direction == Direction::Ingress);
+        answers.extend(outward);
+        give_back(gate, &inward);
+        // Acknowledgements may overtake each other.
+        if inward.iter().all(HeldPacket::is_bare) {
+            break;
+        }
+    }
+    gate.open_ingress();
+    give_back(gate, &drain(held));
+    give_back(gate, &answers);
+    give_back(gate, &drain(held));
+    gate.open()?;
+    give_back(gate, &drain(held));
+    Ok(())
 }
 
 /// Gives packets to the sockets that another host has held for them. `home`

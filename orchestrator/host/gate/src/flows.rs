@@ -188,7 +188,7 @@ fn failed(attempt: &'static str, source: io::Error) -> GateError {
 }
 
 /// The flow of a key.
-fn flow(key: &FlowKey) -> Flow {
+pub(crate) fn flow(key: &FlowKey) -> Flow {
     let end = |address: [u8; 16], port_be: [u8; 2]| {
         SocketAddr::new(
             IpAddr::V6(Ipv6Addr::from(address)),

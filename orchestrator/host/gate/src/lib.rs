@@ -34,16 +34,20 @@
 //! one to which they were carried. The order of a release matters:
 //!
 //! 1. the sockets are live;
-//! 2. [`Gate::open_egress`];
+//! 2. [`Gate::hold_answers`];
 //! 3. what was held elsewhere goes in, then what was held here
 //!    ([`HeldPackets::try_drain`]), the ingress still closed so that nothing
-//!    newer overtakes it;
-//! 4. [`Gate::open`];
-//! 5. what came between 3 and 4 goes in (`try_drain`, then
+//!    newer overtakes it. The acknowledgements that this provokes are held, for
+//!    their receivers would go on sending: 3 is repeated until nothing has come
+//!    meanwhile;
+//! 4. [`Gate::open_ingress`];
+//! 5. the acknowledgements go out, then [`Gate::open`];
+//! 6. what came in between goes where it wanted to go (`try_drain`, then
 //!    [`HeldPackets::next`] until the gate is detached).
 //!
-//! With 2 behind 3 the acknowledgements that 3 provokes would be held in turn,
-//! and senders would wait for their timers after all.
+//! With 2 left out, senders of much data go on while 3 lasts, and at 4 what they
+//! send overtakes what was held: they take it for lost and send it again. If the
+//! acknowledgements were dropped, senders would wait for their timers after all.
 //!
 //! Not seen by the gate, so not held: a packet whose next hop's hardware
 //! address is being asked for waits in front of the gate, and one that waits
@@ -82,7 +86,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aya::Ebpf;
 use aya::programs::links::{FdLink, PinnedLink};
@@ -409,7 +413,19 @@ impl Gate {
     ///
     /// When the map cannot be written.
     pub fn answer_no_more(&self, flow: &Flow) -> Result<(), GateError> {
-        self.tables.forget_ended(&tables::flow_key(flow))
+        let key = tables::flow_key(flow);
+        if let Ok(hold) = &self.hold {
+            hold.forget_answer(&key);
+        }
+        self.tables.forget_ended(&key)
+    }
+
+    /// When an end of this flow's peer was acknowledged last, by
+    /// [`answer_for`](Self::answer_for)'s doing.
+    #[must_use]
+    pub fn end_answered_at(&self, flow: &Flow) -> Option<Instant> {
+        let hold = self.hold.as_ref().ok()?;
+        hold.answered_at(&tables::flow_key(flow))
     }
 
     /// How many flows [`let_end`](Self::let_end) and
@@ -541,6 +557,23 @@ impl Gate {
     pub fn open_egress(&self) -> Result<(), GateError> {
         self.tables.open_egress();
         Ok(())
+    }
+
+    /// Lets the tree's packets out, except for those that only acknowledge,
+    /// and still none in. Where packets are not held, this is
+    /// [`open_egress`](Self::open_egress): an acknowledgement that is dropped
+    /// costs its receiver a timer.
+    pub fn hold_answers(&self) {
+        if self.hold.is_ok() {
+            self.tables.hold_bare();
+        } else {
+            self.tables.open_egress();
+        }
+    }
+
+    /// Lets the tree's packets in; those on their way out are treated as before.
+    pub fn open_ingress(&self) {
+        self.tables.open_ingress();
     }
 
     /// Lets the tree's packets pass in both directions.
@@ -704,6 +737,26 @@ fn inspect(path: &Path, id: String, role: Role) -> Leftover {
     leftover
 }
 
+/// The flows for which gates of this host speak, see [`Gate::answer_for`]: its
+/// kernel knows nothing of them. A gate that cannot be read has none.
+///
+/// # Errors
+///
+/// [`GateError::OpenPin`] when the directory cannot be read.
+pub fn answered_flows(directory: &Path) -> Result<Vec<Flow>, GateError> {
+    let mut flows = Vec::new();
+    for gate in leftovers(directory)? {
+        let path = gate_path(directory, &gate.id, gate.role)?;
+        match Tables::open(&path).and_then(|tables| tables.answered()) {
+            Ok(answered) => flows.extend(answered),
+            Err(error) => tracing::debug!(%error, gate = gate.id, "a gate cannot be read"),
+        }
+    }
+    flows.sort_unstable();
+    flows.dedup();
+    Ok(flows)
+}
+
 /// Removes a gate whoever owns it: its programs leave the interfaces, its pins
 /// and maps vanish. Whether the owner lives is for the caller to look at.
 ///
@@ -849,10 +902,27 @@ fn load_program(
         .ok_or_else(|| GateError::Load(format!("the object has no program {name}").into()))?
         .try_into()
         .map_err(|error: ProgramError| GateError::Load(error.into()))?;
-    program
-        .load()
-        .map_err(|error| GateError::Load(error.into()))?;
+    load(program).map_err(|error| GateError::Load(error.into()))?;
     Ok(program)
+}
+
+/// How often a program is loaded before it is given up, as libbpf does it.
+const LOAD_TRIES: u32 = 5;
+
+/// Loads a program. The kernel gives up with EAGAIN in the middle of it when a
+/// signal comes, the end of a child for one.
+pub(crate) fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    let mut tries = 1;
+    loop {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == io::ErrorKind::WouldBlock && tries < LOAD_TRIES =>
+            {
+                tries += 1;
+            }
+            loaded => return loaded,
+        }
+    }
 }
 
 fn attach_to(

@@ -18,7 +18,7 @@ use migrate_ebpf_common::{
 };
 
 use crate::GateError;
-use crate::flows::{FlowActivity, FlowCount, FlowTable};
+use crate::flows::{FlowActivity, FlowCount, FlowTable, flow};
 use crate::owner::Owner;
 use crate::sys::{self, ControlPage};
 use crate::trace;
@@ -299,6 +299,21 @@ impl Tables {
         self.ended.remove(key)
     }
 
+    /// The flows whose peers are answered.
+    pub(crate) fn answered(&self) -> Result<Vec<Flow>, GateError> {
+        if !self.state().has_ended() {
+            return Ok(Vec::new());
+        }
+        let failed = |error: MapError| self.ended.failed("read", io::Error::other(error));
+        let map = HashMap::<_, FlowKey, u32>::try_from(&self.ended.map).map_err(failed)?;
+        map.iter()
+            .filter(
+                |entry| !matches!(entry, Ok((_, how)) if Ended::read(*how) != Some(Ended::Answer)),
+            )
+            .map(|entry| entry.map(|(key, _)| flow(&key)).map_err(failed))
+            .collect()
+    }
+
     pub(crate) fn forget_all_ended(&self) {
         self.set_state(|state| state.with_ended(false));
     }
@@ -374,6 +389,14 @@ impl Tables {
         self.set_state(|state| state.next(state.mode(Direction::Ingress), Mode::Open));
     }
 
+    pub(crate) fn hold_bare(&self) {
+        self.set_state(|state| state.next(state.mode(Direction::Ingress), Mode::HoldBare));
+    }
+
+    pub(crate) fn open_ingress(&self) {
+        self.set_state(|state| state.next(Mode::Open, state.mode(Direction::Egress)));
+    }
+
     pub(crate) fn open_all(&self) {
         self.set_state(|state| state.next(Mode::Open, Mode::Open));
     }
@@ -391,7 +414,7 @@ impl Tables {
         let without = |mode| match mode {
             Mode::Hold => Mode::Drop,
             // A new connection that nobody answers would wait a second.
-            Mode::HoldNew => Mode::Open,
+            Mode::HoldNew | Mode::HoldBare => Mode::Open,
             other => other,
         };
         self.set_state(|state| {

@@ -41,31 +41,45 @@ impl Unsettled {
     }
 }
 
-/// The connections at these addresses that nobody holds any more, those in
-/// TIME_WAIT last.
+/// Connections that nobody holds any more.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EndedFlows {
+    /// Their peers may close them at any time yet.
+    pub open: Vec<Flow>,
+    /// Their peers have closed them, too.
+    pub over: Vec<Flow>,
+}
+
+/// The connections at these addresses that nobody holds any more.
 ///
 /// # Errors
 ///
 /// The kernel does not list its sockets.
-pub fn ended(addresses: &[IpAddr]) -> Result<Vec<Flow>, NetError> {
+pub fn ended(addresses: &[IpAddr]) -> Result<EndedFlows, NetError> {
     Ok(ended_of(
         &tcp_sockets_in(CLOSED_STATES | TIME_WAIT)?,
         addresses,
     ))
 }
 
-pub(crate) fn ended_of(sockets: &[TcpSocket], addresses: &[IpAddr]) -> Vec<Flow> {
-    let mut ended: Vec<&TcpSocket> = sockets
-        .iter()
-        .filter(|s| s.state.is_half_closed() || s.state == TcpState::TimeWait)
-        // Closed by its peer, it still waits to be accepted.
-        .filter(|s| s.state != TcpState::CloseWait && is_forsaken(s, addresses))
-        .collect();
-    ended.sort_by_key(|s| s.state == TcpState::TimeWait);
+pub(crate) fn ended_of(sockets: &[TcpSocket], addresses: &[IpAddr]) -> EndedFlows {
+    let mut ended = EndedFlows::default();
+    for socket in sockets.iter().filter(|s| is_forsaken(s, addresses)) {
+        let flow = Flow::new(socket.local, socket.remote);
+        match socket.state {
+            TcpState::FinWait1 | TcpState::FinWait2 => ended.open.push(flow),
+            TcpState::LastAck | TcpState::Closing | TcpState::TimeWait => ended.over.push(flow),
+            // In CLOSE_WAIT it still waits to be accepted; the rest is alive.
+            TcpState::Established
+            | TcpState::SynSent
+            | TcpState::SynRecv
+            | TcpState::Close
+            | TcpState::CloseWait
+            | TcpState::Listen
+            | TcpState::Bound => {}
+        }
+    }
     ended
-        .into_iter()
-        .map(|s| Flow::new(s.local, s.remote))
-        .collect()
 }
 
 /// What is under way at these listeners and, where no process holds it any

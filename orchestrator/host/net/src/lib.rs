@@ -28,7 +28,7 @@ pub use diag::{
     SocketKind, TcpSocket, TcpState, UdpSocket, UnixKind, UnixSocket, mptcp_inodes, other_sockets,
     tcp_sockets, udp_sockets, unix_sockets,
 };
-pub use ending::{Unsettled, ended, remove_closed, unsettled};
+pub use ending::{EndedFlows, Unsettled, ended, remove_closed, unsettled};
 pub use error::NetError;
 pub use route::{Address, Interface, Net, Placement, Staged, Withdrawn};
 pub use survey::{SurveyOptions, TreeSockets, compare, survey, tree_flows};

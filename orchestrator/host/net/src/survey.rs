@@ -13,7 +13,7 @@ use crate::diag::{
     IPPROTO_MPTCP, SocketKind, TcpSocket, TcpState, UdpSocket, UnixKind, UnixSocket, mptcp_inodes,
     other_sockets, tcp_sockets, udp_sockets, unix_sockets,
 };
-use crate::ending;
+use crate::ending::{self, EndedFlows};
 use crate::error::{NetError, promote_help};
 use crate::route::{Address, Net, Placement, promotes_secondaries};
 use crate::rules::{self, Owner, join};
@@ -52,7 +52,7 @@ pub struct TreeSockets {
     pub interfaces: Vec<u32>,
     /// Connections at the moving addresses that the tree has closed and the
     /// kernel has not done with, those in TIME_WAIT last.
-    pub ended: Vec<Flow>,
+    pub ended: EndedFlows,
     /// Those of them whose peers have not acknowledged everything.
     pub closing: Vec<Flow>,
     /// Connections at the tree's listeners that no process of the tree held

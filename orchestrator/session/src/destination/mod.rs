@@ -11,7 +11,7 @@ mod receive;
 mod takeover;
 mod tracking;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -148,8 +148,9 @@ struct Destination {
     guard: Option<Guard>,
     gate: Option<Gate>,
     held: Option<HeldPackets>,
-    /// The tree has closed connections whose peers may still say something.
-    ended: BTreeSet<Flow>,
+    /// Connections that the tree has closed, and whether their peers may still
+    /// have to close them.
+    ended: BTreeMap<Flow, bool>,
     tracked: tracking::Made,
     staged: Vec<Staged>,
     images: Option<ImageDir>,
@@ -182,7 +183,7 @@ impl Destination {
             guard: None,
             gate: None,
             held: None,
-            ended: BTreeSet::new(),
+            ended: BTreeMap::new(),
             tracked: tracking::Made::new(),
             staged: Vec::new(),
             images: None,

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use migrate_channel::Frame;
+use migrate_core::Flow;
 use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::{ImageDir, Notice, RestoreOptions};
 use migrate_memory::{Content, Listed, PageStore};
@@ -238,19 +239,16 @@ impl Destination {
                     if let Some(gate) = &self.gate {
                         gate.add_flows(&flows)?;
                         // The tree has connected with the same ports again.
-                        for flow in flows.iter().filter(|flow| self.ended.contains(flow)) {
-                            gate.answer_no_more(flow)?;
+                        for flow in &flows {
+                            if self.ended.remove(flow).is_some() {
+                                gate.answer_no_more(flow)?;
+                            }
                         }
                     }
                     self.track_untracked(&flows);
                 }
                 Frame::Control(Message::Tracked(entries)) => self.track(entries)?,
-                Frame::Control(Message::Ended(flows)) => {
-                    if let Some(gate) = &self.gate {
-                        gate.answer_for(&flows)?;
-                    }
-                    self.ended.extend(flows);
-                }
+                Frame::Control(Message::Ended { open, over }) => self.has_ended(&open, &over)?,
                 Frame::Control(Message::Dumped {
                     pages,
                     in_store,
@@ -274,6 +272,17 @@ impl Destination {
                 Frame::Control(other) => return Err(self.unexpected(&other, AWAITED)),
             }
         }
+    }
+
+    /// Peers of connections that the tree has closed are to be answered.
+    pub(super) fn has_ended(&mut self, open: &[Flow], over: &[Flow]) -> Result<(), Error> {
+        for (flows, is_open) in [(open, true), (over, false)] {
+            if let Some(gate) = &self.gate {
+                gate.answer_for(flows)?;
+            }
+            self.ended.extend(flows.iter().map(|flow| (*flow, is_open)));
+        }
+        Ok(())
     }
 
     /// Lets CRIU build the copy and holds it.

@@ -1,13 +1,14 @@
 //! Handover and takeover: the record that makes the tree ours, and the order
 //! in which its world opens again.
 //!
-//! After `Owned` is on record: egress opens, the address is announced, CRIU
-//! takes the sockets out of repair mode (their window probes may leave), held
-//! packets go in, ingress opens, the tree runs.
+//! After `Owned` is on record: egress opens for all but acknowledgements, the
+//! address is announced, CRIU takes the sockets out of repair mode, held packets
+//! go in, ingress opens, acknowledgements go out, the tree runs.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use migrate_core::Flow;
 use migrate_core::journal::Stage;
 use migrate_core::wire::{Message, RunningReport};
 use migrate_criu::Notice;
@@ -27,13 +28,16 @@ impl Destination {
     /// Waits for the commit.
     pub(super) async fn await_go(&mut self, blackout_limit: Duration) -> Result<(), Error> {
         const AWAITED: &str = "the source's go";
-        match self
-            .message(AWAITED, blackout_limit.max(Self::RESUME_LIMIT))
-            .await?
-        {
-            Message::Go => {}
-            Message::Abort { reason } => return Err(Error::Aborted(reason)),
-            other => return Err(self.unexpected(&other, AWAITED)),
+        loop {
+            match self
+                .message(AWAITED, blackout_limit.max(Self::RESUME_LIMIT))
+                .await?
+            {
+                Message::Go => break,
+                Message::Ended { open, over } => self.has_ended(&open, &over)?,
+                Message::Abort { reason } => return Err(Error::Aborted(reason)),
+                other => return Err(self.unexpected(&other, AWAITED)),
+            }
         }
         // Before anything is decided: a copy without its memory is none.
         self.lazy.handed_over().await
@@ -64,7 +68,7 @@ impl Destination {
         let addresses = self.addresses();
         let gate = self.gate.as_ref();
         if let Some(gate) = gate {
-            gate.open_egress()?;
+            gate.hold_answers();
             gate.unstage_addresses(&addresses)?;
         }
         let order = self.order.as_ref().ok_or_else(|| nothing("the tree"))?;
@@ -73,9 +77,11 @@ impl Destination {
             tracing::warn!(error = %crate::error::chain(&error), "could not announce the address");
         }
         // What the sockets have said while they were built may go out now.
-        let (waiting, unsent): (Vec<_>, Vec<_>) = held::drain(&mut self.held)
+        let (waiting, mut unsent): (Vec<_>, Vec<_>) = held::drain(&mut self.held)
             .into_iter()
             .partition(|packet| packet.direction == Direction::Ingress);
+        // A socket that is being built does not know its window yet.
+        unsent.retain(|packet| !packet.is_bare());
         if let Some(gate) = gate {
             held::give_back(gate, &unsent);
         }
@@ -132,10 +138,8 @@ impl Destination {
                         if let Incoming::Messages(inbox) = &mut self.incoming {
                             held::give_over(gate, &inbox.take_packets(), interface);
                         }
-                        waiting.extend(held::drain(&mut self.held));
-                        held::give_back(gate, &waiting);
-                        gate.open()?;
-                        held::give_back(gate, &held::drain(&mut self.held));
+                        let waiting = std::mem::take(&mut waiting);
+                        held::release(gate, &mut self.held, waiting)?;
                     }
                     session.answer(true).await?;
                 }
@@ -216,9 +220,7 @@ impl Destination {
                 tracing::debug!("the source does not hear what the gate has seen");
             }
         }
-        if !self.ended.is_empty() {
-            let _ = tokio::time::timeout(Self::ENDED_LIMIT, self.answer_ended()).await;
-        }
+        self.answer_ended().await;
         self.held = None;
         if let Some(gate) = self.gate.take()
             && let Err(error) = gate.detach()
@@ -235,18 +237,63 @@ impl Destination {
         }
     }
 
-    /// How long peers of connections that the tree has closed are answered: an
-    /// end that was lost is sent again after 200 ms, 400 ms and so on.
-    const ENDED_LIMIT: Duration = Duration::from_secs(3);
+    /// How long the peer of a connection that both sides have closed is
+    /// answered: an end whose acknowledgement was lost is sent again after
+    /// 200 ms, 400 ms and so on.
+    const OVER_LIMIT: Duration = Duration::from_secs(3);
 
-    /// Acknowledges the ends that peers of closed connections still send.
+    /// How long the kernel remembers a connection that only its own side has
+    /// closed, unless it says otherwise (`net.ipv4.tcp_fin_timeout`).
+    const FIN_TIMEOUT: Duration = Duration::from_secs(60);
+
+    /// How often it is looked whether the address has moved on: nothing comes
+    /// here for it then, and whoever took it answers.
+    const LOOK_FOR_ADDRESS: Duration = Duration::from_secs(1);
+
+    /// Acknowledges the ends that peers of closed connections still send, for
+    /// as long as the kernel would had the tree closed them here.
     async fn answer_ended(&mut self) {
-        let Some(gate) = &self.gate else {
+        let (Some(gate), Some(net)) = (&self.gate, &self.net) else {
             return;
         };
+        let begun = Instant::now();
+        let fin_timeout = fin_timeout().unwrap_or(Self::FIN_TIMEOUT);
+        let mut waiting: Vec<(Flow, Instant)> = std::mem::take(&mut self.ended)
+            .into_iter()
+            .map(|(flow, is_open)| {
+                let limit = if is_open {
+                    fin_timeout
+                } else {
+                    Self::OVER_LIMIT
+                };
+                (flow, begun + limit)
+            })
+            .collect();
+        let mut look = tokio::time::interval(Self::LOOK_FOR_ADDRESS);
         loop {
-            let packet = held::next(&mut self.held).await;
-            held::give_back(gate, &[packet]);
+            tokio::select! {
+                packet = held::next(&mut self.held) => held::give_back(gate, &[packet]),
+                _ = look.tick() => {
+                    let now = Instant::now();
+                    waiting.retain(|(flow, limit)| {
+                        let limit = match gate.end_answered_at(flow) {
+                            Some(at) => (at + Self::OVER_LIMIT).min(*limit),
+                            None => *limit,
+                        };
+                        if limit <= now && let Err(error) = gate.answer_no_more(flow) {
+                            tracing::debug!(error = %crate::error::chain(&error), %flow, "is answered until the gate is detached");
+                        }
+                        limit > now
+                    });
+                    let mut here = false;
+                    for placement in self.order.iter().flat_map(|order| &order.placements) {
+                        here |= !matches!(net.placed(placement.ip).await, Ok(None));
+                    }
+                    if waiting.is_empty() || !here {
+                        return;
+                    }
+                }
+            }
         }
     }
 
@@ -278,6 +325,13 @@ impl Destination {
             }
         }
     }
+}
+
+/// What the kernel here has been told about connections that only its own side
+/// has closed.
+fn fin_timeout() -> Option<Duration> {
+    let seconds = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_fin_timeout").ok()?;
+    seconds.trim().parse().ok().map(Duration::from_secs)
 }
 
 /// The interface that a moved address has come to.

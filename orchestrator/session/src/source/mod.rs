@@ -16,7 +16,7 @@ mod settle;
 mod tracking;
 pub(crate) mod verdict;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -321,7 +321,7 @@ struct Migration {
     /// What of it waits to be carried.
     waiting: Vec<HeldPacket>,
     /// Connections that the tree has closed, as the destination knows them.
-    ended: BTreeSet<Flow>,
+    ended: BTreeMap<Flow, settle::Peer>,
     /// Some of them still have something to say.
     closing: bool,
     /// What connection tracking knew of the tree's connections, as sent.
@@ -380,7 +380,7 @@ impl Migration {
             carried: Vec::new(),
             carried_bytes: 0,
             waiting: Vec::new(),
-            ended: BTreeSet::new(),
+            ended: BTreeMap::new(),
             closing: false,
             tracked: Vec::new(),
             tracked_flows: HashSet::new(),
@@ -596,18 +596,14 @@ impl Migration {
         }
         if let Some(gate) = self.gate.take() {
             // The sockets live again; nothing newer may overtake what waits.
+            gate.hold_answers();
+            let mut waiting = std::mem::take(&mut self.carried);
+            waiting.append(&mut self.waiting);
             note(
                 "open the gate",
-                gate.open_egress().map_err(|e| crate::error::chain(&e)),
+                crate::held::release(&gate, &mut self.held, waiting)
+                    .map_err(|e| crate::error::chain(&e)),
             );
-            crate::held::give_back(&gate, &std::mem::take(&mut self.carried));
-            crate::held::give_back(&gate, &std::mem::take(&mut self.waiting));
-            crate::held::give_back(&gate, &crate::held::drain(&mut self.held));
-            note(
-                "open the gate",
-                gate.open().map_err(|e| crate::error::chain(&e)),
-            );
-            crate::held::give_back(&gate, &crate::held::drain(&mut self.held));
             self.held = None;
             note("detach the gate", detach(gate));
         }

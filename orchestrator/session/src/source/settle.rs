@@ -41,6 +41,16 @@ const END_LIMIT: Duration = Duration::from_millis(200);
 /// Between two looks; the kernel announces none of this.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
+/// What the destination knows of the peer of a connection that the tree has
+/// closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Peer {
+    /// It may close it, too, at any time.
+    Open,
+    /// It has.
+    Closed,
+}
+
 impl Migration {
     /// The addresses that move.
     pub(super) fn moved(&self) -> Vec<IpAddr> {
@@ -92,31 +102,50 @@ impl Migration {
                 waited.as_millis()
             ));
         }
-        self.tell_ended(&migrate_net::ended(&addresses)?).await?;
+        let mut ended = migrate_net::ended(&addresses)?;
+        // What the tree has closed elsewhere, before it came here, no socket
+        // of this host tells of.
+        let answered = migrate_gate::answered_flows(&self.state.gates())?;
+        let at = |flow: &Flow| addresses.contains(&flow.local.ip().to_canonical());
+        ended.open.extend(answered.into_iter().filter(at));
+        self.tell_ended(&ended).await?;
         self.tell_tracked().await
     }
 
     /// Lets the destination know of connections that the tree has closed, and
     /// the gate, too: later none of them may say a word here.
-    pub(super) async fn tell_ended(&mut self, ended: &[Flow]) -> Result<(), Error> {
+    pub(super) async fn tell_ended(&mut self, ended: &EndedFlows) -> Result<(), Error> {
         if self.gate().is_none() {
             return Ok(());
         }
-        let room = Gate::ENDED_MAX.saturating_sub(self.ended.len());
-        let new: Vec<Flow> = ended
-            .iter()
-            .filter(|flow| !self.ended.contains(flow))
-            .take(room)
-            .copied()
-            .collect();
-        if new.is_empty() {
+        let mut room = Gate::ENDED_MAX.saturating_sub(self.ended.len());
+        let mut new = EndedFlows::default();
+        // Those first that will need to be answered.
+        for &flow in &ended.open {
+            if room > 0 && !self.ended.contains_key(&flow) {
+                self.ended.insert(flow, Peer::Open);
+                new.open.push(flow);
+                room -= 1;
+            }
+        }
+        for &flow in &ended.over {
+            let known = self.ended.get(&flow);
+            if known == Some(&Peer::Closed) || (known.is_none() && room == 0) {
+                continue;
+            }
+            room -= usize::from(known.is_none());
+            self.ended.insert(flow, Peer::Closed);
+            new.over.push(flow);
+        }
+        let EndedFlows { open, over } = new;
+        if open.is_empty() && over.is_empty() {
             return Ok(());
         }
         if let Some(gate) = self.gate() {
-            gate.add_flows(&new)?;
+            gate.add_flows(&open)?;
+            gate.add_flows(&over)?;
         }
-        self.ended.extend(&new);
-        self.send(&Message::Ended(new)).await
+        self.send(&Message::Ended { open, over }).await
     }
 
     /// Lets closed connections deliver the rest while the tree stands still.
@@ -155,7 +184,9 @@ impl Migration {
         };
         self.gate().ok_or_else(|| not_yet("the gate"))?.end_all();
         self.warn_of(&left);
-        Ok(())
+        // Their peers may have closed them meanwhile, and need nobody then who
+        // waits for that on the destination.
+        self.tell_ended(&migrate_net::ended(&addresses)?).await
     }
 
     fn warn_of(&self, left: &Unsettled) {

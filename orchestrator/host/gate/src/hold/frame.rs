@@ -9,7 +9,7 @@
 //!   | offload | Ethernet | 0 to 2 VLAN tags | IPv4 or IPv6 | TCP | payload |
 //! ```
 
-use migrate_ebpf_common::{Direction, FlowKey, Layer2, Packet, Parsed, parse};
+use migrate_ebpf_common::{Direction, FlowKey, Layer2, Packet, Parsed, Segment, parse};
 
 /// `struct virtio_net_hdr`, little-endian (`TUNSETVNETLE`).
 pub(crate) const OFFLOAD_BYTES: usize = 10;
@@ -108,6 +108,31 @@ pub(crate) fn segment_of(frame: &[u8], direction: Direction) -> Option<(FlowKey,
     match parse(packet, Layer2::Ethernet, ethertype, direction) {
         Parsed::Tcp { key, flags, .. } => Some((key, flags)),
         Parsed::Other | Parsed::Unreadable | Parsed::Neighbour { .. } => None,
+    }
+}
+
+/// Whether a frame's segment acknowledges and nothing more.
+pub(crate) fn is_bare(frame: &[u8], direction: Direction) -> bool {
+    let Some(packet) = frame.get(OFFLOAD_BYTES..) else {
+        return false;
+    };
+    let Some([high, low]) = packet.load::<2>(12) else {
+        return false;
+    };
+    let ethertype = u16::from_be_bytes([high, low]);
+    match parse(packet, Layer2::Ethernet, ethertype, direction) {
+        Parsed::Tcp {
+            flags,
+            sequence,
+            payload_bytes,
+            ..
+        } => Segment {
+            flags,
+            sequence,
+            payload_bytes,
+        }
+        .is_bare(),
+        Parsed::Other | Parsed::Unreadable | Parsed::Neighbour { .. } => false,
     }
 }
 

@@ -99,6 +99,14 @@ pub struct HeldPacket {
     pub frame: Bytes,
 }
 
+impl HeldPacket {
+    /// Whether it acknowledges and nothing more.
+    #[must_use]
+    pub fn is_bare(&self) -> bool {
+        frame::is_bare(&self.frame, self.direction)
+    }
+}
+
 /// What is held, and what found no room.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HeldStats {
@@ -241,7 +249,7 @@ pub(crate) struct Hold {
     ports: Vec<Arc<Port>>,
     shared: Arc<Shared>,
     is_taken: AtomicBool,
-    /// Flows whose ends have been acknowledged lately; only those that the
+    /// When the ends of flows were acknowledged last; only of those that the
     /// gate's map of closed flows takes.
     answered: Mutex<HashMap<FlowKey, Instant>>,
     /// `/proc/net/dev` of the devices' namespace.
@@ -403,15 +411,27 @@ impl Hold {
     /// has been now.
     fn has_just_answered(&self, key: FlowKey) -> bool {
         let now = Instant::now();
-        let mut answered = self.answered.lock().unwrap_or_else(PoisonError::into_inner);
-        answered.retain(|_, at| now - *at < ANSWER_PAUSE);
-        match answered.entry(key) {
-            Entry::Occupied(_) => true,
-            Entry::Vacant(entry) => {
-                entry.insert(now);
+        match self.answered().entry(key) {
+            Entry::Occupied(at) if now - *at.get() < ANSWER_PAUSE => true,
+            entry => {
+                entry.insert_entry(now);
                 false
             }
         }
+    }
+
+    /// When the end of a flow was acknowledged last.
+    pub(crate) fn answered_at(&self, key: &FlowKey) -> Option<Instant> {
+        self.answered().get(key).copied()
+    }
+
+    /// Forgets that it was.
+    pub(crate) fn forget_answer(&self, key: &FlowKey) {
+        self.answered().remove(key);
+    }
+
+    fn answered(&self) -> MutexGuard<'_, HashMap<FlowKey, Instant>> {
+        self.answered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets the kernel's rings fill for as long as the value lives.
@@ -520,9 +540,7 @@ fn attach_return(
         .ok_or_else(|| HoldError("the object has no program gate_return".to_owned()))?
         .try_into()
         .map_err(|error| HoldError::at("use the program gate_return", error))?;
-    program
-        .load()
-        .map_err(|error| HoldError::at("load the program gate_return", error))?;
+    crate::load(program).map_err(|error| HoldError::at("load the program gate_return", error))?;
     ports
         .iter()
         .map(|port| {
