@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::facts::AddressFacts;
+use crate::wire::NetworkLock;
 
 /// Version of the record's form; a record of another version is not read.
 pub const RECORD_VERSION: u32 = 1;
@@ -94,6 +95,9 @@ pub struct Record {
     /// taken away, from before they are.
     #[serde(default)]
     pub withdrawn: Option<String>,
+    /// Source: what keeps packets from the tree; CRIU's own locks outlast it.
+    #[serde(default)]
+    pub network_lock: NetworkLock,
     /// Destination: the cgroup that the copy is made in.
     #[serde(default)]
     pub home: Option<String>,

@@ -188,6 +188,9 @@ pub enum Message {
         streams: u32,
         /// When the copy gets its memory.
         restore: RestoreChoice,
+        /// What keeps packets from the tree; the destination's gate holds them
+        /// only for its own kind.
+        lock: NetworkLock,
     },
     /// Gate closed, address staged, CRIU warm.
     Prepared,
@@ -299,6 +302,21 @@ pub enum StdioChoice {
     Null,
     /// Append to this file on the destination.
     File(String),
+}
+
+/// What keeps peers' packets from the frozen tree.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkLock {
+    /// Our gate: it holds them.
+    #[default]
+    Gate,
+    /// CRIU, with nftables: they are dropped.
+    Nftables,
+    /// CRIU, with iptables: they are dropped.
+    Iptables,
+    /// Nothing, until the tree is handed over.
+    Skip,
 }
 
 /// When the copy gets its memory.

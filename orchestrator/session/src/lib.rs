@@ -61,6 +61,16 @@ fn dropped_packets(counted: &migrate_gate::Counters) -> u64 {
     counted.ingress_dropped_packets + counted.egress_dropped_packets + counted.hold_dropped
 }
 
+/// CRIU's part in keeping packets from a tree.
+fn criu_lock(lock: migrate_core::wire::NetworkLock) -> migrate_criu::NetworkLock {
+    use migrate_core::wire::NetworkLock;
+    match lock {
+        NetworkLock::Gate | NetworkLock::Skip => migrate_criu::NetworkLock::Caller,
+        NetworkLock::Nftables => migrate_criu::NetworkLock::Nftables,
+        NetworkLock::Iptables => migrate_criu::NetworkLock::Iptables,
+    }
+}
+
 /// Finds CRIU and lets it probe the kernel, which it caches: the finding for
 /// the table, and CRIU when there is one to work with.
 async fn examine_criu(

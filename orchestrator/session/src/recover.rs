@@ -8,6 +8,7 @@
 //! does it again.
 
 use std::fmt::Display;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use migrate_core::journal::{Record, Route, Side, Stage};
@@ -355,6 +356,7 @@ impl Case<'_> {
             }
         }
         self.give_unit_back(HoldDown::release);
+        self.remove_lock();
         self.remove_gate(Role::Source);
         self.remove_images();
         self.forget();
@@ -464,6 +466,7 @@ impl Case<'_> {
             self.note("remove the fence", released);
         }
         self.give_unit_back(HoldDown::release_after_end);
+        self.remove_lock();
         self.remove_gate(Role::Source);
         self.remove_images();
         self.forget();
@@ -637,6 +640,15 @@ impl Case<'_> {
     }
 
     // ---- both
+
+    /// What CRIU's own lock has left of it.
+    fn remove_lock(&mut self) {
+        let addresses: Vec<IpAddr> = self.record.addresses.iter().map(|a| a.ip).collect();
+        let cleared = crate::criu_lock(self.record.network_lock).clear(&addresses);
+        if let Some(1..) = self.note("remove CRIU's network lock", cleared) {
+            self.done.push("CRIU's network lock is gone".to_owned());
+        }
+    }
 
     fn remove_gate(&mut self, role: Role) {
         match migrate_gate::unlock(&self.state.gates(), &self.record.migration_id, role) {

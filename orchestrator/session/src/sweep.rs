@@ -85,6 +85,7 @@ mod tests {
             hold_down: None,
             route: None,
             withdrawn: None,
+            network_lock: migrate_core::wire::NetworkLock::Gate,
             home: None,
         }
     }

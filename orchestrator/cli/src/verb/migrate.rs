@@ -6,7 +6,7 @@ use std::time::Duration;
 use migrate_channel::StreamOptions;
 use migrate_core::convergence::{OnTimeout, Policy};
 use migrate_core::stream::{Compress, STREAMS_MAX};
-use migrate_core::wire::{RestoreChoice, StdioChoice};
+use migrate_core::wire::{NetworkLock, RestoreChoice, StdioChoice};
 use migrate_session::source::{self, Choices, EngineChoice, MemoryEngine, Request};
 use migrate_session::{Cancel, Reporter};
 use tokio::signal::unix::{SignalKind, signal};
@@ -53,6 +53,11 @@ pub struct TreeArgs {
     /// read and compared, also of the frozen tree (full); auto takes the best that works
     #[arg(long, value_name = "auto|uffd|full", value_enum, default_value_t = EngineName::Auto)]
     pub engine: EngineName,
+    /// What keeps peers' packets from the frozen tree, to compare: our gate, which holds them;
+    /// CRIU by nftables or iptables, which drops them; or nothing (skip), which loses what peers
+    /// send meanwhile
+    #[arg(long, value_name = "gate|nftables|iptables|skip", value_enum, default_value_t = LockName::Gate)]
+    pub network_lock: LockName,
 }
 
 /// When rounds of pre-copy end.
@@ -138,6 +143,30 @@ impl From<EngineName> for EngineChoice {
             EngineName::Auto => Self::Auto,
             EngineName::Uffd => Self::Only(MemoryEngine::Uffd),
             EngineName::Full => Self::Only(MemoryEngine::Full),
+        }
+    }
+}
+
+/// Names of network locks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LockName {
+    /// The gate holds packets.
+    Gate,
+    /// CRIU drops them.
+    Nftables,
+    /// CRIU drops them.
+    Iptables,
+    /// Nothing does.
+    Skip,
+}
+
+impl From<LockName> for NetworkLock {
+    fn from(name: LockName) -> Self {
+        match name {
+            LockName::Gate => Self::Gate,
+            LockName::Nftables => Self::Nftables,
+            LockName::Iptables => Self::Iptables,
+            LockName::Skip => Self::Skip,
         }
     }
 }
@@ -273,6 +302,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
             stream: args.rounds.stream(),
             verify: args.rounds.verify,
             restore: args.rounds.restore.into(),
+            lock: args.tree.network_lock.into(),
             ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
         },
     };

@@ -56,6 +56,15 @@ pub enum CriuError {
         /// Its last lines.
         output: Vec<String>,
     },
+    /// CRIU's own network lock cannot be used, or what it left not be removed.
+    #[error("{} does not do what a network lock needs", program.display())]
+    Lock {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// CRIU or its socket could not be started.
     #[error("could not start criu worker {}", path.display())]
     Start {
@@ -249,6 +258,9 @@ impl CriuError {
                 "run `{} check` to see what this kernel lacks",
                 path.display()
             )),
+            Self::Lock { .. } => Some(
+                "use the gate, which needs no program: leave `--network-lock` out".to_owned(),
+            ),
             Self::ShimNotLoaded { .. } | Self::SelfCheck { .. } => {
                 Some("choose another way to copy memory: `--engine full`".to_owned())
             }

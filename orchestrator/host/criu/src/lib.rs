@@ -33,7 +33,8 @@
 //! tree: the tree would run on with its sockets in repair mode, unless it was
 //! fenced.
 //!
-//! The network lock is the caller's: CRIU runs with `skip`. cgroups are the
+//! The network lock is the caller's, unless [`DumpOptions::lock`] says
+//! otherwise: CRIU runs with `skip`. cgroups are the
 //! caller's as well: CRIU ignores them, and what is restored lives in the
 //! worker's cgroup ([`WorkerOptions::cgroup`]). The restored root becomes a
 //! child of the nearest reaper above the caller. CRIU's configuration files
@@ -57,6 +58,7 @@
 mod error;
 mod images;
 mod locate;
+mod lock;
 mod log;
 mod offsets;
 mod pages;
@@ -70,6 +72,7 @@ mod worker;
 pub use error::{Action, CriuError};
 pub use images::{Filler, ImageDir, ImageStats, SmallImage, small_images};
 pub use locate::{Criu, OVERRIDE, PRIVATE_PATH, locate};
+pub use lock::NetworkLock;
 pub use log::LogTail;
 pub use pages::{PARENT, PIECE_PAGES_MAX, PageSink, PageSocket, PageStats, serve_pages};
 pub use rseq::rseq_areas;

@@ -139,14 +139,14 @@ fn parse_version(line: &str) -> Option<CriuVersion> {
     })
 }
 
-struct Output {
-    status: std::process::ExitStatus,
-    lines: Vec<String>,
+pub(crate) struct Output {
+    pub(crate) status: std::process::ExitStatus,
+    pub(crate) lines: Vec<String>,
 }
 
 /// Runs CRIU for its text. Its own configuration files are ignored, as they
 /// are for the worker.
-async fn run(path: &Path, arguments: &[&str], limit: Duration) -> io::Result<Output> {
+pub(crate) async fn run(path: &Path, arguments: &[&str], limit: Duration) -> io::Result<Output> {
     let mut command = Command::new(path);
     command
         .args(arguments)

@@ -21,6 +21,10 @@ pub(crate) mod kind {
     pub(crate) const VERSION: i32 = 10;
 }
 
+/// `criu_network_lock_method.IPTABLES`: two rules a connection.
+pub(crate) const NETWORK_LOCK_IPTABLES: i32 = 1;
+/// `criu_network_lock_method.NFTABLES`: a table with a set of connections.
+pub(crate) const NETWORK_LOCK_NFTABLES: i32 = 2;
 /// `criu_network_lock_method.SKIP`: the caller keeps the network quiet.
 pub(crate) const NETWORK_LOCK_SKIP: i32 = 3;
 /// `criu_cg_mode.IGNORE`: cgroups are neither dumped nor restored.

@@ -21,6 +21,7 @@ use tokio::time::timeout;
 use crate::error::{Action, CriuError};
 use crate::images::{private, uptime_inventory};
 use crate::locate::Criu;
+use crate::lock::NetworkLock;
 use crate::pages::PageSocket;
 use crate::rpc::{
     CGROUPS_IGNORE, InheritFd, NETWORK_LOCK_SKIP, Options, PageServerInfo, Request, Socket, kind,
@@ -172,6 +173,8 @@ pub struct DumpOptions {
     pub deleted_file_bytes_max: u32,
     /// How long CRIU may try to stop the tree, in seconds.
     pub freeze_limit_s: u32,
+    /// Who keeps packets from the tree.
+    pub lock: NetworkLock,
     /// Leave out what has been copied before and not been written since. For
     /// a worker with [`WorkerOptions::shim`].
     pub track: Option<Track>,
@@ -211,6 +214,7 @@ impl DumpOptions {
             // CRIU's own default is 1 MiB; 64 MiB still fit a short blackout.
             deleted_file_bytes_max: 64 << 20,
             freeze_limit_s: FREEZE_LIMIT_S,
+            lock: NetworkLock::Caller,
             track: None,
         }
     }
@@ -490,6 +494,7 @@ impl Worker {
             external: options.external.clone(),
             timeout: Some(options.freeze_limit_s),
             tcp_skip_in_flight: Some(true),
+            network_lock: Some(options.lock.method()),
             track_mem: options.track.is_some().then_some(true),
             parent_img: options.track.is_some().then(|| PARENT.to_owned()),
             ..common(&options.images, Action::Dump)?
@@ -636,7 +641,7 @@ fn common(images: &Path, action: Action) -> Result<Options, CriuError> {
         log_file: Some(log_name(action).to_owned()),
         notify_scripts: Some(true),
         tcp_established: Some(true),
-        // The gate is the lock.
+        // A restore takes the lock that its images name.
         network_lock: Some(NETWORK_LOCK_SKIP),
         // The destination chooses the cgroup.
         manage_cgroups_mode: Some(CGROUPS_IGNORE),

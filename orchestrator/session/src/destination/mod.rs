@@ -21,7 +21,7 @@ use migrate_core::facts::TreeFacts;
 use migrate_core::journal::{Side, Stage};
 use migrate_core::protocol::destination::{Event, Step};
 use migrate_core::protocol::{IllegalTransition, Machine as _};
-use migrate_core::wire::{Message, RestoreChoice, StdioChoice, WireError};
+use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice, WireError};
 use migrate_criu::{Criu, CriuError, ImageDir, Notice, Session, Worker};
 use migrate_gate::{Gate, HeldPacket, HeldPackets};
 use migrate_net::{Net, Placement, Staged};
@@ -104,6 +104,7 @@ struct Wanted {
     verify: bool,
     streams: u32,
     restore: RestoreChoice,
+    lock: NetworkLock,
 }
 
 /// CRIU's part, which changes from a waiting worker to a held restore.
@@ -201,9 +202,12 @@ impl Destination {
             Step::Listen => return self.listen().await,
             Step::Prepare => {
                 let Wanted {
-                    streams, restore, ..
+                    streams,
+                    restore,
+                    lock,
+                    ..
                 } = self.wanted()?;
-                self.prepare(streams, restore).await?;
+                self.prepare(streams, restore, lock).await?;
                 crate::pause::at("prepared");
             }
             Step::Receive => {
@@ -289,12 +293,14 @@ impl Destination {
                     verify,
                     streams,
                     restore,
+                    lock,
                 } => {
                     self.wanted = Some(Wanted {
                         blackout_limit: Duration::from_millis(blackout_limit_ms),
                         verify,
                         streams,
                         restore,
+                        lock,
                     });
                     return Ok(Event::Done);
                 }

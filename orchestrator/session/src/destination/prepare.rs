@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use migrate_core::facts::{AddressFacts, StdioFacts};
 use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
-use migrate_core::wire::{Message, RestoreChoice, StdioChoice};
+use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice};
 use migrate_criu::{ImageDir, WorkerOptions};
 use migrate_gate::{Gate, GateOptions, Role};
 use migrate_proc::Home;
@@ -33,6 +33,7 @@ impl Destination {
         &mut self,
         connections: u32,
         restore: RestoreChoice,
+        lock: NetworkLock,
     ) -> Result<(), Error> {
         // From here on this process has something to undo, so it must not go
         // down with the login that started it.
@@ -61,7 +62,8 @@ impl Destination {
                     flow_capacity: u32::try_from(order.tree.flows.len() * 2 + SPARE_FLOWS)
                         .unwrap_or(u32::MAX),
                     directory: self.state.gates(),
-                    hold: Some(crate::held::bounds(order.tree.windows)),
+                    hold: (lock == NetworkLock::Gate)
+                        .then(|| crate::held::bounds(order.tree.windows)),
                 },
             )?);
             gate.add_flows(&order.tree.flows)?;
@@ -182,6 +184,7 @@ impl Destination {
             hold_down: None,
             route: None,
             withdrawn: None,
+            network_lock: NetworkLock::Gate,
             home: None,
         }
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use migrate_channel::{ChannelError, Sender};
 use migrate_core::report::counted;
-use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageOwner, PageRun};
+use migrate_core::wire::{ImagePiece, Message, NetworkLock, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::{CriuError, DumpOptions, Notice, PARENT, PageSink, PageStats, serve_pages};
 use migrate_memory::{ContentPrecopy, Listed, MemoryError};
 
@@ -44,6 +44,7 @@ impl Migration {
             external: externals(&plan.facts.stdio),
             external_unix: true,
             track: self.precopied(),
+            lock: crate::criu_lock(self.request.choices.lock),
             ..DumpOptions::new(self.request.pid, images)
         };
         let Engine::Ready(worker) = std::mem::replace(&mut self.engine, Engine::None) else {
@@ -69,7 +70,8 @@ impl Migration {
         // nothing reaches the tree any more. What it still says gets out: an
         // answer lost now would be sent again by the restored socket only
         // after 3 s, for that has no idea of the round-trip time.
-        if let Some(gate) = self.gate() {
+        let gate_locks = self.request.choices.lock == NetworkLock::Gate;
+        if let Some(gate) = self.gate().filter(|_| gate_locks) {
             gate.close_ingress()?;
         }
         let now = Instant::now();
@@ -81,7 +83,7 @@ impl Migration {
             .await?;
         // Nobody is left to say anything but the kernel, and CRIU is about to
         // take the sockets out of its hands.
-        if let Some(gate) = self.gate() {
+        if let Some(gate) = self.gate().filter(|_| gate_locks) {
             gate.close()?;
         }
         self.moments.frozen = Some(Instant::now());

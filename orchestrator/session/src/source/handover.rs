@@ -19,7 +19,7 @@ use migrate_core::journal::Stage;
 use migrate_core::protocol::Machine as _;
 use migrate_core::protocol::source::{Event, Step};
 use migrate_core::report::{Continuity, FlowSeen};
-use migrate_core::wire::Message;
+use migrate_core::wire::{Message, NetworkLock};
 use migrate_criu::{Notice, Session};
 
 use super::{Engine, Migration, STEP_LIMIT, detach, micros, not_yet, verdict};
@@ -61,6 +61,11 @@ impl Migration {
         }
         self.end().await?;
         if let Some(gate) = self.gate() {
+            if self.request.choices.lock != NetworkLock::Gate {
+                // From here on nothing on this host may answer, whoever locked
+                // the network so far.
+                gate.close()?;
+            }
             gate.lease(None)?;
             if !gate.is_in_place() {
                 return Err(Error::Changed(
@@ -244,6 +249,9 @@ impl Migration {
                 }
             }
             self.forget_tracked();
+            if let Err(why) = self.clear_lock() {
+                leftovers.push(format!("could not remove CRIU's network lock: {why}"));
+            }
             if let Ok(counted) = gate.counters() {
                 self.counted = counted;
             }

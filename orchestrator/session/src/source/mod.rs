@@ -32,7 +32,7 @@ use migrate_core::protocol::source::{Event, Step};
 use migrate_core::protocol::{IllegalTransition, Machine as _};
 use migrate_core::report::{Blackout, Continuity, Report};
 use migrate_core::tracked::Tracked;
-use migrate_core::wire::{Message, RestoreChoice, StdioChoice};
+use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice};
 use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
 use migrate_memory::{ContentPrecopy, Precopy};
@@ -92,6 +92,9 @@ pub struct Choices {
     pub verify: bool,
     /// When the copy gets its memory.
     pub restore: RestoreChoice,
+    /// What keeps packets from the frozen tree. Other locks than the gate are
+    /// there to be compared with it.
+    pub lock: NetworkLock,
 }
 
 impl Choices {
@@ -588,6 +591,7 @@ impl Migration {
                 ),
             }
         }
+        note("remove CRIU's network lock", self.clear_lock());
         self.precopy = None;
         if let Some(lease) = self.lease.take() {
             lease.abort();
@@ -632,6 +636,17 @@ impl Migration {
             link.inbox.closed(Self::PEER_UNDO_LIMIT).await;
         }
         leftovers
+    }
+
+    /// Removes what CRIU's own lock has left.
+    fn clear_lock(&self) -> Result<(), String> {
+        let addresses: Vec<IpAddr> = self.plan.as_ref().map_or_else(Vec::new, |plan| {
+            plan.facts.addresses.iter().map(|a| a.ip).collect()
+        });
+        let cleared = crate::criu_lock(self.request.choices.lock).clear(&addresses);
+        cleared
+            .map(drop)
+            .map_err(|error| crate::error::chain(&error))
     }
 
     fn dismiss_guard(&mut self) {

@@ -186,6 +186,15 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
     }
     let (found, criu) = crate::examine_criu("source").await;
     findings.extend(found);
+    if let Some(criu) = &criu
+        && let Err(error) = crate::criu_lock(choices.lock).check(criu).await
+    {
+        findings.push(Finding::refused(
+            "network lock",
+            crate::error::chain(&error),
+            error.help().unwrap_or_default(),
+        ));
+    }
     let mut host = migrate_proc::host_facts(&state.image_root()?);
     host.criu = criu.as_ref().map(|criu| criu.version);
     findings.extend(sockets.findings);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
 use migrate_core::report::counted;
-use migrate_core::wire::Message;
+use migrate_core::wire::{Message, NetworkLock};
 use migrate_criu::WorkerOptions;
 use migrate_gate::{Gate, GateOptions, Role};
 use migrate_proc::{Fence, HoldDown};
@@ -51,7 +51,8 @@ impl Migration {
                 role: Role::Source,
                 flow_capacity: u32::try_from(capacity).unwrap_or(u32::MAX),
                 directory: self.state.gates(),
-                hold: Some(crate::held::bounds(plan.facts.windows)),
+                hold: (self.request.choices.lock == NetworkLock::Gate)
+                    .then(|| crate::held::bounds(plan.facts.windows)),
             },
         )?);
         let detail = format!(
@@ -67,9 +68,18 @@ impl Migration {
         gate.start_tracking();
         gate.set_progress(self.step.phase().number(), 0);
         self.held = gate.held().ok();
-        if let Some(reason) = gate.drop_reason() {
-            self.reporter
-                .warn(format!("packets are dropped, not held: {reason}"));
+        match (self.request.choices.lock, gate.drop_reason()) {
+            (NetworkLock::Gate, None) => {}
+            (NetworkLock::Gate, Some(reason)) => self
+                .reporter
+                .warn(format!("packets are dropped, not held: {reason}")),
+            (NetworkLock::Nftables | NetworkLock::Iptables, _) => self
+                .reporter
+                .warn("packets are dropped, not held: peers send them again after 200 ms or more"),
+            (NetworkLock::Skip, _) => self.reporter.warn(
+                "nothing keeps packets from the frozen tree: what peers send between the dump and \
+                 the handover is acknowledged and lost",
+            ),
         }
         self.gate = Some(Arc::clone(&gate));
         filled?;
@@ -95,6 +105,7 @@ impl Migration {
             verify: self.request.choices.verify,
             streams: self.request.choices.streams,
             restore: self.request.choices.restore,
+            lock: self.request.choices.lock,
         };
         self.send(&prepare).await?;
 
@@ -206,6 +217,7 @@ impl Migration {
                 .transpose()?,
             route: Some(self.request.route.clone()),
             withdrawn: None,
+            network_lock: self.request.choices.lock,
             home: None,
         })
     }

@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use migrate_core::Flow;
 use migrate_core::report::counted;
-use migrate_core::wire::Message;
+use migrate_core::wire::{Message, NetworkLock};
 use migrate_gate::Gate;
-use migrate_net::Unsettled;
+use migrate_net::{EndedFlows, Unsettled};
 
 use super::{Migration, not_yet};
 use crate::error::Error;
@@ -64,7 +64,9 @@ impl Migration {
         let Some(gate) = self.gate() else {
             return Ok(());
         };
-        gate.hold_new()?;
+        if self.request.choices.lock == NetworkLock::Gate {
+            gate.hold_new()?;
+        }
         let listeners = self.plan()?.facts.listeners.clone();
         let addresses = self.moved();
         let begun = Instant::now();
