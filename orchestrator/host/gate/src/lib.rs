@@ -173,6 +173,8 @@ pub struct Gate {
     tables: Tables,
     /// Keeps the programs attached should the pins vanish under a living owner.
     links: Vec<PinnedLink>,
+    /// Where the programs are.
+    hooks: Vec<Hook>,
     /// Keeps the file system mounted.
     root: File,
     trace: Trace,
@@ -184,6 +186,7 @@ pub struct Gate {
 struct Parts {
     tables: Tables,
     links: Vec<PinnedLink>,
+    hooks: Vec<Hook>,
     trace: Trace,
     hold: Result<Hold, String>,
 }
@@ -232,6 +235,7 @@ impl Gate {
             Ok(Parts {
                 tables,
                 links,
+                hooks,
                 trace,
                 hold,
             }) => {
@@ -241,6 +245,7 @@ impl Gate {
                     path,
                     tables,
                     links,
+                    hooks,
                     root,
                     trace,
                     hold,
@@ -541,12 +546,14 @@ impl Gate {
         })
     }
 
-    /// Whether nobody has removed it meanwhile. What came through to sockets
-    /// that CRIU had read by then is acknowledged and in no image.
+    /// Whether nobody has removed it meanwhile, nor put a tcx program in front
+    /// of it, which may let packets pass that the gate has not seen. What came
+    /// through to sockets that CRIU had read by then is acknowledged and in no
+    /// image. To be asked in the network namespace of its interfaces.
     #[must_use]
     pub fn is_in_place(&self) -> bool {
         let links = entries(&self.path).filter(|pin| bpffs::parse_link(pin).is_some());
-        links.count() == self.links.len()
+        links.count() == self.hooks.len() && (!has_tcx() || self.hooks.iter().all(Hook::is_first))
     }
 
     /// Lets the tree's packets out, still none in.
@@ -626,6 +633,7 @@ impl Gate {
             path,
             tables,
             links,
+            hooks: _,
             root,
             trace,
             hold,
@@ -810,10 +818,39 @@ pub fn adopt(directory: &Path, id: &str, role: Role) -> Result<Gate, GateError> 
         path,
         tables,
         links,
+        // Where they were is for the former owner to watch: this one only
+        // removes them.
+        hooks: Vec::new(),
         root,
         trace: Trace::default(),
         hold: Err("what held its packets has gone with its former owner".to_owned()),
     })
+}
+
+/// Where one of the programs is attached.
+#[derive(Clone, Debug)]
+struct Hook {
+    interface: String,
+    direction: Direction,
+    /// The kernel's number of the program.
+    program: u32,
+}
+
+impl Hook {
+    /// Whether it is the first one there, of those on tcx hooks.
+    fn is_first(&self) -> bool {
+        let at = match self.direction {
+            Direction::Ingress => TcAttachType::Ingress,
+            Direction::Egress => TcAttachType::Egress,
+        };
+        match SchedClassifier::query_tcx(&self.interface, at) {
+            Ok((_, programs)) => programs.first().is_some_and(|p| p.id() == self.program),
+            Err(error) => {
+                tracing::warn!(%error, interface = self.interface, "the programs there cannot be listed");
+                false
+            }
+        }
+    }
 }
 
 /// An interface that the gate goes on.
@@ -848,6 +885,7 @@ fn attach_in(path: &Path, devices: &[Device], options: &GateOptions) -> Result<P
     tables.set_owner(Owner::this_process());
     tables.pin(path)?;
     let mut links = Vec::with_capacity(devices.len() * 2);
+    let mut hooks = Vec::with_capacity(devices.len() * 2);
     for direction in [Direction::Ingress, Direction::Egress] {
         for kind in [DeviceKind::Ethernet, DeviceKind::Bare] {
             let of_kind = || devices.iter().filter(|device| device.kind == kind);
@@ -855,8 +893,17 @@ fn attach_in(path: &Path, devices: &[Device], options: &GateOptions) -> Result<P
                 continue;
             }
             let program = load_program(&mut ebpf, direction, kind)?;
+            let id = program
+                .info()
+                .map_err(|error| GateError::Load(error.into()))?
+                .id();
             for device in of_kind() {
                 links.extend(attach_to(program, device, direction, path)?);
+                hooks.push(Hook {
+                    interface: device.name.clone(),
+                    direction,
+                    program: id,
+                });
             }
         }
     }
@@ -871,6 +918,7 @@ fn attach_in(path: &Path, devices: &[Device], options: &GateOptions) -> Result<P
     Ok(Parts {
         tables,
         links,
+        hooks,
         trace,
         hold,
     })

@@ -35,7 +35,7 @@ fn address<T>(pointer: *const T) -> u64 {
 ///
 /// `attributes` must be the part of `union bpf_attr` that `command` reads,
 /// and every address in it must be valid for what the command does there.
-unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
+pub(crate) unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: the caller vouches for the content; the size is the content's.
     let result = unsafe {
         libc::syscall(

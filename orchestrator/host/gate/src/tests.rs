@@ -21,9 +21,11 @@ macro_rules! needs_tun {
     };
 }
 
+mod foreign;
 mod hold;
 mod network;
 pub(crate) mod packets;
+mod stacked;
 mod track;
 
 use std::io;

@@ -69,7 +69,7 @@ impl Migration {
             gate.lease(None)?;
             if !gate.is_in_place() {
                 return Err(Error::Changed(
-                    "somebody has removed the gate: peers were answered that the copy knows nothing of"
+                    "somebody has removed the gate or put a tc program in front of it: peers may have been answered that the copy knows nothing of"
                         .to_owned(),
                 ));
             }

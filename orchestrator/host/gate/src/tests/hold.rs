@@ -29,8 +29,12 @@ const ROOMY: HoldOptions = HoldOptions {
 };
 
 fn attach(pair: &Pair, bounds: HoldOptions) -> (Gate, HeldPackets, u32) {
+    attach_to(pair, "gate0", bounds)
+}
+
+fn attach_to(pair: &Pair, device: &str, bounds: HoldOptions) -> (Gate, HeldPackets, u32) {
     let (gate, index) = pair.server.run(|| {
-        let index = if_nametoindex("gate0").unwrap();
+        let index = if_nametoindex(device).unwrap();
         let options = GateOptions {
             hold: Some(bounds),
             ..options(&pair.directory)
@@ -43,15 +47,18 @@ fn attach(pair: &Pair, bounds: HoldOptions) -> (Gate, HeldPackets, u32) {
 }
 
 /// No retransmission for half a minute, no probing for lost tails.
-fn without_timers(pair: &Pair) {
-    for (host, device) in [(&pair.server, "gate0"), (&pair.client, "gate1")] {
+pub(super) fn without_timers(pair: &Pair) {
+    without_timers_over(pair, ["gate0", "gate1"], "10.9.0.0/24", "fd00:9::/64");
+}
+
+/// The same for addresses on other devices, the server's and the client's.
+pub(super) fn without_timers_over(pair: &Pair, devices: [&str; 2], v4: &str, v6: &str) {
+    for (host, device) in [(&pair.server, devices[0]), (&pair.client, devices[1])] {
         host.run(|| {
             std::fs::write("/proc/sys/net/ipv4/tcp_early_retrans", "0").unwrap();
+            ip(&format!("route replace {v4} dev {device} rto_min 30s"));
             ip(&format!(
-                "route replace 10.9.0.0/24 dev {device} rto_min 30s"
-            ));
-            ip(&format!(
-                "-6 route replace fd00:9::/64 dev {device} metric 1 rto_min 30s"
+                "-6 route replace {v6} dev {device} metric 1 rto_min 30s"
             ));
         });
     }
@@ -141,9 +148,15 @@ fn assert_all_went_through(counters: Counters, packets: &[HeldPacket]) {
 fn question_and_answer(address: &str) {
     let pair = Pair::new();
     without_timers(&pair);
-    let (gate, mut held, index) = attach(&pair, ROOMY);
-    let (client, server, _listening) = connected(&pair, &gate, address);
-    let before = retransmissions(&pair);
+    question_and_answer_on(&pair, "gate0", address);
+    pair.assert_nothing_left();
+}
+
+/// With a gate on a device of the server.
+pub(super) fn question_and_answer_on(pair: &Pair, device: &str, address: &str) {
+    let (gate, mut held, index) = attach_to(pair, device, ROOMY);
+    let (client, server, _listening) = connected(pair, &gate, address);
+    let before = retransmissions(pair);
     gate.close().unwrap();
     (&client).write_all(b"?").unwrap();
     let question = next(&mut held).unwrap();
@@ -170,11 +183,11 @@ fn question_and_answer(address: &str) {
     give_back(&gate, index, &held.try_drain());
     (&client).write_all(b"x").unwrap();
     assert_eq!(read_one(&server, PATIENCE), Ok(b'x'));
-    assert_eq!(retransmissions(&pair), before);
+    assert_eq!(retransmissions(pair), before);
 
     pair.server.run(|| detach(gate));
     assert_eq!(next(&mut held), None, "the gate is gone");
-    pair.assert_nothing_left();
+    pair.assert_only_others_left();
 }
 
 #[test]

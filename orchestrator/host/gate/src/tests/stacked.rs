@@ -1,0 +1,59 @@
+//! Devices stacked on others. Kernels for servers have their drivers; where
+//! the tests run often has not, so `vm_kernels` runs these.
+
+use super::hold::{question_and_answer_on, without_timers_over};
+use super::network::{Host, Pair, ip};
+
+/// The pair's addresses on other devices, by the same names on both ends.
+fn readdress(pair: &Pair, server: &str, client: &str) {
+    let move_to = |host: &Host, device: &str, v4: &str, v6: &str| {
+        host.run(|| {
+            ip(&format!("addr add {v4} dev {device}"));
+            ip(&format!("addr add {v6} dev {device} nodad"));
+        });
+    };
+    move_to(&pair.server, server, "10.9.1.1/24", "fd00:9:1::1/64");
+    move_to(&pair.client, client, "10.9.1.2/24", "fd00:9:1::2/64");
+    without_timers_over(pair, [server, client], "10.9.1.0/24", "fd00:9:1::/64");
+}
+
+#[test]
+#[ignore = "needs the driver of VLANs; tests/tests/vm_kernels.rs runs it"]
+fn a_vlan_is_gated() {
+    for protocol in ["802.1Q", "802.1ad"] {
+        let pair = Pair::new();
+        for (host, lower) in [(&pair.server, "gate0"), (&pair.client, "gate1")] {
+            host.run(|| {
+                ip(&format!(
+                    "link add link {lower} name vlan7 type vlan protocol {protocol} id 7"
+                ));
+                ip("link set vlan7 up");
+            });
+        }
+        readdress(&pair, "vlan7", "vlan7");
+        question_and_answer_on(&pair, "vlan7", "10.9.1.1:7000");
+        question_and_answer_on(&pair, "vlan7", "[fd00:9:1::1]:7000");
+        // The gate may sit on the device below as well: tags are looked through.
+        question_and_answer_on(&pair, "gate0", "10.9.1.1:7001");
+        question_and_answer_on(&pair, "gate0", "[fd00:9:1::1]:7001");
+    }
+}
+
+#[test]
+#[ignore = "needs the driver of bonds; tests/tests/vm_kernels.rs runs it"]
+fn a_bond_is_gated() {
+    for mode in ["active-backup", "balance-rr", "802.3ad"] {
+        let pair = Pair::new();
+        for (host, member) in [(&pair.server, "gate0"), (&pair.client, "gate1")] {
+            host.run(|| {
+                ip(&format!("link add bond0 type bond mode {mode} miimon 10"));
+                ip(&format!("link set {member} down"));
+                ip(&format!("link set {member} master bond0"));
+                ip("link set bond0 up");
+            });
+        }
+        readdress(&pair, "bond0", "bond0");
+        question_and_answer_on(&pair, "bond0", "10.9.1.1:7000");
+        question_and_answer_on(&pair, "bond0", "[fd00:9:1::1]:7000");
+    }
+}
