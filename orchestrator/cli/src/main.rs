@@ -87,6 +87,10 @@ fn main() -> ExitCode {
         eprintln!("help: run it with sudo, or as root");
         return Exit::Usage.into();
     }
+    if let Err(error) = migrate_session::secrets::leave_no_cores() {
+        eprintln!("migrate: could not turn core dumps of its own off: {error}");
+        return Exit::Internal.into();
+    }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {

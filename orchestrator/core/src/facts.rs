@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::flow::{Flow, Listener};
+use crate::policy::Credentials;
 
 /// A CRIU release, for example 4.2.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -62,8 +63,8 @@ pub struct HostFacts {
     pub memory_available_bytes: u64,
     /// Free space where images are kept, in bytes.
     pub image_space_bytes: u64,
-    /// Whether `CAP_SYS_ADMIN`, `CAP_NET_ADMIN`, `CAP_BPF` and
-    /// `CAP_CHECKPOINT_RESTORE` are all effective; the missing ones by name.
+    /// Capabilities that a migration makes use of and that are not effective,
+    /// by name.
     pub missing_capabilities: Vec<String>,
 }
 
@@ -147,6 +148,8 @@ pub struct ProcessFacts {
     pub session: i32,
     /// Process group id.
     pub group: i32,
+    /// Whom it runs as.
+    pub credentials: Credentials,
 }
 
 /// A mapped or open regular file, or a directory the tree stands in.

@@ -9,6 +9,7 @@ pub mod facts;
 pub mod flow;
 pub mod journal;
 pub mod phase;
+pub mod policy;
 pub mod preflight;
 pub mod protocol;
 pub mod report;

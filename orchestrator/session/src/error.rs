@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use migrate_channel::ChannelError;
 use migrate_core::convergence::StopReason;
+use migrate_core::policy::{self, NotAllowed};
 use migrate_core::protocol::IllegalTransition;
 use migrate_core::wire::WireError;
 use migrate_criu::CriuError;
@@ -160,6 +161,18 @@ pub enum Error {
         /// The tree's root.
         pid: i32,
     },
+    /// The policy of this agent does not allow the tree.
+    #[error(transparent)]
+    NotAllowed(#[from] NotAllowed),
+    /// A policy that cannot be obeyed.
+    #[error("could not use the policy {}", path.display())]
+    Policy {
+        /// Its file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A record that another side's verdict has closed.
     #[error("the source has taken the tree back")]
     Disowned,
@@ -208,6 +221,8 @@ impl Error {
             Self::PeerSilent { peer, .. } => Some(check(peer)),
             Self::BlackoutLimit { .. } => Some("check the network between the hosts; where it is only slow, allow more with `--max-blackout SECONDS`, or move the tree when it is smaller or less busy".to_owned()),
             Self::NotAccepted { .. } => Some("connections that were never accepted cannot be moved: see why the workload does not accept (a limit on its connections or descriptors, a worker that is stuck), then try again".to_owned()),
+            Self::NotAllowed(_) => Some(policy::WAY_OUT.to_owned()),
+            Self::Policy { .. } => Some("docs/threat-model.md describes the file; without one, everything is allowed".to_owned()),
             Self::Changed(_) => Some("try again".to_owned()),
             Self::Busy { .. } => Some("`migrate status` shows what is under way".to_owned()),
             Self::Unexpected { .. } | Self::OutOfOrder { .. } | Self::Illegal(_) => {

@@ -2,10 +2,13 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use migrate_channel::StandingAgent;
+use migrate_core::policy::Policy;
 use migrate_session::destination::serve;
-use migrate_session::{Cancel, hello};
+use migrate_session::{Cancel, hello, policy};
 use tokio::task::{Id, JoinError};
 
 use super::Certificates;
@@ -21,6 +24,9 @@ pub struct Args {
     /// Stand and wait at this address, with --ca, --cert and --key
     #[arg(long, value_name = "IP:PORT", requires_all = ["ca", "cert", "key"])]
     pub listen: Option<SocketAddr>,
+    /// What may be restored here and by whom; without the file: everything
+    #[arg(long, value_name = "FILE", env = "MIGRATE_AGENT_POLICY", default_value = policy::FILE)]
+    pub policy: PathBuf,
     #[command(flatten)]
     pub certificates: Certificates,
 }
@@ -34,13 +40,23 @@ pub async fn run(args: Args) -> Exit {
         eprintln!("migrate agent: could not listen for signals: {error}");
         return Exit::Internal;
     }
+    let policy = match policy::read(&args.policy) {
+        Ok(policy) => Arc::new(policy.unwrap_or_default()),
+        Err(error) => {
+            eprintln!("migrate agent: {}", error.chain());
+            if let Some(help) = error.help() {
+                eprintln!("help: {help}");
+            }
+            return Exit::Usage;
+        }
+    };
     match args.listen {
-        None => once(cancel).await,
-        Some(listen) => stand(listen, &args.certificates, cancel).await,
+        None => once(policy, cancel).await,
+        Some(listen) => stand(listen, &args.certificates, policy, cancel).await,
     }
 }
 
-async fn once(cancel: Cancel) -> Exit {
+async fn once(policy: Arc<Policy>, cancel: Cancel) -> Exit {
     let connection = match migrate_channel::serve_stdio(hello(UNNAMED)).await {
         Ok(connection) => connection,
         Err(error) => {
@@ -50,13 +66,18 @@ async fn once(cancel: Cancel) -> Exit {
             return Exit::Connect;
         }
     };
-    match serve(connection, cancel).await {
+    match serve(connection, policy, cancel).await {
         Ok(_) => Exit::Done,
         Err(error) => Exit::of(&error),
     }
 }
 
-async fn stand(listen: SocketAddr, certificates: &Certificates, cancel: Cancel) -> Exit {
+async fn stand(
+    listen: SocketAddr,
+    certificates: &Certificates,
+    policy: Arc<Policy>,
+    cancel: Cancel,
+) -> Exit {
     let files = match certificates.complete() {
         Ok(Some(files)) => files,
         Ok(None) => {
@@ -68,7 +89,7 @@ async fn stand(listen: SocketAddr, certificates: &Certificates, cancel: Cancel) 
             return Exit::Usage;
         }
     };
-    let agent = match StandingAgent::bind(listen, files.ca, files.cert, files.key).await {
+    let agent = match StandingAgent::bind(listen, &files, policy.peers.as_deref()).await {
         Ok(agent) => agent,
         Err(error) => {
             eprintln!("migrate agent: {}", migrate_session::error::chain(&error));
@@ -89,7 +110,7 @@ async fn stand(listen: SocketAddr, certificates: &Certificates, cancel: Cancel) 
         match accepted {
             Ok(connection) => {
                 let id = connection.hello.migration_id.clone();
-                let task = tasks.spawn(serve(connection, cancel.clone()));
+                let task = tasks.spawn(serve(connection, Arc::clone(&policy), cancel.clone()));
                 served.insert(task.id(), id);
             }
             Err(error) => {

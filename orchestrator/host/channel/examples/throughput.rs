@@ -85,7 +85,9 @@ async fn main() {
     let files = certificates(directory.path());
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
     let TlsFiles { ca, cert, key } = files.clone();
-    let agent = StandingAgent::bind(listen, ca, cert, key).await.unwrap();
+    let agent = StandingAgent::bind(listen, &TlsFiles { ca, cert, key }, None)
+        .await
+        .unwrap();
     let to = Destination::parse(&agent.local_addr().to_string(), Some(files)).unwrap();
 
     let receiving = tokio::spawn(async move {

@@ -5,7 +5,6 @@ use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, SocketAddr},
     os::{fd::AsFd as _, unix::process::parent_id},
-    path::PathBuf,
     sync::Arc,
     thread,
     time::Duration,
@@ -301,18 +300,18 @@ pub struct StandingAgent {
 }
 
 impl StandingAgent {
-    /// Starts to listen.
+    /// Starts to listen. Where `peers` are given, a source has to have one of
+    /// these names in its certificate.
     ///
     /// # Errors
     ///
-    /// Unusable certificates, or the address cannot be had.
+    /// Unusable certificates or names, or the address cannot be had.
     pub async fn bind(
         listen: SocketAddr,
-        ca: PathBuf,
-        cert: PathBuf,
-        key: PathBuf,
+        files: &TlsFiles,
+        peers: Option<&[String]>,
     ) -> Result<Self, ChannelError> {
-        let config = tls::server_from_files(&TlsFiles { ca, cert, key })?;
+        let config = tls::server_from_files(files, peers)?;
         let listener = TcpListener::bind(listen)
             .await
             .map_err(|source| ChannelError::Listen {

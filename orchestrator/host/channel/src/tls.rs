@@ -9,10 +9,11 @@ use rustls::{
     client::{
         Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_name,
     },
     crypto::{CryptoProvider, ring, verify_tls13_signature},
     server::{
-        NoServerSessionStorage, WebPkiClientVerifier,
+        NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
     version::TLS13,
@@ -90,13 +91,26 @@ pub(crate) fn client_from_files(files: &TlsFiles) -> Result<Arc<ClientConfig>, C
 }
 
 /// The server of a standing agent.
-pub(crate) fn server_from_files(files: &TlsFiles) -> Result<Arc<ServerConfig>, ChannelError> {
+pub(crate) fn server_from_files(
+    files: &TlsFiles,
+    peers: Option<&[String]>,
+) -> Result<Arc<ServerConfig>, ChannelError> {
     let loaded = Loaded::read(files)?;
     let provider = provider();
     let clients =
         WebPkiClientVerifier::builder_with_provider(Arc::new(loaded.authority), provider.clone())
             .build()
             .map_err(setup)?;
+    let clients: Arc<dyn ClientCertVerifier> = match peers {
+        None => clients,
+        Some(names) => Arc::new(Named {
+            clients,
+            names: names
+                .iter()
+                .map(|name| ServerName::try_from(name.clone()).map_err(setup))
+                .collect::<Result<_, _>>()?,
+        }),
+    };
     let config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])
         .map_err(setup)?
@@ -251,6 +265,62 @@ impl ClientCertVerifier for Pinned {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.schemes()
+    }
+}
+
+/// Accepts clients of the authority that have one of these names.
+#[derive(Debug)]
+struct Named {
+    clients: Arc<dyn ClientCertVerifier>,
+    names: Vec<ServerName<'static>>,
+}
+
+impl ClientCertVerifier for Named {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.clients.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let verified = self
+            .clients
+            .verify_client_cert(end_entity, intermediates, now)?;
+        let shown = ParsedCertificate::try_from(end_entity)?;
+        if self
+            .names
+            .iter()
+            .any(|name| verify_server_name(&shown, name).is_ok())
+        {
+            Ok(verified)
+        } else {
+            Err(CertificateError::ApplicationVerificationFailure.into())
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(too_old())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.clients.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.clients.supported_verify_schemes()
     }
 }
 

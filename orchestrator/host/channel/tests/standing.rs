@@ -72,13 +72,32 @@ impl Authority {
 
 async fn agent(files: TlsFiles) -> StandingAgent {
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    StandingAgent::bind(listen, files.ca, files.cert, files.key)
-        .await
-        .unwrap()
+    StandingAgent::bind(listen, &files, None).await.unwrap()
 }
 
 fn to(host: &str, port: u16, files: TlsFiles) -> Destination {
     Destination::parse(&format!("{host}:{port}"), Some(files)).unwrap()
+}
+
+#[tokio::test]
+async fn only_named_peers_are_let_in() {
+    let authority = Authority::new();
+    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let names = ["host3".to_owned(), "host1".to_owned()];
+    let agent = StandingAgent::bind(listen, &authority.files("localhost"), Some(&names))
+        .await
+        .unwrap();
+    let port = agent.local_addr().port();
+    let destination = to("localhost", port, authority.files("host2"));
+    let error = refused(&agent, &destination).await;
+    assert!(error.help().is_some(), "{error}");
+    let destination = to("localhost", port, authority.files("host1"));
+    let (source, accepted) = tokio::join!(
+        connect(&destination, hello("1", "host1"), SOON),
+        agent.accept(hello("1", "localhost")),
+    );
+    assert_eq!(accepted.unwrap().hello.hostname, "host1");
+    source.unwrap();
 }
 
 /// Connects while the agent waits; it must not let anybody in.
@@ -296,7 +315,7 @@ async fn unusable_files_are_named() {
         assert!(error.to_string().contains(expected), "{error}");
         assert!(error.source().is_some() && error.help().is_some());
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let bound = StandingAgent::bind(listen, files.ca, files.cert, files.key).await;
+        let bound = StandingAgent::bind(listen, &files, None).await;
         assert!(bound.unwrap_err().to_string().contains(expected));
     }
 }

@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use migrate_core::policy::Credentials;
 use migrate_core::wire::{ImagePiece, PAGE_BYTES, PageOwner, PageRun};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use prost::Message;
@@ -29,6 +30,9 @@ const INVENTORY_MAGIC: u32 = 0x5831_3116;
 
 /// `MM_MAGIC`, for the mappings of a task.
 const MM_MAGIC: u32 = 0x5749_2820;
+
+/// `CORE_MAGIC`, for a task or thread.
+const CORE_MAGIC: u32 = 0x5505_3847;
 
 /// `PE_LAZY` of CRIU's `include/pagemap.h`: the page may come after the restore.
 const LAZY: u32 = 1 << 1;
@@ -104,6 +108,37 @@ impl VmaEntry {
         self.advice
             .is_some_and(|advice| advice & 1 << libc::MADV_WIPEONFORK != 0)
     }
+}
+
+/// A task or thread; what is read of it.
+#[derive(Clone, PartialEq, Message)]
+struct CoreEntry {
+    #[prost(message, optional, tag = "5")]
+    thread: Option<ThreadEntry>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ThreadEntry {
+    #[prost(message, optional, tag = "10")]
+    creds: Option<CredsEntry>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct CredsEntry {
+    #[prost(uint32, required, tag = "1")]
+    uid: u32,
+    #[prost(uint32, required, tag = "3")]
+    euid: u32,
+    #[prost(uint32, required, tag = "5")]
+    suid: u32,
+    #[prost(uint32, required, tag = "7")]
+    fsuid: u32,
+    #[prost(uint32, repeated, packed = "false", tag = "9")]
+    inheritable: Vec<u32>,
+    #[prost(uint32, repeated, packed = "false", tag = "10")]
+    permitted: Vec<u32>,
+    #[prost(uint32, repeated, packed = "false", tag = "11")]
+    effective: Vec<u32>,
 }
 
 /// The two fields that CRIU reads of the inventory of an earlier dump.
@@ -637,6 +672,33 @@ impl ImageDir {
         Ok(self.stats)
     }
 
+    /// Whom each task and thread would run as, by the name of its image.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or one cannot be read.
+    pub fn credentials(&self) -> Result<Vec<(String, Credentials)>, CriuError> {
+        let mut found = Vec::new();
+        for name in &self.whole_images {
+            if !name.starts_with("core-") {
+                continue;
+            }
+            let path = self.path.join(name);
+            let image =
+                fs::read(&path).map_err(|source| CriuError::image("read", &path, source))?;
+            let credentials = decode_credentials(&image).ok_or_else(|| CriuError::ImageData {
+                what: format!("{name} does not say whom it runs as"),
+            })?;
+            found.push((name.clone(), credentials));
+        }
+        if found.is_empty() {
+            return Err(CriuError::ImageData {
+                what: "there is no task".to_owned(),
+            });
+        }
+        Ok(found)
+    }
+
     fn still_open(&self) -> Result<(), CriuError> {
         if self.finished {
             return Err(CriuError::ImageData {
@@ -854,15 +916,32 @@ impl Memory {
 
 /// Reads the mappings of a task.
 fn decode_mm(image: &[u8]) -> Option<MmEntry> {
+    decode_one(image, MM_MAGIC)
+}
+
+/// Reads whom a task or thread runs as.
+fn decode_credentials(image: &[u8]) -> Option<Credentials> {
+    let creds = decode_one::<CoreEntry>(image, CORE_MAGIC)?.thread?.creds?;
+    let mut capabilities = creds.inheritable.iter();
+    Some(Credentials {
+        users: [creds.uid, creds.euid, creds.suid, creds.fsuid].into(),
+        privileged: capabilities.any(|word| *word != 0)
+            || creds.permitted.iter().any(|word| *word != 0)
+            || creds.effective.iter().any(|word| *word != 0),
+    })
+}
+
+/// Reads an image that has one record.
+fn decode_one<M: Message + Default>(image: &[u8], magic: u32) -> Option<M> {
     let word = |at: usize| {
         let bytes = image.get(at..at + 4)?;
         Some(u32::from_le_bytes(bytes.try_into().ok()?))
     };
-    if word(0)? != COMMON_MAGIC || word(4)? != MM_MAGIC {
+    if word(0)? != COMMON_MAGIC || word(4)? != magic {
         return None;
     }
     let length = usize::try_from(word(8)?).ok()?;
-    MmEntry::decode(image.get(12..)?.get(..length)?).ok()
+    M::decode(image.get(12..)?.get(..length)?).ok()
 }
 
 fn malformed(what: &str, run: PageRun) -> CriuError {
@@ -979,6 +1058,65 @@ mod tests {
 
     fn filled(pages: u64, with: u8) -> Vec<u8> {
         vec![with; usize::try_from(pages).unwrap() * PAGE_BYTES]
+    }
+
+    fn core(users: [u32; 4], capabilities: [u32; 3]) -> Vec<u8> {
+        let mut image = COMMON_MAGIC.to_le_bytes().to_vec();
+        image.extend(CORE_MAGIC.to_le_bytes());
+        let creds = CredsEntry {
+            uid: users[0],
+            euid: users[1],
+            suid: users[2],
+            fsuid: users[3],
+            inheritable: vec![0, capabilities[0]],
+            permitted: vec![0, capabilities[1]],
+            effective: vec![0, capabilities[2]],
+        };
+        let thread = ThreadEntry { creds: Some(creds) };
+        let core = CoreEntry {
+            thread: Some(thread),
+        };
+        record(&mut image, &core);
+        image
+    }
+
+    #[test]
+    fn images_say_whom_they_run_as() {
+        for (place, user) in [0, 1, 2, 3].into_iter().zip([5, 6, 7, 8]) {
+            let mut users = [9; 4];
+            users[place] = user;
+            let said = decode_credentials(&core(users, [0; 3])).unwrap();
+            assert_eq!(said.users, [user, 9].into());
+            assert!(!said.privileged);
+        }
+        for place in 0..3 {
+            let mut capabilities = [0; 3];
+            capabilities[place] = 1;
+            assert!(
+                decode_credentials(&core([9; 4], capabilities))
+                    .unwrap()
+                    .privileged
+            );
+        }
+    }
+
+    #[test]
+    fn an_image_that_does_not_say_whom_it_runs_as_is_refused() {
+        let whole = core([9; 4], [1; 3]);
+        for cut in 0..whole.len() {
+            assert_eq!(decode_credentials(&whole[..cut]), None, "{cut}");
+        }
+        let (_parent, mut images) = directory();
+        assert!(images.credentials().is_err(), "no task at all");
+        for (name, data) in [("core-7.img", &whole[..]), ("core-8.img", b"?")] {
+            let piece = ImagePiece {
+                name,
+                last: true,
+                data,
+            };
+            images.image_piece(&piece).unwrap();
+            assert_eq!(images.credentials().is_ok(), name == "core-7.img");
+        }
     }
 
     fn inventory(images: &mut ImageDir) {

@@ -13,14 +13,27 @@ use crate::{parse, read};
 /// hundred KiB for a plain tree, to a few MiB with thousands of descriptors.
 const IMAGES_OVERHEAD_BYTES: u64 = 16 << 20;
 
-/// Capabilities without which nothing works, and their numbers
-/// (`linux/capability.h`).
-const CAPABILITIES: [(&str, u32); 4] = [
-    ("CAP_NET_ADMIN", 12),
-    ("CAP_SYS_ADMIN", 21),
-    ("CAP_BPF", 39),
-    ("CAP_CHECKPOINT_RESTORE", 40),
+/// Capabilities, their numbers (`linux/capability.h`), and what is impossible
+/// without them.
+const CAPABILITIES: [(&str, u32, &str); 9] = [
+    ("CAP_KILL", 5, "a tree of another user cannot be stopped"),
+    ("CAP_SETGID", 6, "a copy cannot be given its groups"),
+    ("CAP_SETUID", 7, "a copy cannot be given its user"),
+    ("CAP_NET_ADMIN", 12, "no gate and no address can be moved"),
+    ("CAP_NET_RAW", 13, "an address cannot be announced"),
+    ("CAP_SYS_PTRACE", 19, "CRIU cannot seize a process"),
+    ("CAP_SYS_ADMIN", 21, "no process can be dumped or restored"),
+    ("CAP_BPF", 39, "the gate's programs cannot be loaded"),
+    (
+        "CAP_CHECKPOINT_RESTORE",
+        40,
+        "a copy cannot have the PIDs it had",
+    ),
 ];
+
+/// What root needs for the limits of other users' processes: without it
+/// `prlimit(2)` is for processes of the caller's own user.
+const RESOURCE: (&str, u32) = ("CAP_SYS_RESOURCE", 24);
 
 /// What this host is. CRIU's version is for the caller to fill in, or to refuse.
 /// What else cannot be found out is left empty or zero, which the comparison
@@ -73,9 +86,37 @@ fn missing_capabilities(status: &str) -> Vec<String> {
         .unwrap_or(0);
     CAPABILITIES
         .iter()
+        .map(|(name, number, _)| (*name, *number))
+        .chain([RESOURCE])
         .filter(|(_, number)| effective & (1 << number) == 0)
-        .map(|(name, _)| (*name).to_owned())
+        .map(|(name, _)| name.to_owned())
         .collect()
+}
+
+/// What the capabilities cost that a host does not have, one by one.
+fn judge_capabilities(host: &HostFacts, side: &str, tree: &TreeFacts) -> Vec<Finding> {
+    const WAY_OUT: &str = "run as root outside a container, or give the container this capability";
+    let other_user = tree
+        .processes
+        .iter()
+        .find(|process| process.credentials.users.iter().any(|user| *user != 0));
+    let mut findings = Vec::new();
+    for name in &host.missing_capabilities {
+        let subject = format!("rights on the {side}");
+        let cost = CAPABILITIES.iter().find(|(known, ..)| known == name);
+        if let Some((_, _, cost)) = cost {
+            let finding = format!("lacks {name}: {cost}");
+            findings.push(Finding::refused(subject, finding, WAY_OUT));
+        } else if let (true, Some(process)) = (name == RESOURCE.0, other_user) {
+            let finding = format!(
+                "lacks {name}: CRIU cannot handle the limits of process {} ({}), which is another \
+                 user's; trees of root alone can be moved",
+                process.pid, process.name
+            );
+            findings.push(Finding::refused(subject, finding, WAY_OUT));
+        }
+    }
+    findings
 }
 
 /// On the destination: whether the tree's ids are free. CRIU gives a restored
@@ -225,13 +266,7 @@ pub fn compare_hosts(
     findings.push(compare_memory(destination, tree));
     findings.push(compare_space(destination, tree));
     for (host, side) in [(source, "source"), (destination, "destination")] {
-        if !host.missing_capabilities.is_empty() {
-            findings.push(Finding::refused(
-                format!("rights on the {side}"),
-                format!("lacks {}", host.missing_capabilities.join(", ")),
-                "run as root outside a container, or give the container these capabilities",
-            ));
-        }
+        findings.extend(judge_capabilities(host, side, tree));
         if kernel_release(&host.kernel).is_some_and(|release| release < OLDEST_KERNEL) {
             findings.push(Finding::refused(
                 format!("kernel of the {side}"),
@@ -427,6 +462,8 @@ mod tests {
     use migrate_core::facts::ProcessFacts;
     use migrate_core::preflight::{Severity, refused};
 
+    use migrate_core::policy::Credentials;
+
     use super::*;
 
     fn host() -> HostFacts {
@@ -471,6 +508,7 @@ mod tests {
             name: "x".into(),
             session,
             group,
+            credentials: Credentials::default(),
         }
     }
 
@@ -519,12 +557,37 @@ mod tests {
             stops(|_, d| d.missing_capabilities = vec!["CAP_BPF".into()]),
             ["rights on the destination"]
         );
+        let two = vec!["CAP_KILL".into(), "CAP_NET_RAW".into()];
+        assert_eq!(
+            stops(|s, _| s.missing_capabilities = two),
+            ["rights on the source"; 2]
+        );
         assert_eq!(
             stops(|s, d| {
                 s.kernel = "5.10.0-9".into();
                 d.kernel = "6.6.1".into();
             }),
             ["kernel of the source"]
+        );
+    }
+
+    #[test]
+    fn limits_of_other_users_need_a_capability_of_their_own() {
+        let mut lacking = host();
+        lacking.missing_capabilities = vec!["CAP_SYS_RESOURCE".into()];
+        let mut of_root = process(50, 50, 50);
+        of_root.credentials.users = [0].into();
+        let mut of_another = process(60, 50, 50);
+        of_another.credentials.users = [0, 999].into();
+        let alone = facts(vec![of_root.clone()]);
+        assert!(judge_capabilities(&lacking, "source", &alone).is_empty());
+        let findings = judge_capabilities(&lacking, "source", &facts(vec![of_root, of_another]));
+        assert!(findings[0].finding.contains("process 60"), "{findings:?}");
+        assert!(missing_capabilities("CapEff:\t000001fffeffffff\n") == ["CAP_SYS_RESOURCE"]);
+        assert!(missing_capabilities("CapEff:\t000001ffffffffff\n").is_empty());
+        assert_eq!(
+            missing_capabilities("CapEff:\t0000000000000000\n").len(),
+            CAPABILITIES.len() + 1
         );
     }
 

@@ -4,6 +4,8 @@
 //! `None` where it says nothing that can be understood. None of them panics on
 //! any input; the property tests at the end hold them to it.
 
+use migrate_core::policy::Credentials;
+
 /// The fields of `/proc/PID/stat` that matter here (`proc_pid_stat(5)`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Stat {
@@ -58,6 +60,23 @@ pub(crate) fn stat(text: &str) -> Option<Stat> {
         flags,
         start_ticks,
     })
+}
+
+/// Whom a process runs as, by its `/proc/PID/status`.
+pub(crate) fn credentials(status: &str) -> Credentials {
+    let has = |key| {
+        value(status, key)
+            .and_then(|mask| u64::from_str_radix(mask, 16).ok())
+            .is_some_and(|mask| mask != 0)
+    };
+    let users = value(status, "Uid").unwrap_or_default();
+    Credentials {
+        users: users
+            .split_whitespace()
+            .filter_map(|user| user.parse().ok())
+            .collect(),
+        privileged: ["CapInh", "CapPrm", "CapEff"].into_iter().any(has),
+    }
 }
 
 /// The value of `Key:` in a `/proc/PID/status` or `fdinfo` text.

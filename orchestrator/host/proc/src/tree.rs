@@ -211,6 +211,9 @@ fn look(root: i32) -> Result<Option<(Sight, BTreeSet<i32>)>, ProcError> {
         if threads.is_empty() {
             return Ok(None);
         }
+        let Some(status) = read::text_if_there(read::of(pid, "status"))? else {
+            return Ok(None);
+        };
         if stat.state == 'T' {
             stopped.insert(pid);
         }
@@ -225,6 +228,7 @@ fn look(root: i32) -> Result<Option<(Sight, BTreeSet<i32>)>, ProcError> {
             name: stat.name.clone(),
             session: stat.session,
             group: stat.group,
+            credentials: parse::credentials(&status),
         });
     }
     Ok(Some((sight, stopped)))

@@ -13,12 +13,14 @@ mod tracking;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migrate_channel::{Connection, Further, Receiver, Sender};
 use migrate_core::Flow;
 use migrate_core::facts::TreeFacts;
 use migrate_core::journal::{Side, Stage};
+use migrate_core::policy::Policy;
 use migrate_core::protocol::destination::{Event, Step};
 use migrate_core::protocol::{IllegalTransition, Machine as _};
 use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice, WireError};
@@ -55,9 +57,13 @@ const SILENCE: Duration = Duration::from_secs(60);
 ///
 /// The tree was not taken over, and everything here has been undone; or, after
 /// [`Error::LostAfterCommit`], it was taken over and could not be run.
-pub async fn serve(connection: Connection, cancel: Cancel) -> Result<Served, Error> {
+pub async fn serve(
+    connection: Connection,
+    policy: Arc<Policy>,
+    cancel: Cancel,
+) -> Result<Served, Error> {
     let state = State::open()?;
-    let mut side = Destination::new(state, connection);
+    let mut side = Destination::new(state, connection, policy);
     let mut failed = None;
     while !side.step.is_end() {
         let step = side.step;
@@ -125,6 +131,8 @@ enum Incoming {
 /// force, and [`Destination::undo`] is the undo of each.
 struct Destination {
     state: State,
+    /// What may be restored here.
+    policy: Arc<Policy>,
     peer: String,
     migration_id: String,
     sender: Sender,
@@ -164,9 +172,10 @@ struct Destination {
 }
 
 impl Destination {
-    fn new(state: State, connection: Connection) -> Self {
+    fn new(state: State, connection: Connection, policy: Arc<Policy>) -> Self {
         Self {
             state,
+            policy,
             peer: connection.hello.hostname.clone(),
             migration_id: connection.hello.migration_id.clone(),
             sender: connection.sender,

@@ -21,7 +21,7 @@ impl Destination {
         crate::sweep::sweep(&self.state).await;
         // What was accepted before is not what is asked for now.
         self.order = None;
-        let mut findings = Vec::new();
+        let mut findings = self.policy.judge(&tree);
         let (found, criu) = crate::examine_criu("destination").await;
         findings.extend(found);
         let mut host = migrate_proc::host_facts(&self.state.image_root()?);

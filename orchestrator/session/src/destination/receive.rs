@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use migrate_channel::Frame;
 use migrate_core::Flow;
+use migrate_core::policy::Policy;
 use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::{ImageDir, Notice, RestoreOptions};
 use migrate_memory::{Content, Listed, PageStore};
@@ -33,6 +34,8 @@ struct Memory {
     listed: Option<Listed>,
     /// What the tree has written to last.
     hot: Vec<(PageOwner, Range<u64>)>,
+    /// Bytes of the final list that may still come.
+    room_bytes: u64,
 }
 
 impl Memory {
@@ -43,13 +46,14 @@ impl Memory {
     /// And this much more, for small trees.
     const SPARE_BYTES: u64 = 256 << 20;
 
-    fn new(resident_bytes: u64, verify: bool) -> Self {
+    fn new(resident_bytes: u64, policy: &Policy, verify: bool) -> Self {
+        let room_bytes = resident_bytes
+            .saturating_mul(Self::GROWTH_MAX)
+            .saturating_add(Self::SPARE_BYTES)
+            .min(policy.memory_bytes_max().unwrap_or(u64::MAX));
         Self {
-            store: PageStore::new(
-                resident_bytes
-                    .saturating_mul(Self::GROWTH_MAX)
-                    .saturating_add(Self::SPARE_BYTES),
-            ),
+            store: PageStore::new(room_bytes),
+            room_bytes,
             frozen: false,
             listed: verify.then(Listed::default),
             hot: Vec::new(),
@@ -60,6 +64,10 @@ impl Memory {
         if !self.frozen {
             return Ok(self.store.put(run, data)?);
         }
+        self.room_bytes = self
+            .room_bytes
+            .checked_sub(data.len() as u64)
+            .ok_or_else(|| Error::Changed("more memory has come than the tree had".to_owned()))?;
         let lazy = images.leaves_out(&run);
         if lazy && !data.is_empty() {
             let end = run.vaddr + run.pages * PAGE_BYTES as u64;
@@ -159,7 +167,7 @@ impl Destination {
             .order
             .as_ref()
             .map_or(0, |order| order.tree.resident_bytes);
-        let mut memory = Memory::new(resident_bytes, verify);
+        let mut memory = Memory::new(resident_bytes, &self.policy, verify);
         let (announced, digests, masks) = self
             .take_frames(SILENCE.max(blackout_limit), &mut memory)
             .await?;
@@ -170,6 +178,10 @@ impl Destination {
         memory.fill(images)?;
         let memory = memory.verified(digests, masks).await?;
         let stats = images.finish()?;
+        // What the source says of its tree is its word; this is what CRIU obeys.
+        for (name, credentials) in images.credentials()? {
+            self.policy.admits(&name, &credentials)?;
+        }
         let came = Announced {
             pages: stats.pages,
             in_store: stats.pages_in_gaps,

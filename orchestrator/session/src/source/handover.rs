@@ -94,7 +94,22 @@ impl Migration {
         for address in &plan.facts.addresses {
             self.withdrawn.push(net.withdraw(address).await?);
         }
-        self.carry(Vec::new()).await
+        let limit = self.owned_limit();
+        // A peer that takes nothing must not keep the tree standing still.
+        match tokio::time::timeout(limit, self.carry(Vec::new())).await {
+            Ok(carried) => carried,
+            Err(_) => Err(self.silent("the reception of held packets", limit)),
+        }
+    }
+
+    /// What is left of `--max-blackout`, within reason.
+    fn owned_limit(&self) -> Duration {
+        let until = *self.frozen_until.borrow();
+        let left = until.map_or(Duration::ZERO, |until| {
+            until.saturating_duration_since(Instant::now())
+        });
+        let [least, most] = Self::OWNED_LIMIT;
+        left.clamp(least, most)
     }
 
     /// Sends `Go` and waits for the word that the destination owns the tree.
@@ -102,12 +117,7 @@ impl Migration {
         const AWAITED: &str = "the destination's word that it owns the tree";
         crate::pause::at("sealed");
         self.moments.committed = Some(Instant::now());
-        let until = *self.frozen_until.borrow();
-        let left = until.map_or(Duration::ZERO, |until| {
-            until.saturating_duration_since(Instant::now())
-        });
-        let [least, most] = Self::OWNED_LIMIT;
-        let limit = left.clamp(least, most);
+        let limit = self.owned_limit();
         // A peer that takes nothing must not keep the tree in doubt.
         match tokio::time::timeout(limit, self.send(&Message::Go)).await {
             Ok(sent) => sent?,

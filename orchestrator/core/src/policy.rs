@@ -1,0 +1,247 @@
+//! What an agent may restore: a restore is code execution as root.
+//!
+//! A rule that is not there allows everything. What the source says about its
+//! tree is judged before anything is changed; whom the copy would run as is
+//! judged once more by the images, which is what counts.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::facts::{FileRole, TreeFacts};
+use crate::preflight::Finding;
+
+/// An agent's rules.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    /// Names in the certificates of sources; for a standing agent only.
+    pub peers: Option<Vec<String>>,
+    /// Users, by number, that a tree may run as.
+    pub users: Option<BTreeSet<u32>>,
+    /// Where addresses that move may lie.
+    pub addresses: Option<Vec<Network>>,
+    /// Build-ids of programs that may run, in hexadecimal digits.
+    pub build_ids: Option<BTreeSet<String>>,
+    /// The most memory that a tree may have, in MiB.
+    pub memory_mib_max: Option<u64>,
+}
+
+/// A range of addresses: `10.77.0.0/16`, `fd00::/8`, or one address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Network {
+    address: IpAddr,
+    prefix: u8,
+}
+
+/// A text that is no range of addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{0:?} is no address and no range of addresses such as 10.77.0.0/16")]
+pub struct NotANetwork(String);
+
+impl FromStr for Network {
+    type Err = NotANetwork;
+
+    fn from_str(text: &str) -> Result<Self, NotANetwork> {
+        let wrong = || NotANetwork(text.to_owned());
+        let (address, prefix) = match text.split_once('/') {
+            Some((address, prefix)) => (address, Some(prefix)),
+            None => (text, None),
+        };
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let most = bits(address).1;
+        let prefix = match prefix {
+            Some(prefix) => prefix.parse().map_err(|_| wrong())?,
+            None => most,
+        };
+        if prefix > most {
+            return Err(wrong());
+        }
+        Ok(Self { address, prefix })
+    }
+}
+
+impl TryFrom<String> for Network {
+    type Error = NotANetwork;
+
+    fn try_from(text: String) -> Result<Self, NotANetwork> {
+        text.parse()
+    }
+}
+
+/// An address as a number, and how many bits it has.
+fn bits(address: IpAddr) -> (u128, u8) {
+    match address {
+        IpAddr::V4(v4) => (u32::from(v4).into(), 32),
+        IpAddr::V6(v6) => (v6.into(), 128),
+    }
+}
+
+impl Network {
+    /// Whether an address lies in it.
+    #[must_use]
+    pub fn contains(&self, address: IpAddr) -> bool {
+        let (own, most) = bits(self.address);
+        let (other, bits) = bits(address);
+        // A prefix of 0 would shift by as many bits as there are.
+        let differ = (own ^ other).checked_shr(u32::from(most - self.prefix));
+        bits == most && (self.prefix == 0 || differ == Some(0))
+    }
+}
+
+/// Whom a process or thread runs as.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Real, effective, saved and file system user.
+    pub users: BTreeSet<u32>,
+    /// Some capability is permitted, effective or inheritable.
+    pub privileged: bool,
+}
+
+/// What a policy does not allow.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("this agent's policy does not allow {0}")]
+pub struct NotAllowed(String);
+
+/// What the user can do about it.
+pub const WAY_OUT: &str =
+    "ask whoever answers for the destination to allow it in the agent's policy";
+
+impl Policy {
+    /// Judges what the source says about its tree.
+    #[must_use]
+    pub fn judge(&self, tree: &TreeFacts) -> Vec<Finding> {
+        let refused = |subject: String, what: String| {
+            Finding::refused(subject, NotAllowed(what).to_string(), WAY_OUT)
+        };
+        let mut findings = Vec::new();
+        if let Some(allowed) = &self.addresses {
+            for address in &tree.addresses {
+                if !allowed.iter().any(|range| range.contains(address.ip)) {
+                    findings.push(refused(
+                        format!("address {}", address.ip),
+                        "this address".to_owned(),
+                    ));
+                }
+            }
+        }
+        if let Some(allowed) = &self.build_ids {
+            for file in tree.files.iter().filter(|f| f.role == FileRole::Executable) {
+                let id = file.build_id.as_deref().map(hexadecimal);
+                let what = match id {
+                    Some(id) if allowed.contains(&id) => continue,
+                    Some(id) => format!("a program with the build-id {id}"),
+                    None => "a program without a build-id".to_owned(),
+                };
+                findings.push(refused(format!("file {}", file.path), what));
+            }
+        }
+        for process in &tree.processes {
+            if let Err(NotAllowed(what)) = self.admits(&process.name, &process.credentials) {
+                findings.push(refused(format!("process {}", process.pid), what));
+            }
+        }
+        if let Some(most) = self.memory_bytes_max()
+            && tree.resident_bytes > most
+        {
+            findings.push(refused(
+                "memory".to_owned(),
+                format!(
+                    "{} MiB of memory, only {} MiB",
+                    tree.resident_bytes >> 20,
+                    most >> 20
+                ),
+            ));
+        }
+        findings
+    }
+
+    /// The most memory that a tree may have, in bytes.
+    #[must_use]
+    pub fn memory_bytes_max(&self) -> Option<u64> {
+        self.memory_mib_max.map(|mib| mib.saturating_mul(1 << 20))
+    }
+
+    /// Judges whom a process would run as.
+    ///
+    /// # Errors
+    ///
+    /// A user is not on the list, or has capabilities and root is not.
+    pub fn admits(&self, name: &str, credentials: &Credentials) -> Result<(), NotAllowed> {
+        let Some(allowed) = &self.users else {
+            return Ok(());
+        };
+        if let Some(user) = credentials.users.difference(allowed).next() {
+            return Err(NotAllowed(format!(
+                "user {user}, as which {name} would run"
+            )));
+        }
+        if credentials.privileged && !allowed.contains(&0) {
+            return Err(NotAllowed(format!(
+                "root, whose capabilities {name} would have"
+            )));
+        }
+        Ok(())
+    }
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn network(text: &str) -> Network {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn ranges_of_addresses() {
+        let address = |text: &str| text.parse::<IpAddr>().unwrap();
+        for (range, inside, outside) in [
+            ("10.77.0.0/16", "10.77.255.1", "10.78.0.1"),
+            ("10.77.0.100", "10.77.0.100", "10.77.0.101"),
+            ("0.0.0.0/0", "255.1.2.3", "::1"),
+            ("fd00::/8", "fdff::1", "fe80::1"),
+            ("::/0", "fe80::1", "10.0.0.1"),
+            ("::1", "::1", "::2"),
+        ] {
+            let range = network(range);
+            assert!(range.contains(address(inside)), "{range:?} {inside}");
+            assert!(!range.contains(address(outside)), "{range:?} {outside}");
+        }
+        for wrong in [
+            "",
+            "10.0.0.0/33",
+            "::/129",
+            "10.0.0/8",
+            "10.0.0.0/-1",
+            "host",
+        ] {
+            assert!(wrong.parse::<Network>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn users_are_judged_by_all_their_numbers_and_capabilities() {
+        let policy = Policy {
+            users: Some([999].into()),
+            ..Policy::default()
+        };
+        let of = |users: &[u32], privileged| Credentials {
+            users: users.iter().copied().collect(),
+            privileged,
+        };
+        assert!(policy.admits("redis", &of(&[999], false)).is_ok());
+        for refused in [of(&[0], true), of(&[999, 0], false), of(&[999], true)] {
+            assert!(policy.admits("redis", &refused).is_err(), "{refused:?}");
+        }
+        assert!(Policy::default().admits("redis", &of(&[0], true)).is_ok());
+    }
+}
