@@ -426,8 +426,8 @@ impl PageRun {
     ///
     /// # Errors
     ///
-    /// Unknown owner, more pages than a frame can hold, unaligned address, or
-    /// a length that does not match.
+    /// Unknown owner, more pages than a frame can hold, unaligned address, an
+    /// end beyond all addresses, or a length that does not match.
     pub fn decode(body: &[u8]) -> Result<(Self, &[u8]), FrameError> {
         const MALFORMED: FrameError = FrameError::Malformed { what: "page run" };
         let (head, data) = body.split_at_checked(PAGE_RUN_BYTES).ok_or(MALFORMED)?;
@@ -446,6 +446,9 @@ impl PageRun {
         let flags = u32::try_from(flags).map_err(|_| MALFORMED)?;
         // An address space has at most 2^57 bytes.
         if pages == 0 || pages > 1 << 45 || vaddr % PAGE_BYTES as u64 != 0 {
+            return Err(MALFORMED);
+        }
+        if vaddr.checked_add(pages * PAGE_BYTES as u64).is_none() {
             return Err(MALFORMED);
         }
         let run = Self {

@@ -5,8 +5,9 @@ use std::{sync::Arc, time::Duration};
 
 use migrate_core::stream::Compress;
 use migrate_core::wire::{
-    CONTROL_BYTES_MAX, FRAME_HEADER_BYTES, FrameError, FrameKind, Hello, ImagePiece, Message,
-    PAGE_BYTES, PROTOCOL_VERSION, PageOwner, PageRun, encode_header,
+    CONTROL_BYTES_MAX, FRAME_BODY_BYTES_MAX, FRAME_HEADER_BYTES, FrameError, FrameKind, Hello,
+    ImagePiece, Message, PACKET_BYTES_MAX, PAGE_BYTES, PROTOCOL_VERSION, PageOwner, PageRun,
+    encode_header,
 };
 use proptest::prelude::*;
 use rustls::{
@@ -450,6 +451,104 @@ async fn a_frame_cut_at_any_byte_is_told_from_a_regular_end() {
             0 => assert!(matches!(first, Err(ChannelError::Closed { .. }))),
             _ if cut == whole.len() => assert_eq!(first.unwrap(), Frame::Control(Message::Go)),
             _ => assert!(matches!(first, Err(ChannelError::Truncated { .. }))),
+        }
+    }
+}
+
+/// One whole frame of each kind, as it stands on the wire.
+async fn one_of_each() -> Vec<Vec<u8>> {
+    let mut frames = Vec::new();
+    for kind in 0..4 {
+        let (near, mut far) = duplex(1 << 16);
+        let mut writer = FrameWriter::new(near, "peer".into());
+        match kind {
+            0 => {
+                writer
+                    .control(&Message::Verdict {
+                        migration_id: "m1".into(),
+                    })
+                    .await
+            }
+            1 => writer.pages(&run(1), &[7; PAGE_BYTES]).await,
+            2 => {
+                let (name, data) = ("core-7.img", &b"data"[..]);
+                writer
+                    .image(ImagePiece {
+                        name,
+                        last: true,
+                        data,
+                    })
+                    .await
+            }
+            _ => writer.packet(&[7; 66]).await,
+        }
+        .unwrap();
+        writer.close().await.unwrap();
+        let mut frame = Vec::new();
+        far.read_to_end(&mut frame).await.unwrap();
+        frames.push(frame);
+    }
+    frames
+}
+
+#[tokio::test]
+async fn every_kind_cut_at_each_byte_is_told_from_a_whole_one() {
+    for whole in one_of_each().await {
+        for cut in 0..=whole.len() {
+            let (mut near, far) = duplex(1 << 16);
+            near.write_all(&whole[..cut]).await.unwrap();
+            drop(near);
+            let mut reader = FrameReader::new(far, "peer".into());
+            let first = reader.next(SOON).await;
+            match cut {
+                0 => assert!(matches!(first, Err(ChannelError::Closed { .. }))),
+                _ if cut == whole.len() => assert!(first.is_ok(), "{first:?}"),
+                _ => assert!(
+                    matches!(first, Err(ChannelError::Truncated { .. })),
+                    "{cut}"
+                ),
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn every_kind_is_bounded_from_nothing_to_its_most() {
+    for (kind, most) in [
+        (FrameKind::Control, CONTROL_BYTES_MAX),
+        (FrameKind::Pages, FRAME_BODY_BYTES_MAX),
+        (FrameKind::Image, FRAME_BODY_BYTES_MAX),
+        (FrameKind::Packet, PACKET_BYTES_MAX),
+    ] {
+        for bytes in [0, most, most + 1] {
+            let mut header = encode_header(kind, 0).unwrap();
+            header[..4].copy_from_slice(&u32::try_from(bytes).unwrap().to_le_bytes());
+            let (mut near, far) = duplex(1 << 16);
+            let mut reader = FrameReader::new(far, "peer".into());
+            let sending = async {
+                near.write_all(&header).await.unwrap();
+                // A reader that has seen enough does not take the rest.
+                let _ = near.write_all(&vec![0xff; bytes.min(most)]).await;
+                drop(near);
+            };
+            let receiving = async {
+                let first = reader.next(SOON).await;
+                drop(reader);
+                first
+            };
+            let ((), first) = tokio::join!(sending, receiving);
+            // Anything may be a packet; all else has a form that this is not.
+            let whole = kind == FrameKind::Packet && bytes <= most;
+            match first {
+                Ok(Frame::Packet(packet)) => assert!(whole && packet.len() == bytes),
+                other => {
+                    let refused = matches!(
+                        other,
+                        Err(ChannelError::Frame { .. } | ChannelError::Message { .. })
+                    );
+                    assert!(!whole && refused, "{kind:?} of {bytes}: {other:?}");
+                }
+            }
         }
     }
 }
