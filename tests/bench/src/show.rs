@@ -47,8 +47,8 @@ fn spread(runs: &[&Run], value: impl Fn(&Run) -> Option<u64>) -> Option<Spread> 
 pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]) -> String {
     let mut text = format!(
         "### {}\n\n\
-         | scenario | method | runs | client gap median (p99, max), ms | ratio | blackout median, ms | frozen median, ms | sent median, MB | retransmissions median |\n\
-         |---|---|---|---|---|---|---|---|---|\n",
+         | scenario | method | runs | client gap median (p99, max), ms | ratio | blackout median, ms | frozen median, ms | gate closed in median, µs | sent median, MB | retransmissions median |\n\
+         |---|---|---|---|---|---|---|---|---|---|\n",
         suite.title()
     );
     for (scenario, methods) in plan {
@@ -67,7 +67,7 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
                 if !of_both.is_empty() {
                     let _ = writeln!(
                         text,
-                        "| {} | {} | {} | all failed | | | | | |",
+                        "| {} | {} | {} | all failed | | | | | | |",
                         scenario.name(),
                         method.name(),
                         of_both.len()
@@ -83,10 +83,11 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
             }
             let own =
                 |value: Option<Spread>| value.map_or_else(|| "-".into(), |s| millis(s.median));
+            let closed = spread(&good, |run| run.report.as_ref()?.gate_close_us);
             let sent = spread(&good, |run| Some(run.report.as_ref()?.bytes));
             let _ = writeln!(
                 text,
-                "| {} | {} | {count} | {} ({}, {}) | {}.{} | {} | {} | {} | {} |",
+                "| {} | {} | {count} | {} ({}, {}) | {}.{} | {} | {} | {} | {} | {} |",
                 scenario.name(),
                 method.name(),
                 millis(gap.median),
@@ -96,6 +97,7 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
                 tenths % 10,
                 own(spread(&good, Run::blackout_us)),
                 own(spread(&good, |run| Some(run.report.as_ref()?.frozen_us))),
+                closed.map_or_else(|| "-".into(), |s| s.median.to_string()),
                 sent.map_or_else(|| "-".into(), |s| (s.median / 1_000_000).to_string()),
                 spread(&good, |run| Some(run.retransmissions)).map_or(0, |s| s.median),
             );

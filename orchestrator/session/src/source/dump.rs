@@ -71,10 +71,12 @@ impl Migration {
         // answer lost now would be sent again by the restored socket only
         // after 3 s, for that has no idea of the round-trip time.
         let gate_locks = self.request.choices.lock == NetworkLock::Gate;
+        let closing = Instant::now();
         if let Some(gate) = self.gate().filter(|_| gate_locks) {
             gate.close_ingress()?;
         }
         let now = Instant::now();
+        let mut closed_in = now - closing;
         self.moments.gate_closed = Some(now);
         self.frozen_until
             .send_replace(Some(now + self.request.choices.max_blackout));
@@ -83,8 +85,11 @@ impl Migration {
             .await?;
         // Nobody is left to say anything but the kernel, and CRIU is about to
         // take the sockets out of its hands.
+        let closing = Instant::now();
         if let Some(gate) = self.gate().filter(|_| gate_locks) {
             gate.close()?;
+            closed_in += closing.elapsed();
+            self.gate_closed_in = Some(closed_in);
         }
         self.moments.frozen = Some(Instant::now());
         self.last_look().await

@@ -301,6 +301,8 @@ struct Migration {
     link_bytes_per_s: u64,
     sent_bytes: u64,
     running: migrate_core::wire::RunningReport,
+    /// How long it took to close the gate, where that is what locks.
+    gate_closed_in: Option<Duration>,
     /// The gate closed while nobody spoke.
     was_quiet: bool,
     /// What peers noticed.
@@ -370,6 +372,7 @@ impl Migration {
             link_bytes_per_s: 0,
             sent_bytes: 0,
             running: migrate_core::wire::RunningReport::default(),
+            gate_closed_in: None,
             was_quiet: false,
             continuity: None,
             disowned: false,
@@ -722,6 +725,7 @@ impl Migration {
             held_packets: self.counted.held_ingress_packets + self.running.held_packets,
             dropped_packets: crate::dropped_packets(&self.counted) + self.running.dropped_packets,
             rst_sent: self.counted.rst_sent + self.running.rst_sent,
+            gate_close_us: self.gate_closed_in.map(micros),
             total_us: micros(self.begun.elapsed()),
             continuity: self.continuity.clone(),
         }
