@@ -63,7 +63,7 @@ pub async fn serve(
     cancel: Cancel,
 ) -> Result<Served, Error> {
     let state = State::open()?;
-    let mut side = Destination::new(state, connection, policy);
+    let mut side = Destination::new(state, connection, policy, cancel.clone());
     let mut failed = None;
     while !side.step.is_end() {
         let step = side.step;
@@ -135,6 +135,8 @@ struct Destination {
     policy: Arc<Policy>,
     peer: String,
     migration_id: String,
+    /// Somebody wants this side to come to its end.
+    stop: Cancel,
     sender: Sender,
     /// The way to further connections, until they are there.
     further: Option<Further>,
@@ -172,12 +174,13 @@ struct Destination {
 }
 
 impl Destination {
-    fn new(state: State, connection: Connection, policy: Arc<Policy>) -> Self {
+    fn new(state: State, connection: Connection, policy: Arc<Policy>, stop: Cancel) -> Self {
         Self {
             state,
             policy,
             peer: connection.hello.hostname.clone(),
             migration_id: connection.hello.migration_id.clone(),
+            stop,
             sender: connection.sender,
             further: Some(connection.further),
             incoming: Incoming::Frames(connection.receiver),

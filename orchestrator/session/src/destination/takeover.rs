@@ -273,6 +273,9 @@ impl Destination {
         loop {
             tokio::select! {
                 packet = held::next(&mut self.held) => held::give_back(gate, &[packet]),
+                // A peer that closes later gets an RST then, and nothing else
+                // is lost: who stops an agent is not kept waiting for a minute.
+                () = self.stop.cancelled() => return,
                 _ = look.tick() => {
                     let now = Instant::now();
                     waiting.retain(|(flow, limit)| {
