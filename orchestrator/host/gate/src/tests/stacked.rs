@@ -11,10 +11,11 @@ use super::network::{Host, Pair, ip, starting};
 /// Whether there is a driver for devices of this kind.
 fn has_driver(kind: &str) -> bool {
     let made = Host::new().run(|| {
+        ip("link add probe0 type veth peer name probe1");
         let _starting = starting();
         let order = match kind {
-            "vlan" => "link add link lo name probe0 type vlan id 7",
-            _ => "link add probe0 type bond",
+            "vlan" => "link add link probe0 name probe2 type vlan id 7",
+            _ => "link add probe2 type bond",
         };
         Command::new("ip").args(order.split(' ')).output().unwrap()
     });
