@@ -1,7 +1,6 @@
 //! Devices stacked on others. Kernels for servers have their drivers, and the
 //! kernel of the machine that runs the tests may not: there these tests say so
-//! and end. The suite `vm_kernels` runs them where the drivers are, and expects
-//! to read that each device was gated.
+//! and end. A virtual machine (`cargo xtask vm`) has them.
 
 use std::process::Command;
 
