@@ -108,6 +108,21 @@ impl VmaEntry {
         self.advice
             .is_some_and(|advice| advice & 1 << libc::MADV_WIPEONFORK != 0)
     }
+
+    /// CRIU maps locked memory as such, and Linux then provides all of its pages
+    /// at once. A process that is forked off before these are filled inherits
+    /// them, and CRIU takes back only those that the parent's image names
+    /// (`restore_priv_vma_content` in `criu/mem.c` of 4.2): the child would keep
+    /// pages of zeros where its own are to come.
+    fn is_locked(&self) -> bool {
+        self.flags.cast_signed() & libc::MAP_LOCKED != 0
+    }
+
+    fn meets(&self, ranges: &[Range<u64>]) -> bool {
+        ranges
+            .iter()
+            .any(|range| range.start < self.end && self.start < range.end)
+    }
 }
 
 /// A task or thread; what is read of it.
@@ -424,6 +439,28 @@ impl ImageDir {
         if !self.lazy {
             return Ok(());
         }
+        let mut mappings = BTreeMap::new();
+        for name in &self.whole_images {
+            let Some(pid) = name
+                .strip_prefix("mm-")
+                .and_then(|name| name.strip_suffix(".img")?.parse::<u32>().ok())
+            else {
+                continue;
+            };
+            let path = self.path.join(name);
+            let image =
+                fs::read(&path).map_err(|source| CriuError::image("read", &path, source))?;
+            let mm = decode_mm(&image).ok_or_else(|| CriuError::ImageData {
+                what: format!("{name} is malformed"),
+            })?;
+            mappings.insert(pid, mm);
+        }
+        let locked: Vec<Range<u64>> = mappings
+            .values()
+            .flat_map(|mm| &mm.vmas)
+            .filter(|vma| vma.is_locked())
+            .map(|vma| vma.start..vma.end)
+            .collect();
         for (owner, memory) in &mut self.owners {
             let PageOwner::Task(pid) = owner else {
                 continue;
@@ -431,19 +468,10 @@ impl ImageDir {
             if memory.gaps.is_empty() && memory.runs.iter().all(|run| run.flags & LAZY == 0) {
                 continue;
             }
-            let name = format!("mm-{pid}.img");
-            if !self.whole_images.contains(&name) {
-                return Err(CriuError::ImageData {
-                    what: format!("there is no {name}"),
-                });
-            }
-            let path = self.path.join(&name);
-            let image =
-                fs::read(&path).map_err(|source| CriuError::image("read", &path, source))?;
-            let mm = decode_mm(&image).ok_or_else(|| CriuError::ImageData {
-                what: format!("{name} is malformed"),
+            let mm = mappings.get(pid).ok_or_else(|| CriuError::ImageData {
+                what: format!("there is no mm-{pid}.img"),
             })?;
-            memory.settle(&mm);
+            memory.settle(mm, &locked);
         }
         self.stats.lazy_pages = self
             .lazy_ranges()
@@ -822,14 +850,16 @@ impl Memory {
     }
 
     /// Makes lazy what lies in gaps and in mappings that can be.
-    fn settle(&mut self, mm: &MmEntry) {
-        self.hold(mm.vmas.iter().filter(|vma| vma.is_wiped_on_fork()));
-        let mut mappings: Vec<Range<u64>> = mm
+    /// `locked` is memory that some task of the tree has locked in.
+    fn settle(&mut self, mm: &MmEntry, locked: &[Range<u64>]) {
+        let (held, waiting): (Vec<_>, Vec<_>) = mm
             .vmas
             .iter()
-            .filter(|vma| vma.can_be_lazy() && !vma.is_wiped_on_fork())
-            .map(|vma| vma.start..vma.end)
-            .collect();
+            .filter(|vma| vma.can_be_lazy())
+            .partition(|vma| vma.is_wiped_on_fork() || vma.meets(locked));
+        self.hold(held.into_iter());
+        let mut mappings: Vec<Range<u64>> =
+            waiting.into_iter().map(|vma| vma.start..vma.end).collect();
         mappings.sort_by_key(|range| range.start);
         let page = PAGE_BYTES as u64;
         let mut lazy: Vec<Range<u64>> = Vec::new();
@@ -1435,6 +1465,41 @@ mod tests {
         let expected: Vec<u8> = bytes.into_iter().flat_map(|byte| filled(1, byte)).collect();
         let pages = fs::read(images.path().join("pages-1.img")).unwrap();
         assert!(pages == expected);
+    }
+
+    #[test]
+    fn what_a_relative_has_locked_does_not_wait() {
+        let (_parent, mut images) = directory();
+        images.lazy().unwrap();
+        let child = PageOwner::Task(8);
+        images.gap(gap(child, 0x1000, 4)).unwrap();
+        inventory(&mut images);
+        let locked = |start, end| mapping(start, end, 0x2022, 1 << 9 | 1);
+        mm(&mut images, 7, vec![locked(0x2000, 0x3000)]);
+        mm(
+            &mut images,
+            8,
+            vec![
+                plain(0x1000, 0x2000),
+                plain(0x2000, 0x3000),
+                plain(0x3000, 0x5000),
+            ],
+        );
+        let mut asked = Vec::new();
+        images
+            .fill(
+                &mut |owner, vaddr, pages, out: &mut dyn io::Write| -> io::Result<()> {
+                    asked.push((owner, vaddr, pages));
+                    from_store(owner, vaddr, pages, out)
+                },
+            )
+            .unwrap();
+        assert_eq!(asked, [(child, 0x2000, 1)]);
+        images.finish().unwrap();
+        assert_eq!(
+            images.lazy_ranges(),
+            [(child, 0x1000..0x2000), (child, 0x3000..0x5000)]
+        );
     }
 
     #[test]
