@@ -4,9 +4,12 @@
 //! `memory-churn serve ADDRESS SEED REPORT` maps, moves, shrinks, gives back,
 //! protects and forks at random. A connection may ask `?` how far it is, and
 //! `.` for a last check of everything; each answer is a line, and one that
-//! starts with `wrong` says what is not as it must be. Children do the same for
-//! a while; one that finds something wrong writes it to a file beside REPORT.
-//! `memory-churn child SEED STEPS REPORT` is what some children execute.
+//! starts with `wrong` says what is not as it must be. After `c` the tree does
+//! nothing that the kernel keeps from those who watch its memory: guard pages
+//! and memory that children shall find wiped stay as they are, until `w`.
+//! Children do the same for a while; one that finds something wrong writes it
+//! to a file beside REPORT. `memory-churn child SEED STEPS REPORT` is what some
+//! children execute; it is calm from the start.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -68,6 +71,11 @@ fn serve(address: &str, seed: &str, report: &str) -> Result<(), String> {
                 continue;
             };
             let last = question == *b".";
+            match question {
+                [b'c'] => churn.shared.set_calm(true),
+                [b'w'] => churn.shared.set_calm(false),
+                _ => {}
+            }
             if last && wrong.is_none() {
                 wrong = churn.finish().err();
             }
@@ -92,6 +100,7 @@ fn serve(address: &str, seed: &str, report: &str) -> Result<(), String> {
 fn child(seed: &str, steps: &str, report: &str) -> Result<(), String> {
     let mut churn = Churn::new(number(seed)?, report)?;
     churn.depth = DEPTH_MAX;
+    churn.shared.set_calm(true);
     let steps = number(steps)?;
     let done = (0..steps)
         .try_for_each(|_| churn.step())
@@ -210,6 +219,19 @@ impl Shared {
         // by these atomics only.
         let counter = unsafe { AtomicU64::from_ptr(self.at as *mut u64) };
         counter.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    fn calm(self) -> &'static AtomicU64 {
+        // SAFETY: the second number of that page; as above.
+        unsafe { AtomicU64::from_ptr((self.at as *mut u64).add(1)) }
+    }
+
+    fn set_calm(self, calm: bool) {
+        self.calm().store(calm.into(), Ordering::Relaxed);
+    }
+
+    fn is_calm(self) -> bool {
+        self.calm().load(Ordering::Relaxed) != 0
     }
 
     fn page(self, slot: usize, page: usize) -> usize {
@@ -687,7 +709,7 @@ impl Churn {
     }
 
     fn on_fork(&mut self, part: &mut Region) -> Result<(), String> {
-        if part.file.is_some() {
+        if part.file.is_some() || self.shared.is_calm() {
             return Ok(());
         }
         for (wanted, undo) in [(libc::MADV_DOFORK, true), (libc::MADV_KEEPONFORK, true)] {
@@ -715,7 +737,7 @@ impl Churn {
         if !self.guards || part.locked || part.file.is_some() || executable {
             return self.check_region(part);
         }
-        let install = self.random(2) == 0;
+        let install = self.random(2) == 0 && !self.shared.is_calm();
         let advice = if install {
             MADV_GUARD_INSTALL
         } else {

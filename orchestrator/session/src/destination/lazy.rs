@@ -142,6 +142,12 @@ impl Memory {
                     ms = report.took_us / 1000,
                     "all memory is in place"
                 );
+                if report.found_pages > 0 {
+                    tracing::warn!(
+                        pages = report.found_pages,
+                        "pages were there before they were put in place"
+                    );
+                }
             }
             Err(error @ LazyError::Unguarded) => {
                 tracing::warn!(error = %crate::error::chain(&error), "memory is still arriving");

@@ -129,6 +129,10 @@ pub struct LazyReport {
     pub faults: u64,
     /// Pages put in place, by faults and in the background.
     pub filled_pages: u64,
+    /// Pages that were there already and stayed as they were. Nobody but the
+    /// server provides pages that are lacking, so that this is 0, unless the
+    /// process has made guard pages of them.
+    pub found_pages: u64,
     /// From the moment the tree may run to the last page, in microseconds.
     pub took_us: u64,
 }

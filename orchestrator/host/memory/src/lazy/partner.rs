@@ -76,7 +76,7 @@ impl Said {
             Self::Runs => words[0] = 7,
             Self::Complete { id } => words[..2].copy_from_slice(&[8, *id]),
             Self::End(report) => {
-                words[..7].copy_from_slice(&[
+                words[..8].copy_from_slice(&[
                     9,
                     u64::from(report.tasks),
                     u64::from(report.forks),
@@ -84,6 +84,7 @@ impl Said {
                     report.faults,
                     report.filled_pages,
                     report.took_us,
+                    report.found_pages,
                 ]);
             }
             Self::Failed(why) => {
@@ -102,7 +103,7 @@ impl Said {
         for (word, bytes) in words.iter_mut().zip(head.chunks_exact(8)) {
             *word = u64::from_le_bytes(bytes.try_into().ok()?);
         }
-        let [kind, a, b, c, d, e, f, _] = words;
+        let [kind, a, b, c, d, e, f, g] = words;
         let small = |word: u64| u32::try_from(word).ok();
         Some(match kind {
             1 => Self::Order,
@@ -132,6 +133,7 @@ impl Said {
                 faults: d,
                 filled_pages: e,
                 took_us: f,
+                found_pages: g,
             }),
             10 => Self::Failed(String::from_utf8_lossy(text).into_owned()),
             _ => return None,
@@ -316,6 +318,7 @@ mod tests {
                 faults: 4,
                 filled_pages: 5,
                 took_us: 6,
+                found_pages: 7,
             }),
             Said::Failed("why".to_owned()),
         ];

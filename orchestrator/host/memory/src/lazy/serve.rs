@@ -32,6 +32,13 @@ const AROUND_BYTES: u64 = 64 << 10;
 /// yet, in milliseconds.
 const AGAIN_MS: u64 = 1;
 
+/// So long a fault may wait for an event that does not come: events come within
+/// microseconds, but for one case. When `mremap` moves locked memory to make it
+/// larger, Linux provides the new part before it reports the move, and takes no
+/// page for it until it has: each waits for the other (`do_mremap` in
+/// `mm/mremap.c`, seen with 6.18).
+const STUCK_AFTER: Duration = Duration::from_millis(20);
+
 /// One address space.
 #[derive(Debug)]
 struct Space {
@@ -67,6 +74,7 @@ struct Shared {
     changed: Condvar,
     bell: Arc<OwnedFd>,
     filled_pages: AtomicU64,
+    found_pages: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -146,7 +154,7 @@ impl Space {
                     vaddr: rest.to,
                 });
             };
-            let copied = sys::copy(uffd, rest.to, data);
+            let copied = sys::copy(uffd, rest.to, data, &shared.found_pages);
             let stop = match copied {
                 Ok(Copied::All) => data.len() as u64,
                 Ok(Copied::Until(stop)) => stop,
@@ -313,6 +321,8 @@ struct Served {
     space: Arc<Space>,
     fd: i32,
     waiting: Vec<u64>,
+    /// Since when they wait without an event.
+    waiting_since: Option<Instant>,
     /// What became of the partner's duplicate.
     duplicate: Duplicate,
 }
@@ -351,6 +361,7 @@ impl Server {
             changed: Condvar::new(),
             bell: task.bell,
             filled_pages: AtomicU64::new(0),
+            found_pages: AtomicU64::new(0),
         });
         for index in 0..task.threads.max(1) {
             let for_thread = Arc::clone(&shared);
@@ -491,6 +502,7 @@ impl Server {
                 self.let_go();
                 if self.spaces.is_empty() {
                     self.report.filled_pages = self.shared.filled_pages.load(Ordering::Relaxed);
+                    self.report.found_pages = self.shared.found_pages.load(Ordering::Relaxed);
                     self.report.took_us =
                         u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
                     return Ok(self.report);
@@ -609,6 +621,7 @@ impl Server {
             space: Arc::clone(&space),
             fd,
             waiting: Vec::new(),
+            waiting_since: None,
             duplicate: Duplicate::Open,
         });
         self.shared.change(|state| state.spaces.push(space));
@@ -725,10 +738,14 @@ impl Server {
             self.report.forks += 1;
             self.add(id, space.owner, uffd, plan)?;
         }
+        let served = &mut self.spaces[index];
         if !noted.is_empty() {
             self.shared.change(|_| {});
+            served.waiting_since = None;
         }
-        let served = &mut self.spaces[index];
+        let stuck = served
+            .waiting_since
+            .is_some_and(|since| since.elapsed() >= STUCK_AFTER);
         // Before the tree runs, a neighbour may not be watched yet.
         let around = if self.finished.is_some() {
             AROUND_BYTES
@@ -750,6 +767,11 @@ impl Server {
                 Some(claim) => space.put(&self.shared, uffd.as_fd(), claim)?,
                 None => match sys::zero(uffd.as_fd(), address).map_err(space.failed("fill"))? {
                     Copied::All => Attempt::Filled,
+                    Copied::Until(_) if stuck => {
+                        // Nothing is to come there, so that nobody need watch.
+                        sys::let_be(uffd.as_fd(), address).map_err(space.failed("leave"))?;
+                        Attempt::Filled
+                    }
                     Copied::Until(_) => Attempt::Again,
                     Copied::Gone => Attempt::Gone,
                 },
@@ -763,6 +785,12 @@ impl Server {
                 Attempt::Again => later.push(address),
                 Attempt::Gone => gone = true,
             }
+        }
+        if !later.is_empty() {
+            served.waiting_since.get_or_insert_with(Instant::now);
+        } else if !stuck {
+            // The next page of the same system call would wait as long.
+            served.waiting_since = None;
         }
         served.waiting = later;
         if gone {
@@ -843,5 +871,73 @@ impl Greeting {
                 pid => self.pid = u32::try_from(pid).ok(),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::memory_file;
+
+    /// Locked memory that grows elsewhere while other memory is still to come.
+    #[test]
+    fn locked_memory_that_grows_is_not_waited_for() {
+        let Some(uffd) = sys::tests::userfaultfd() else {
+            println!("SKIP locked_memory_that_grows_is_not_waited_for: no userfaultfd");
+            return;
+        };
+        let file = memory_file(c"test-pages").unwrap();
+        file.set_len(2 * PAGE).unwrap();
+        let mut pages = std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], 0);
+        pages =
+            pages.and_then(|()| std::os::unix::fs::FileExt::write_all_at(&file, &[9; 4096], PAGE));
+        pages.unwrap();
+        let pages = Arc::new(Mapping::of(file.as_fd()).unwrap());
+        let [locked, late, room] = [1, 1, 4].map(sys::tests::map);
+        sys::tests::register(&uffd, locked);
+        sys::tests::register(&uffd, late);
+        let found = AtomicU64::new(0);
+        let first = &pages.bytes()[..4096];
+        sys::copy(uffd.as_fd(), locked, first, &found).unwrap();
+        // SAFETY: a page of ours that is there.
+        if unsafe { libc::mlock(locked as *const _, 4096) } != 0 {
+            println!("SKIP locked_memory_that_grows_is_not_waited_for: no mlock");
+            return;
+        }
+        let growing = thread::spawn(move || {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            // SAFETY: a page that only this test knows goes where it has
+            // reserved room.
+            unsafe { libc::mremap(locked as *mut _, 4096, 4 * 4096, flags, room).addr() as u64 }
+        });
+        let mut plan = Plan::default();
+        plan.insert(late..late + PAGE, PAGE);
+        let server = Server::new(Task {
+            pages,
+            plans: BTreeMap::new(),
+            threads: 1,
+            piece_bytes: 64 << 10,
+            limit: Duration::from_secs(60),
+            bell: Arc::new(sys::event_fd().unwrap()),
+            partner: None,
+            teller: None,
+        })
+        .unwrap();
+        // Its first fault, or nothing would be in the way.
+        assert_eq!(
+            sys::poll(&[uffd.as_raw_fd()], Some(60_000)).unwrap(),
+            [true]
+        );
+        let owner = PageOwner::Task(1);
+        server
+            .take_over(vec![Replica { owner, uffd, plan }])
+            .unwrap();
+        assert_eq!(growing.join().unwrap(), room);
+        let at = |address: u64| {
+            // SAFETY: pages of ours, all of them there or nobody's to provide.
+            unsafe { (address as *const u8).read_volatile() }
+        };
+        assert_eq!([at(room), at(room + PAGE), at(room + 3 * PAGE)], [7, 0, 0]);
+        assert_eq!(at(late), 9);
     }
 }

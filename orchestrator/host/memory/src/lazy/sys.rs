@@ -4,10 +4,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::PAGE;
 
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_aa01;
 const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
@@ -111,11 +113,17 @@ fn event(message: &[u8]) -> Option<Event> {
     }
 }
 
-/// Puts pages where there are none; pages that are there stay as they are.
+/// Puts pages where there are none; pages that are there stay as they are and
+/// are counted in `found`.
 ///
 /// Nobody may read events of `uffd` meanwhile: it is what is not read yet that
 /// tells pages that have moved from pages nobody wants any more.
-pub(super) fn copy(uffd: BorrowedFd<'_>, to: u64, data: &[u8]) -> io::Result<Copied> {
+pub(super) fn copy(
+    uffd: BorrowedFd<'_>,
+    to: u64,
+    data: &[u8],
+    found: &AtomicU64,
+) -> io::Result<Copied> {
     let total = data.len() as u64;
     let mut at = 0;
     // Smaller once a piece has met the end of a mapping.
@@ -146,7 +154,10 @@ pub(super) fn copy(uffd: BorrowedFd<'_>, to: u64, data: &[u8]) -> io::Result<Cop
             continue;
         }
         match error.raw_os_error() {
-            Some(libc::EEXIST) => at += PAGE,
+            Some(libc::EEXIST) => {
+                found.fetch_add(1, Ordering::Relaxed);
+                at += PAGE;
+            }
             // A mapping ends within the piece, or there is none that waits for
             // pages.
             Some(libc::ENOENT) if len > PAGE => most = (len / 2 / PAGE * PAGE).max(PAGE),
@@ -187,6 +198,21 @@ pub(super) fn zero(uffd: BorrowedFd<'_>, at: u64) -> io::Result<Copied> {
         Some(libc::ESRCH) => Ok(Copied::Gone),
         _ => Err(error),
     }
+}
+
+/// Stops watching a page that nothing is to come to: whoever waits for it is
+/// woken and finds zeros.
+pub(super) fn let_be(uffd: BorrowedFd<'_>, at: u64) -> io::Result<()> {
+    let range = UffdioRange {
+        start: at,
+        len: PAGE,
+    };
+    // SAFETY: the request reads one `UffdioRange`, which lives here, and changes
+    // no content.
+    if unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_UNREGISTER, &raw const range) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Lets the threads that wait for a page look again.
@@ -438,7 +464,7 @@ pub(super) fn probe() -> io::Result<()> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 #[allow(clippy::cast_possible_truncation, reason = "a page fits everywhere")]
-mod tests {
+pub(super) mod tests {
     use std::os::fd::AsFd as _;
     use std::thread;
 
@@ -454,7 +480,7 @@ mod tests {
         ioctls: u64,
     }
 
-    fn map() -> u64 {
+    pub(in crate::lazy) fn map(pages: usize) -> u64 {
         let (protection, flags) = (
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
@@ -463,7 +489,7 @@ mod tests {
         let at = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                PAGE as usize,
+                PAGE as usize * pages,
                 protection,
                 flags,
                 -1,
@@ -474,8 +500,8 @@ mod tests {
         at.addr() as u64
     }
 
-    /// A page, and who is told that it is missing.
-    fn watched() -> Option<(u64, OwnedFd)> {
+    /// `None` where this process may have none.
+    pub(in crate::lazy) fn userfaultfd() -> Option<OwnedFd> {
         // SAFETY: the call takes no pointer; the result is a new descriptor.
         let fd =
             unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
@@ -489,7 +515,13 @@ mod tests {
             features: FEATURES,
             ioctls: 0,
         };
-        let at = map();
+        // SAFETY: the request reads and writes what lives here.
+        let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, &raw mut api) };
+        (done == 0).then_some(uffd)
+    }
+
+    /// Lets a page at `at` be missing.
+    pub(in crate::lazy) fn register(uffd: &OwnedFd, at: u64) {
         let mut register = UffdioRegister {
             range: UffdioRange {
                 start: at,
@@ -498,16 +530,16 @@ mod tests {
             mode: 1,
             ioctls: 0,
         };
-        // SAFETY: the requests read and write what lives here.
-        unsafe {
-            if libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, &raw mut api) < 0 {
-                return None;
-            }
-            assert_eq!(
-                libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register),
-                0
-            );
-        }
+        // SAFETY: the request reads and writes what lives here.
+        let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
+        assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    }
+
+    /// A page, and who is told that it is missing.
+    fn watched() -> Option<(u64, OwnedFd)> {
+        let uffd = userfaultfd()?;
+        let at = map(1);
+        register(&uffd, at);
         Some((at, uffd))
     }
 
@@ -521,13 +553,14 @@ mod tests {
             println!("SKIP a_page_that_moves_while_it_is_copied_is_not_given_up: no userfaultfd");
             return;
         };
-        let to = map();
+        let to = map(1);
         let content = [7u8; PAGE as usize];
+        let found = AtomicU64::new(0);
         // SAFETY: a page of ours, which is filled once and stays for good.
         let data = unsafe { std::slice::from_raw_parts(source as *const u8, PAGE as usize) };
         thread::scope(|scope| {
             // The kernel has let go of the mapping when it waits for the data.
-            let copying = scope.spawn(|| copy(uffd.as_fd(), from, data).unwrap());
+            let copying = scope.spawn(|| copy(uffd.as_fd(), from, data, &found).unwrap());
             await_event(&source_uffd);
             let moving = scope.spawn(|| {
                 let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
@@ -539,7 +572,7 @@ mod tests {
             });
             await_event(&uffd);
             assert_eq!(
-                copy(source_uffd.as_fd(), source, &content).unwrap(),
+                copy(source_uffd.as_fd(), source, &content, &found).unwrap(),
                 Copied::All
             );
             // Judged once nobody waits for events any more.
@@ -556,11 +589,14 @@ mod tests {
                 matches!(moved[..], [Event::Remap { from: f, to: t, bytes: PAGE }] if (f, t) == (from, to)),
                 "{moved:?}"
             );
-            assert_eq!(copy(uffd.as_fd(), to, data).unwrap(), Copied::All);
+            assert_eq!(copy(uffd.as_fd(), to, data, &found).unwrap(), Copied::All);
         });
         // SAFETY: a page of ours that is there.
         assert_eq!(unsafe { (to as *const u8).read_volatile() }, 7);
         // Where nothing is any more, nothing is wanted.
-        assert_eq!(copy(uffd.as_fd(), from, &content).unwrap(), Copied::All);
+        assert_eq!(
+            copy(uffd.as_fd(), from, &content, &found).unwrap(),
+            Copied::All
+        );
     }
 }
