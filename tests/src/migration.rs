@@ -182,6 +182,13 @@ pub fn no_gate_left(host: &Host) {
     }
 }
 
+/// Whether memory still arrives for a tree that already runs on this host.
+#[must_use]
+pub fn arrives(host: &Host) -> bool {
+    let left = host.path("/run/migrate/arriving");
+    std::fs::read_dir(left).is_ok_and(|mut left| left.next().is_some())
+}
+
 /// Prints the ends of the logs that `migrate` left in a host, for the reader
 /// of a failed test.
 pub fn print_logs(host: &Host) {

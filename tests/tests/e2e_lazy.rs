@@ -9,7 +9,9 @@ use std::time::Duration;
 use migrate_test_hosts::{Host, HostName, Lab, LabGuard};
 use migrate_tests::client::program;
 use migrate_tests::hosts::{eventually, runs};
-use migrate_tests::migration::{Migration, migrate, moves, print_logs, serves_old_connections};
+use migrate_tests::migration::{
+    Migration, arrives, migrate, moves, print_logs, serves_old_connections,
+};
 use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload};
 
@@ -201,10 +203,6 @@ fn half_way(lab: &Lab, workload: &Workload) -> (i32, thread::JoinHandle<Migratio
     signal(&destination, "-STOP", keeper);
     assert!(runs);
     (keeper, moving)
-}
-
-fn arrives(host: &Host) -> bool {
-    fs::read_dir(host.path("/run/migrate/arriving")).is_ok_and(|mut left| left.next().is_some())
 }
 
 /// The agent is killed while memory arrives: it goes on arriving.

@@ -322,11 +322,31 @@ pub enum NetworkLock {
 /// When the copy gets its memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RestoreChoice {
-    /// All of it before it runs.
+    /// While it runs where that pays, see [`RestoreChoice::is_lazy`].
     #[default]
+    Auto,
+    /// All of it before it runs.
     Eager,
     /// While it already runs, what its threads touch first.
     Lazy,
+}
+
+impl RestoreChoice {
+    /// With less memory than this a copy gets all of it in some 20 ms, which is
+    /// what putting it in place later would cost as well.
+    pub const LAZY_FROM_BYTES: u64 = 32 << 20;
+
+    /// Whether memory is to arrive while the copy runs, on a host that can do
+    /// that. A tree of several processes gets it before, if nothing is said:
+    /// pages that they have in common would become pages of each.
+    #[must_use]
+    pub fn is_lazy(self, tree: &TreeFacts) -> bool {
+        match self {
+            Self::Lazy => true,
+            Self::Eager => false,
+            Self::Auto => tree.processes.len() == 1 && tree.resident_bytes >= Self::LAZY_FROM_BYTES,
+        }
+    }
 }
 
 /// What the destination measured, for the closing block.

@@ -48,7 +48,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
         streams: 1,
         stream: StreamOptions::default(),
         verify: false,
-        restore: RestoreChoice::Eager,
+        restore: RestoreChoice::default(),
         lock: args.tree.network_lock.into(),
         ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
     };

@@ -88,10 +88,9 @@ pub struct RoundArgs {
     /// (800Mbit). The frozen tree is not held to it
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub bandwidth: Option<u64>,
-    /// When the copy gets its memory: all of it before it runs (eager), or while it runs, what
-    /// it touches first (lazy). Lazy shortens the blackout of large trees and is experimental:
-    /// under a torture test of trees that fork and mremap at once, pages were found lost
-    #[arg(long, value_name = "eager|lazy", value_enum, default_value_t = RestoreName::Eager)]
+    /// When the copy gets its memory: all of it before it runs (eager), while it runs, what it
+    /// touches first (lazy), or lazy for one process with 32 MiB or more (auto)
+    #[arg(long, value_name = "auto|eager|lazy", value_enum, default_value_t = RestoreName::Auto)]
     pub restore: RestoreName,
     /// Compare the copy's memory with the frozen tree's before the commit; takes its time
     #[arg(long)]
@@ -185,6 +184,8 @@ pub enum CompressName {
 /// When the copy gets its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum RestoreName {
+    /// Lazy where that pays.
+    Auto,
     /// Before it runs.
     Eager,
     /// While it runs.
@@ -196,6 +197,7 @@ impl From<RestoreName> for RestoreChoice {
         match name {
             RestoreName::Lazy => Self::Lazy,
             RestoreName::Eager => Self::Eager,
+            RestoreName::Auto => Self::Auto,
         }
     }
 }

@@ -64,6 +64,12 @@ pub struct WorkerOptions {
     /// pages, for a dump with [`DumpOptions::track`]. Ask
     /// [`Criu::self_check_shim`] first whether it works here.
     pub shim: bool,
+    /// Start CRIU without transparent huge pages, for a restore with
+    /// [`RestoreOptions::lazy`]: where one page of a mapping comes at once, the
+    /// kernel may provide 512, and those that were to come later would be there
+    /// as zeros. The tasks of the tree get their own setting back
+    /// (`PR_SET_THP_DISABLE` in `criu/pie/restorer.c`).
+    pub small_pages: bool,
 }
 
 /// A started CRIU that has loaded its libraries and answered.
@@ -352,11 +358,11 @@ fn start(criu: &Criu, options: WorkerOptions) -> io::Result<Worker> {
         keep.push(shim::preload(&mut command, criu.version)?);
     }
     let cgroup_fd = cgroup.as_ref().map(|file| file.as_raw_fd());
-    let new_session = options.new_session;
+    let (new_session, small_pages) = (options.new_session, options.small_pages);
     // SAFETY: between fork and exec the closure only makes system calls on
     // memory prepared before the fork; it neither allocates nor takes a lock.
     unsafe {
-        command.pre_exec(move || become_worker(&keep, cgroup_fd, new_session));
+        command.pre_exec(move || become_worker(&keep, cgroup_fd, new_session, small_pages));
     }
     let child = command.spawn()?;
     let pid = child
@@ -382,7 +388,16 @@ fn start(criu: &Criu, options: WorkerOptions) -> io::Result<Worker> {
 }
 
 /// Runs in the child before `exec`: no allocation, no locks.
-fn become_worker(keep: &[RawFd], cgroup: Option<RawFd>, new_session: bool) -> io::Result<()> {
+fn become_worker(
+    keep: &[RawFd],
+    cgroup: Option<RawFd>,
+    new_session: bool,
+    small_pages: bool,
+) -> io::Result<()> {
+    // SAFETY: no argument is a pointer.
+    if small_pages && unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
     for &fd in keep {
         // SAFETY: plain system call on a descriptor that the parent holds open.
         if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {

@@ -47,12 +47,16 @@ impl Memory {
         home: &Home,
         images: &mut ImageDir,
     ) -> Result<(), Error> {
-        if choice == RestoreChoice::Eager {
+        if !choice.is_lazy(tree) {
             return Ok(());
         }
         if let Err(error) = probe_lazy() {
             let why = crate::error::chain(&error);
-            return Err(Error::NotLazy { why });
+            if choice == RestoreChoice::Lazy {
+                return Err(Error::NotLazy { why });
+            }
+            tracing::info!(why, "memory cannot arrive while the copy runs here");
+            return Ok(());
         }
         self.home = home.path();
         self.pids = tree.processes.iter().map(|process| process.pid).collect();
@@ -98,6 +102,11 @@ impl Memory {
         self.serving = Some(keeper.serve(server, store, &plan, options, Some(hold))?);
         self.pages = bytes / PAGE_BYTES as u64;
         Ok(())
+    }
+
+    /// Whether memory will come late.
+    pub(super) fn is_prepared(&self) -> bool {
+        self.keeper.is_some()
     }
 
     /// Pages that come late.

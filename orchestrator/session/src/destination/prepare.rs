@@ -117,6 +117,7 @@ impl Destination {
                 cgroup: home.directory().map(ToOwned::to_owned),
                 inherit,
                 new_session: true,
+                small_pages: self.lazy.is_prepared(),
                 ..WorkerOptions::default()
             })
             .await?;

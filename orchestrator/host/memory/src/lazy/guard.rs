@@ -197,6 +197,7 @@ impl Keeper {
             limit: order.limit,
             plans: plans(order.lacking, order.first),
             replicas: BTreeMap::new(),
+            complete: BTreeMap::new(),
             runs: false,
             child: self.child.take(),
         };
@@ -236,6 +237,9 @@ struct Guard {
     limit: Duration,
     plans: BTreeMap<PageOwner, Plan>,
     replicas: BTreeMap<u64, Replica>,
+    /// Address spaces that lack nothing any more. The keeper serves them until
+    /// it has heard that they are closed here, and they may fork until then.
+    complete: BTreeMap<u64, PageOwner>,
     runs: bool,
     child: Option<Child>,
 }
@@ -288,13 +292,15 @@ impl Guard {
             }
             Said::Fork { id, parent } => {
                 let uffd = fds.pop().ok_or(LazyError::Lost)?;
-                let parent = self.replicas.get(&parent);
-                let (owner, plan) = match parent {
+                let (owner, plan) = match self.replicas.get(&parent) {
                     Some(parent) => (parent.owner, parent.plan.clone()),
-                    None => {
-                        std::mem::forget(uffd);
-                        return Err(unknown);
-                    }
+                    None => match self.complete.get(&parent) {
+                        Some(&owner) => (owner, Plan::default()),
+                        None => {
+                            std::mem::forget(uffd);
+                            return Err(unknown);
+                        }
+                    },
                 };
                 self.replicas.insert(id, Replica { owner, uffd, plan });
             }
@@ -315,7 +321,9 @@ impl Guard {
             }
             Said::Runs => self.runs = true,
             Said::Complete { id } => {
-                self.replicas.remove(&id);
+                if let Some(replica) = self.replicas.remove(&id) {
+                    self.complete.insert(id, replica.owner);
+                }
                 // Should it be gone, that is heard next.
                 let _ = partner::say(self.socket.as_fd(), said, &[]);
             }
@@ -436,5 +444,44 @@ mod tests {
         let cut = order.write().unwrap();
         cut.set_len(60).unwrap();
         assert!(Order::read(cut).is_err());
+    }
+
+    fn guard() -> (Guard, OwnedFd) {
+        let (ours, theirs) = Partner::pair().unwrap();
+        let file = || OwnedFd::from(memory_file(c"test").unwrap());
+        let guard = Guard {
+            socket: ours,
+            slate: Slate::new().unwrap().0,
+            file: file(),
+            _hold: file(),
+            threads: 1,
+            piece_bytes: 1,
+            limit: Duration::from_secs(1),
+            plans: BTreeMap::new(),
+            replicas: BTreeMap::new(),
+            complete: BTreeMap::new(),
+            runs: true,
+            child: None,
+        };
+        (guard, theirs)
+    }
+
+    /// The keeper closes a complete address space once it has heard from here,
+    /// and what is forked off until then comes with its message.
+    #[test]
+    fn what_is_complete_may_still_fork() {
+        let (mut guard, _keeper) = guard();
+        let fds = || vec![OwnedFd::from(memory_file(c"test").unwrap())];
+        guard.note(&Said::Task { id: 1, pid: 7 }, fds()).unwrap();
+        guard.note(&Said::Complete { id: 1 }, Vec::new()).unwrap();
+        let fork = |id, parent| Said::Fork { id, parent };
+        guard.note(&fork(2, 1), fds()).unwrap();
+        let child = &guard.replicas[&2];
+        assert_eq!(child.owner, PageOwner::Task(7));
+        assert!(child.plan.is_empty());
+        assert!(matches!(
+            guard.note(&fork(4, 3), fds()),
+            Err(LazyError::Protocol { .. })
+        ));
     }
 }
