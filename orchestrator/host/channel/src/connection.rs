@@ -1,14 +1,22 @@
 //! A connection after TLS and before the first message of a migration.
 
-use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    net::{Ipv4Addr, SocketAddr},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use migrate_core::wire::{Hello, ImagePiece, Message, PageRun};
 use tokio::{
-    io::{ReadHalf, WriteHalf, split},
+    io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, ReadHalf, WriteHalf, duplex, split},
     net::TcpStream,
     time::Instant,
 };
 use tokio_rustls::TlsStream;
+use zeroize::Zeroizing;
 
 use crate::{
     error::{ChannelError, PeerVersion, printable},
@@ -20,6 +28,64 @@ use crate::{
 
 /// A connection with TLS on it.
 pub(crate) type Encrypted = TlsStream<TcpStream>;
+
+/// What frames travel over.
+pub(crate) enum Stream {
+    /// To another host.
+    Encrypted(Box<Encrypted>),
+    /// Within this process, see [`Connection::pair`].
+    Within(DuplexStream),
+}
+
+impl From<Encrypted> for Stream {
+    fn from(encrypted: Encrypted) -> Self {
+        Self::Encrypted(Box::new(encrypted))
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Encrypted(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Within(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Encrypted(stream) => Pin::new(stream).poll_write(context, data),
+            Self::Within(stream) => Pin::new(stream).poll_write(context, data),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Encrypted(stream) => Pin::new(stream).poll_flush(context),
+            Self::Within(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Encrypted(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Within(stream) => Pin::new(stream).poll_shutdown(context),
+        }
+    }
+}
+
+/// What may be on its way within a process, in bytes: one batch of the page
+/// stream, and the next.
+const WITHIN_BYTES_MAX: usize = 512 << 10;
 
 /// Longest host name that is repeated to the user (`HOST_NAME_MAX` of Linux).
 const HOSTNAME_CHARS_MAX: usize = 64;
@@ -70,7 +136,7 @@ pub struct Connection {
 /// half a frame behind; every later call then fails with
 /// [`ChannelError::HalfWritten`], and what is left is [`Sender::close`], which
 /// tells the peer as much as a message would.
-pub struct Sender(FrameWriter<WriteHalf<Encrypted>>);
+pub struct Sender(FrameWriter<WriteHalf<Stream>>);
 
 impl Sender {
     /// Sends a message at once, with everything gathered before it.
@@ -188,7 +254,7 @@ impl fmt::Debug for Sender {
 }
 
 /// The receiving half. Calls may be cancelled: nothing is lost.
-pub struct Receiver(FrameReader<ReadHalf<Encrypted>>);
+pub struct Receiver(FrameReader<ReadHalf<Stream>>);
 
 impl Receiver {
     /// Waits for the next frame.
@@ -252,8 +318,8 @@ pub(crate) enum Guest {
     Lane,
 }
 
-type Reader = FrameReader<ReadHalf<Encrypted>>;
-type Writer = FrameWriter<WriteHalf<Encrypted>>;
+type Reader = FrameReader<ReadHalf<Stream>>;
+type Writer = FrameWriter<WriteHalf<Stream>>;
 
 /// Both ends of a connection, and the peer's name for messages.
 fn ends(
@@ -266,7 +332,7 @@ fn ends(
         source,
     })?;
     let name = peer_addr.to_string();
-    let (read, write) = split(stream);
+    let (read, write) = split(Stream::from(stream));
     Ok((
         FrameReader::new(read, name.clone()),
         FrameWriter::new(write, name.clone()),
@@ -314,6 +380,31 @@ impl Connection {
         Ok(Guest::Source(Box::new(source)))
     }
 
+    /// Both ends of a connection within this process, the source's first, for a
+    /// peer that is no host but a directory. Nothing leaves the process, so
+    /// nothing is encrypted; there are no addresses and no further connections.
+    #[must_use]
+    pub fn pair(source: Hello, destination: Hello) -> (Self, Self) {
+        let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        let (ours, theirs) = duplex(WITHIN_BYTES_MAX);
+        let end = |stream: DuplexStream, peer: Hello, further: Further| {
+            let (read, write) = split(Stream::Within(stream));
+            let name = peer.hostname.clone();
+            let halves = (
+                Sender(FrameWriter::new(write, name.clone())),
+                Receiver(FrameReader::new(read, name)),
+            );
+            Self::new(halves, peer, nowhere, nowhere, further)
+        };
+        let waiting = Further::wait(
+            source.hostname.clone(),
+            Zeroizing::new(Vec::new()),
+            Arc::new(Registry::default()),
+        );
+        let alone = Further::none(destination.hostname.clone());
+        (end(ours, destination, alone), end(theirs, source, waiting))
+    }
+
     /// A connection over which both have said hello.
     fn new(
         (sender, receiver): (Sender, Receiver),
@@ -347,8 +438,8 @@ pub(crate) async fn introduce<R, W>(
     ends_at: Instant,
 ) -> Result<Hello, ChannelError>
 where
-    R: tokio::io::AsyncRead + Unpin + Send + 'static,
-    W: tokio::io::AsyncWrite + Unpin + Send + 'static,
+    R: AsyncRead + Unpin + Send + 'static,
+    W: AsyncWrite + Unpin + Send + 'static,
 {
     let ours = version(&hello);
     writer.control(&Message::Hello(hello)).await?;
@@ -371,7 +462,7 @@ pub(crate) async fn answer<W>(
     theirs: Hello,
 ) -> Result<Hello, ChannelError>
 where
-    W: tokio::io::AsyncWrite + Unpin + Send + 'static,
+    W: AsyncWrite + Unpin + Send + 'static,
 {
     let ours = version(&hello);
     if hello.migration_id.is_empty() {
@@ -389,7 +480,7 @@ pub(crate) enum First {
     Join(Token),
 }
 
-pub(crate) async fn receive_first<R: tokio::io::AsyncRead + Unpin + Send + 'static>(
+pub(crate) async fn receive_first<R: AsyncRead + Unpin + Send + 'static>(
     reader: &mut FrameReader<R>,
     peer: &str,
     ends_at: Instant,

@@ -31,7 +31,7 @@ use zeroize::Zeroizing;
 use crate::{
     agent::Door,
     connect::encrypt,
-    connection::{Encrypted, remaining},
+    connection::{Encrypted, Stream, remaining},
     error::ChannelError,
     frame::{FrameReader, FrameWriter},
 };
@@ -44,8 +44,8 @@ const LABEL: &[u8] = b"EXPORTER-migrate-page-stream";
 
 /// One more connection, which has joined.
 pub struct Lane {
-    pub(crate) read: ReadHalf<Encrypted>,
-    pub(crate) write: WriteHalf<Encrypted>,
+    pub(crate) read: ReadHalf<Stream>,
+    pub(crate) write: WriteHalf<Stream>,
 }
 
 impl fmt::Debug for Lane {
@@ -74,6 +74,8 @@ enum Way {
         /// Behind SSH the door is this migration's alone.
         door: Option<(Box<Door>, Hello)>,
     },
+    /// Within one process there is none.
+    None,
 }
 
 impl fmt::Debug for Further {
@@ -134,6 +136,15 @@ impl Further {
         Self { peer, tokens, way }
     }
 
+    /// On a connection that stays alone.
+    pub(crate) fn none(peer: String) -> Self {
+        Self {
+            peer,
+            tokens: Zeroizing::new(Vec::new()),
+            way: Way::None,
+        }
+    }
+
     /// The door is this migration's alone and goes with it.
     pub(crate) fn keep(&mut self, opened: Door, hello: Hello) {
         if let Way::Await { door, .. } = &mut self.way {
@@ -149,6 +160,9 @@ impl Further {
     /// One of them could not be opened within `deadline`, or did not join.
     pub async fn open(self, count: u32, deadline: Duration) -> Result<Vec<Lane>, ChannelError> {
         let ends_at = Instant::now() + deadline;
+        if count == 0 && matches!(self.way, Way::None) {
+            return Ok(Vec::new());
+        }
         let Way::Dial {
             address,
             name,
@@ -260,7 +274,7 @@ async fn join(
     ends_at: Instant,
 ) -> Result<Lane, ChannelError> {
     let peer = address.to_string();
-    let (read, write) = split(stream);
+    let (read, write) = split(Stream::from(stream));
     let mut reader = FrameReader::new(read, peer.clone());
     let mut writer = FrameWriter::new(write, peer.clone());
     writer.control(&Message::Join { token }).await?;
@@ -275,8 +289,8 @@ async fn join(
 }
 
 fn lane(
-    reader: FrameReader<ReadHalf<Encrypted>>,
-    writer: FrameWriter<WriteHalf<Encrypted>>,
+    reader: FrameReader<ReadHalf<Stream>>,
+    writer: FrameWriter<WriteHalf<Stream>>,
     peer: String,
 ) -> Result<Lane, ChannelError> {
     match (reader.into_stream(), writer.into_stream()) {
@@ -387,8 +401,8 @@ impl Registry {
     pub(crate) async fn admit(
         &self,
         token: &Token,
-        reader: FrameReader<ReadHalf<Encrypted>>,
-        mut writer: FrameWriter<WriteHalf<Encrypted>>,
+        reader: FrameReader<ReadHalf<Stream>>,
+        mut writer: FrameWriter<WriteHalf<Stream>>,
         peer: &str,
     ) -> Result<(), ChannelError> {
         // Used up, whatever becomes of the connection.

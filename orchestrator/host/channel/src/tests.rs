@@ -951,3 +951,52 @@ async fn a_known_peer_that_misbehaves_ends_the_wait_of_an_agent_behind_ssh() {
     assert!(matches!(source, Err(ChannelError::Version { .. })));
     assert!(matches!(destination, Err(ChannelError::Version { .. })));
 }
+
+#[tokio::test]
+async fn a_pair_within_the_process_speaks_as_a_connection_does() {
+    let (mut source, mut directory) = Connection::pair(hello("1.0.0"), hello("1.0.0"));
+    let run = PageRun {
+        owner: PageOwner::Task(7),
+        vaddr: 0x1000,
+        pages: 300,
+        flags: PageRun::PRESENT,
+    };
+    // More than fits on the way at once.
+    let data = vec![7; 300 * PAGE_BYTES];
+    let expected = data.clone();
+    let limit = Duration::from_secs(10);
+    let sending = async {
+        let lanes = source.further.open(0, limit).await.unwrap();
+        source.sender.control(&Message::Streams).await.unwrap();
+        let options = StreamOptions::default();
+        source.sender.stripe(lanes, options).await.unwrap();
+        source.sender.pages(&run, &data).await.unwrap();
+        source.sender.flush().await.unwrap();
+        source.sender.close().await.unwrap();
+    };
+    let receiving = async {
+        let lanes = directory
+            .further
+            .expect(0)
+            .unwrap()
+            .all(limit)
+            .await
+            .unwrap();
+        let first = directory.receiver.control(limit).await.unwrap();
+        assert_eq!(first, Message::Streams);
+        directory.receiver.stripe(lanes).unwrap();
+        let mut got = Vec::new();
+        loop {
+            match directory.receiver.next(limit).await {
+                Ok(Frame::Pages { data, .. }) => got.extend_from_slice(&data),
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => {
+                    assert!(error.is_disconnect(), "{error}");
+                    return got;
+                }
+            }
+        }
+    };
+    let ((), got) = tokio::join!(sending, receiving);
+    assert!(got == expected, "{} bytes", got.len());
+}
