@@ -275,6 +275,102 @@ fn carries_memory(name: &str) -> bool {
     name.starts_with("pages-") || name.starts_with("pagemap-")
 }
 
+/// Where the pages of a run are, in a directory that [`ImageDir`] has made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredRun {
+    /// The pages.
+    pub run: PageRun,
+    /// The file with their content.
+    pub path: PathBuf,
+    /// Where in it, in bytes.
+    pub at_bytes: u64,
+}
+
+/// The memory in a finished directory of an [`ImageDir`] that leaves nothing
+/// out, owner by owner in ascending order of addresses.
+///
+/// # Errors
+///
+/// The directory cannot be read, or a page map in it is malformed.
+pub fn stored_runs(directory: &Path) -> Result<Vec<StoredRun>, CriuError> {
+    let listing = |source| CriuError::image("list", directory, source);
+    let mut maps = BTreeMap::new();
+    for entry in fs::read_dir(directory).map_err(listing)? {
+        let path = entry.map_err(listing)?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        if let Some(owner) = name.and_then(owner_of_map) {
+            maps.insert(owner, path);
+        }
+    }
+    let mut stored = Vec::new();
+    for (owner, path) in maps {
+        let image = fs::read(&path).map_err(|source| CriuError::image("read", &path, source))?;
+        let runs = decode_pagemap(&image).ok_or_else(|| CriuError::ImageData {
+            what: format!("{} is malformed", path.display()),
+        })?;
+        let (pages_id, runs) = runs;
+        let pages = directory.join(pages_name(pages_id));
+        let mut at_bytes = 0_u64;
+        for run in runs {
+            let run = PageRun {
+                owner,
+                vaddr: run.vaddr,
+                pages: run.pages,
+                flags: run.flags,
+            };
+            stored.push(StoredRun {
+                run,
+                path: pages.clone(),
+                at_bytes,
+            });
+            at_bytes = at_bytes.saturating_add(run.pages.saturating_mul(PAGE_BYTES as u64));
+        }
+    }
+    Ok(stored)
+}
+
+fn owner_of_map(name: &str) -> Option<PageOwner> {
+    let owner = name.strip_prefix("pagemap-")?.strip_suffix(".img")?;
+    match owner.strip_prefix("shmem-") {
+        Some(id) => id.parse().ok().map(PageOwner::Shared),
+        None => owner.parse().ok().map(PageOwner::Task),
+    }
+}
+
+/// Reads a page map: the number of its file, and its runs.
+fn decode_pagemap(image: &[u8]) -> Option<(u32, Vec<Run>)> {
+    let mut rest = image;
+    let mut word = || {
+        let (word, after) = rest.split_first_chunk::<4>()?;
+        rest = after;
+        Some(u32::from_le_bytes(*word))
+    };
+    if word()? != COMMON_MAGIC || word()? != PAGEMAP_MAGIC {
+        return None;
+    }
+    let mut record = || {
+        let (length, after) = rest.split_first_chunk::<4>()?;
+        let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
+        let (record, after) = after.split_at_checked(length)?;
+        rest = after;
+        Some((record, after.is_empty()))
+    };
+    let (head, mut last) = record()?;
+    let head = PagemapHead::decode(head).ok()?;
+    let mut runs = Vec::new();
+    while !last {
+        let (entry, end) = record()?;
+        last = end;
+        let entry = PagemapEntry::decode(entry).ok()?;
+        runs.push(Run {
+            vaddr: entry.vaddr,
+            pages: entry.nr_pages?,
+            flags: entry.flags?,
+        });
+    }
+    Some((head.pages_id, runs))
+}
+
 /// What an [`ImageDir`] holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ImageStats {
@@ -345,21 +441,7 @@ impl ImageDir {
     ///
     /// It exists, cannot be made, or is not on a tmpfs.
     pub fn create(path: impl Into<PathBuf>) -> Result<Self, CriuError> {
-        let path = path.into();
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(|source| CriuError::image("create", &path, source))?;
-        let this = Self {
-            path,
-            owners: BTreeMap::new(),
-            open_pages: None,
-            open_images: BTreeMap::new(),
-            whole_images: BTreeSet::new(),
-            stats: ImageStats::default(),
-            lazy: false,
-            finished: false,
-        };
+        let this = Self::create_on_disk(path)?;
         let kind = statfs(&this.path)
             .map_err(|errno| CriuError::image("examine", &this.path, errno.into()))?;
         if kind.filesystem_type() != TMPFS_MAGIC {
@@ -369,6 +451,30 @@ impl ImageDir {
             });
         }
         Ok(this)
+    }
+
+    /// The same wherever the user has asked for it, on a disk as a rule: the
+    /// images have to outlive the machine's memory.
+    ///
+    /// # Errors
+    ///
+    /// It exists or cannot be made.
+    pub fn create_on_disk(path: impl Into<PathBuf>) -> Result<Self, CriuError> {
+        let path = path.into();
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(|source| CriuError::image("create", &path, source))?;
+        Ok(Self {
+            path,
+            owners: BTreeMap::new(),
+            open_pages: None,
+            open_images: BTreeMap::new(),
+            whole_images: BTreeSet::new(),
+            stats: ImageStats::default(),
+            lazy: false,
+            finished: false,
+        })
     }
 
     /// Where it is.
@@ -1070,6 +1176,38 @@ pub(crate) fn private() -> OpenOptions {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_page_map_is_read_as_it_was_written() {
+        let mut memory = Memory {
+            pages_id: 3,
+            runs: Vec::new(),
+            pages: 0,
+            gaps: Vec::new(),
+        };
+        for (vaddr, pages) in [(0x1000, 2), (0x9000, 1), (0x7f00_0000_0000, 300)] {
+            memory.add(PageRun {
+                owner: PageOwner::Task(7),
+                vaddr,
+                pages,
+                flags: PageRun::PRESENT,
+            });
+        }
+        let image = memory.encode();
+        assert_eq!(decode_pagemap(&image), Some((3, memory.runs.clone())));
+        // Cut anywhere, it is refused or is a map with fewer runs.
+        for end in 0..image.len() {
+            if let Some((_, runs)) = decode_pagemap(&image[..end]) {
+                assert!(runs.len() < memory.runs.len(), "{end}");
+            }
+        }
+        assert_eq!(owner_of_map("pagemap-7.img"), Some(PageOwner::Task(7)));
+        assert_eq!(
+            owner_of_map("pagemap-shmem-9.img"),
+            Some(PageOwner::Shared(9))
+        );
+        assert_eq!(owner_of_map("pages-9.img"), None);
+    }
 
     fn directory() -> (tempfile::TempDir, ImageDir) {
         let parent = tempfile::tempdir_in("/dev/shm").unwrap();

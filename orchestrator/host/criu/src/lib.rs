@@ -52,8 +52,9 @@
 //! to whoever listens in the image directory. Such a directory is of no use to
 //! any other restore: what was left out would be zeros.
 //!
-//! Images hold the memory of a process, so they only ever stand on a tmpfs, and
-//! an [`ImageDir`] removes itself.
+//! Images hold the memory of a process, so they stand on a tmpfs unless the user
+//! has named a place ([`ImageDir::create_on_disk`]), and an [`ImageDir`] removes
+//! itself.
 
 mod error;
 mod images;
@@ -70,7 +71,7 @@ pub mod stdio;
 mod worker;
 
 pub use error::{Action, CriuError};
-pub use images::{Filler, ImageDir, ImageStats, SmallImage, small_images};
+pub use images::{Filler, ImageDir, ImageStats, SmallImage, StoredRun, small_images, stored_runs};
 pub use locate::{Criu, OVERRIDE, PRIVATE_PATH, locate};
 pub use lock::NetworkLock;
 pub use log::LogTail;
