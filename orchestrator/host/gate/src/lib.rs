@@ -621,6 +621,18 @@ impl Gate {
         Ok(counters)
     }
 
+    /// Leaves it as it is, for good and without an owner: closed, it drops
+    /// packets until [`unlock`] removes it, or the machine ends.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::LeaseExpired`] when it has opened by itself before.
+    pub fn leave(self) -> Result<(), GateError> {
+        self.lease(None)?;
+        self.tables.drop_instead_of_hold();
+        Ok(())
+    }
+
     /// Takes the programs off every interface and removes all pins.
     ///
     /// # Errors

@@ -31,4 +31,4 @@ pub use diag::{
 pub use ending::{EndedFlows, Unsettled, ended, remove_closed, unsettled};
 pub use error::NetError;
 pub use route::{Address, Interface, Net, Placement, Staged, Withdrawn};
-pub use survey::{SurveyOptions, TreeSockets, compare, survey, tree_flows};
+pub use survey::{SurveyOptions, TreeSockets, compare, compare_in_place, survey, tree_flows};

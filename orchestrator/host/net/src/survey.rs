@@ -29,6 +29,9 @@ pub struct SurveyOptions {
     /// [`TreeSockets::doubted`] of an earlier survey: what is in doubt again
     /// belongs to others.
     pub doubted: BTreeSet<u64>,
+    /// The tree comes back to this very host, so its addresses stay and may be
+    /// shared with others.
+    pub in_place: bool,
 }
 
 /// A tree's network, and what stands in the way of moving it.
@@ -131,6 +134,7 @@ pub async fn survey(
     }
     let mut judge = Judge::new(&seen, inodes);
     judge.doubted_before.clone_from(&options.doubted);
+    judge.in_place = options.in_place;
     Ok(judge.run(&options.forced_addresses))
 }
 
@@ -174,6 +178,7 @@ struct Judge<'a> {
     external_unix: Vec<u64>,
     doubted_before: BTreeSet<u64>,
     doubted: BTreeSet<u64>,
+    in_place: bool,
     findings: Vec<Finding>,
 }
 
@@ -196,6 +201,7 @@ impl<'a> Judge<'a> {
             external_unix: Vec::new(),
             doubted_before: BTreeSet::new(),
             doubted: BTreeSet::new(),
+            in_place: false,
             findings: Vec::new(),
         }
     }
@@ -654,6 +660,13 @@ impl<'a> Judge<'a> {
             ));
             return false;
         }
+        if self.in_place {
+            // Only to tell what is in doubt.
+            let _ = self.other_users(*ip);
+            let finding = Finding::ok(subject, "stays on this host");
+            self.findings.push(finding);
+            return true;
+        }
         let own_address = format!(
             "give the workload an address of its own (`ip address add ADDRESS/{} dev {interface}`) \
              and let its clients use that, or pass `--address {ip}` to move this one anyway",
@@ -761,6 +774,9 @@ impl<'a> Judge<'a> {
 
     /// A primary address must not take others with it when it goes.
     fn secondaries(&mut self, address: &Address, moving: &BTreeSet<IpAddr>) {
+        if self.in_place {
+            return;
+        }
         let left_behind: Vec<IpAddr> = rules::dependents(address, &self.seen.addresses)
             .into_iter()
             .filter(|ip| !moving.contains(ip))
@@ -880,6 +896,42 @@ pub async fn compare(
                     e.help().unwrap_or_default(),
                 ));
             }
+        }
+    }
+    findings.extend(port_findings(&tree.listeners, &tree.flows, &tcp_sockets()?));
+    Ok((findings, placements))
+}
+
+/// The same on the host that the tree was on before: its addresses have to be
+/// there again.
+///
+/// # Errors
+///
+/// As [`compare`].
+pub async fn compare_in_place(
+    net: &Net,
+    tree: &TreeFacts,
+) -> Result<(Vec<Finding>, Vec<Placement>), NetError> {
+    let mut findings = Vec::new();
+    let mut placements = Vec::new();
+    for address in &tree.addresses {
+        let ip = address.ip;
+        let subject = format!("address {ip}");
+        if let Some(placement) = net.placed(ip).await? {
+            findings.push(Finding::ok(
+                subject,
+                format!("is on {}", placement.interface),
+            ));
+            placements.push(placement);
+        } else {
+            findings.push(Finding::refused(
+                subject,
+                "is not on this host: the network is not up yet, or the address has not come back",
+                format!(
+                    "wait for the network, or bring it back: ip address add {ip}/{} dev {}",
+                    address.prefix_len, address.interface
+                ),
+            ));
         }
     }
     findings.extend(port_findings(&tree.listeners, &tree.flows, &tcp_sockets()?));

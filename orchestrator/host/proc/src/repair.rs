@@ -13,7 +13,11 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::mem::size_of;
+use std::net::TcpStream;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+
+use migrate_core::Flow;
+use migrate_core::parked::{Keepalive, Patience};
 
 use crate::error::ProcError;
 use crate::socket::borrow;
@@ -115,6 +119,12 @@ impl TcpSockets {
         done(broken.len(), first_error)
     }
 
+    /// The timers of each connection that bound how long it bears silence.
+    #[must_use]
+    pub fn patience(&self) -> Vec<Patience> {
+        self.connected.iter().filter_map(patience).collect()
+    }
+
     /// Puts all into repair mode, so that their end is not heard by a peer.
     /// Keep this until the processes have ended.
     ///
@@ -137,6 +147,28 @@ fn done(count: usize, error: Option<io::Error>) -> Result<usize, ProcError> {
 
 fn repairs(socket: &OwnedFd) -> bool {
     option(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR).is_ok_and(|mode| mode == REPAIR_ON)
+}
+
+fn patience(socket: &OwnedFd) -> Option<Patience> {
+    let stream = TcpStream::from(socket.try_clone().ok()?);
+    let flow = Flow::new(stream.local_addr().ok()?, stream.peer_addr().ok()?);
+    let tcp = |name| {
+        let value = option(socket, libc::IPPROTO_TCP, name).ok()?;
+        u32::try_from(value).ok()
+    };
+    let keepalive = match option(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE).ok()? {
+        0 => None,
+        _ => Some(Keepalive {
+            idle_s: tcp(libc::TCP_KEEPIDLE)?,
+            interval_s: tcp(libc::TCP_KEEPINTVL)?,
+            probes: tcp(libc::TCP_KEEPCNT)?,
+        }),
+    };
+    Some(Patience {
+        flow,
+        keepalive,
+        user_timeout_ms: tcp(libc::TCP_USER_TIMEOUT)?,
+    })
 }
 
 fn local_port(socket: &OwnedFd) -> Option<u16> {
