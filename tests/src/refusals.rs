@@ -581,6 +581,17 @@ pub fn driver(host: &Host) -> Pid {
     the_migrate(host, |words| words.iter().any(|word| word == "--to"))
 }
 
+/// The `migrate VERB` that runs on a host, as this machine sees it.
+///
+/// # Panics
+///
+/// When there is none, or more than one.
+#[track_caller]
+#[must_use]
+pub fn runner(host: &Host, verb: &str) -> Pid {
+    the_migrate(host, |words| words.get(1).is_some_and(|word| word == verb))
+}
+
 /// The guards of a host, as this machine sees them: each clears up after the
 /// `migrate` or agent that started it, if that is killed.
 #[must_use]

@@ -42,7 +42,9 @@ impl Exit {
     /// The code for an error before anything was done.
     pub fn of(error: &Error) -> Self {
         match error {
-            Error::Refused(_) | Error::Proc(_) | Error::Busy { .. } => Self::Refused,
+            Error::Refused(_) | Error::Proc(_) | Error::Park(_) | Error::Busy { .. } => {
+                Self::Refused
+            }
             Error::NotConverged { .. } => Self::NotConverged,
             Error::Connect(_) => Self::Connect,
             Error::Cancelled | Error::Stopped => Self::Interrupted,

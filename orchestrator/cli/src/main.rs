@@ -53,6 +53,14 @@ enum Verb {
     Check(verb::check::Args),
     /// The destination's side: started over SSH, or standing with mutual TLS
     Agent(verb::agent::Args),
+    /// Checkpoint trees to a directory and keep their peers waiting, for a reboot
+    Park(verb::park::Args),
+    /// Bring parked trees back, on whatever kernel runs now; their peers go on
+    Resume(verb::resume::Args),
+    /// Early in a boot, before there is an address: let nothing answer for parked trees
+    GuardBoot(verb::guard_boot::Args),
+    /// Park trees, run the command that reboots, and resume them if it fails
+    Maintenance(verb::maintenance::Args),
     /// What is under way on this host, and what was left behind
     #[command(alias = "list")]
     Status,
@@ -104,6 +112,10 @@ fn main() -> ExitCode {
             None => verb::migrate::run(cli.migrate, &output).await,
             Some(Verb::Check(args)) => verb::check::run(args, &output).await,
             Some(Verb::Agent(args)) => verb::agent::run(args).await,
+            Some(Verb::Park(args)) => verb::park::run(args, &output).await,
+            Some(Verb::Resume(args)) => verb::resume::run(args, &output).await,
+            Some(Verb::GuardBoot(args)) => verb::guard_boot::run(&args).await,
+            Some(Verb::Maintenance(args)) => verb::maintenance::run(args, &output).await,
             Some(Verb::Status) => verb::status::run(&output),
             Some(Verb::Cancel(args)) => verb::cancel::run(&args).await,
             Some(Verb::Recover(args)) => verb::recover::run(&args, &output).await,

@@ -16,6 +16,8 @@ use migrate_net::NetError;
 use migrate_proc::ProcError;
 use thiserror::Error;
 
+use crate::park::ParkError;
+
 /// Why a migration ended without moving the tree.
 #[derive(Debug, Error)]
 pub enum Error {
@@ -176,6 +178,9 @@ pub enum Error {
     /// A record that another side's verdict has closed.
     #[error("the source has taken the tree back")]
     Disowned,
+    /// A directory to park in or to resume from.
+    #[error(transparent)]
+    Park(#[from] ParkError),
     /// A file of our own.
     #[error("could not {attempt} {}", path.display())]
     File {
@@ -214,6 +219,7 @@ impl Error {
             Self::Arriving { .. } => Some("wait until it is complete, then try again".to_owned()),
             Self::NotConverged { .. } => Some("lower --goal, raise --max-iterations, or allow the freeze with --on-timeout freeze".to_owned()),
             Self::NotTheSame { .. } => Some("this is a defect of migrate: please report it; `--engine full` moves the tree without pre-copy".to_owned()),
+            Self::Park(error) => Some(error.help()),
             Self::Connect(error) => error.help(),
             Self::Channel { peer, source } => source.help().or_else(|| Some(check(peer))),
             Self::Peer(error) => error.help.clone().or_else(|| Some(see_log(&error.host))),

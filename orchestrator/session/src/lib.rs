@@ -23,6 +23,7 @@ pub mod guard;
 mod held;
 mod inbox;
 pub mod journal;
+pub mod park;
 mod pause;
 pub mod policy;
 pub mod progress;

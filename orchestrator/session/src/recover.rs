@@ -21,6 +21,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Error, chain};
 use crate::journal;
+use crate::park::Place;
 use crate::progress::Reporter;
 use crate::source::verdict;
 use crate::state::State;
@@ -276,9 +277,10 @@ impl Case<'_> {
         let Some(reporter) = ask else {
             return (found, Outcome::Undecided);
         };
-        let answer = match &self.record.route {
-            Some(route) => ask_until_settled(route, &self.record, reporter).await,
-            None => Err(Error::Changed(
+        let answer = match (&self.record.route, self.parked()) {
+            (_, Some(place)) => crate::park::verdict(&place, &self.record.migration_id).await,
+            (Some(route), None) => ask_until_settled(route, &self.record, reporter).await,
+            (None, None) => Err(Error::Changed(
                 "the record does not say how to reach it".to_owned(),
             )),
         };
@@ -315,6 +317,12 @@ impl Case<'_> {
                 (found, Outcome::Undecided)
             }
         }
+    }
+
+    /// The directory that the tree went to, if it went to one. Its gate waits
+    /// for it to come back.
+    fn parked(&self) -> Option<Place> {
+        Place::of_route(&self.record.route.as_ref()?.to)
     }
 
     fn close(&mut self, stage: Stage) -> bool {
@@ -467,7 +475,9 @@ impl Case<'_> {
         }
         self.give_unit_back(HoldDown::release_after_end);
         self.remove_lock();
-        self.remove_gate(Role::Source);
+        if self.parked().is_none() {
+            self.remove_gate(Role::Source);
+        }
         self.remove_images();
         self.forget();
     }

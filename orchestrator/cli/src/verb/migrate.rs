@@ -7,7 +7,7 @@ use migrate_channel::StreamOptions;
 use migrate_core::convergence::{OnTimeout, Policy};
 use migrate_core::stream::{Compress, STREAMS_MAX};
 use migrate_core::wire::{NetworkLock, RestoreChoice, StdioChoice};
-use migrate_session::source::{self, Choices, EngineChoice, MemoryEngine, Request};
+use migrate_session::source::{self, Choices, EngineChoice, MemoryEngine, Request, Target};
 use migrate_session::{Cancel, Reporter};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -220,7 +220,7 @@ pub enum SupervisorChoice {
     Ignore,
 }
 
-fn stdio(text: &str) -> Result<StdioChoice, String> {
+pub fn stdio(text: &str) -> Result<StdioChoice, String> {
     match text {
         "keep" => Ok(StdioChoice::Keep),
         "journal" => Ok(StdioChoice::Journal),
@@ -232,7 +232,7 @@ fn stdio(text: &str) -> Result<StdioChoice, String> {
     }
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
+pub fn seconds(text: &str) -> Result<f64, String> {
     let value: f64 = text
         .parse()
         .map_err(|_| format!("`{text}` is no number of seconds"))?;
@@ -292,7 +292,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
     };
     let request = Request {
         pid,
-        destination,
+        target: Target::Host(destination),
         route: super::route(&to, &args.tree.certificates),
         choices: Choices {
             stdio: args.tree.stdio,
@@ -306,6 +306,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
             restore: args.rounds.restore.into(),
             lock: args.tree.network_lock.into(),
             ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
+            in_place: false,
         },
     };
     let cancel = Cancel::default();

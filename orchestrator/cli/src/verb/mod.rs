@@ -3,9 +3,13 @@
 pub mod agent;
 pub mod cancel;
 pub mod check;
+pub mod guard_boot;
 pub mod keep_memory;
+pub mod maintenance;
 pub mod migrate;
+pub mod park;
 pub mod recover;
+pub mod resume;
 pub mod status;
 pub mod unlock;
 

@@ -4,6 +4,7 @@ use migrate_core::Phase;
 use migrate_core::journal::{Record, Side, Stage};
 use migrate_core::report::counted;
 use migrate_gate::{Leftover, LeftoverMode, Role};
+use migrate_session::source::PARKED;
 use migrate_session::{State, journal, sweep};
 use serde::Serialize;
 
@@ -133,6 +134,8 @@ fn sentence(record: &Record, alive: bool) -> String {
 fn gate_sentence(gate: &Leftover) -> String {
     let owner = if gate.owner_alive {
         format!("held by process {}", gate.owner_pid)
+    } else if gate.id.starts_with(PARKED) {
+        "it waits with a parked tree until `migrate resume`".to_owned()
     } else {
         "its owner is dead: `migrate unlock` removes it".to_owned()
     };

@@ -2,6 +2,7 @@
 
 use migrate_core::journal::Stage;
 use migrate_gate::Leftover;
+use migrate_session::source::PARKED;
 use migrate_session::{State, journal, sweep};
 
 use crate::exit::Exit;
@@ -56,6 +57,12 @@ pub async fn run(args: &Args) -> Exit {
         } else if committed && !args.force {
             eprintln!(
                 "gate {} guards a tree that was handed over: without it this host would reset its connections\nhelp: see `migrate status` on the destination; then use --force",
+                gate.id
+            );
+            exit = Exit::Refused;
+        } else if gate.id.starts_with(PARKED) && !args.force {
+            eprintln!(
+                "gate {} waits with a parked tree: without it this host would reset its connections\nhelp: `migrate resume` takes it away; --force does when you have given the tree up",
                 gate.id
             );
             exit = Exit::Refused;

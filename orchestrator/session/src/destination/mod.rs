@@ -37,6 +37,7 @@ use crate::journal::{self, Journal};
 use crate::state::State;
 
 pub use lazy::keep_memory;
+pub(crate) use receive::Memory;
 
 /// How the destination's part ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +64,32 @@ pub async fn serve(
     cancel: Cancel,
 ) -> Result<Served, Error> {
     let state = State::open()?;
-    let mut side = Destination::new(state, connection, policy, cancel.clone());
+    serve_side(
+        Destination::new(state, connection, policy, cancel.clone()),
+        cancel,
+    )
+    .await
+}
+
+/// Serves a tree that comes back to this host. Its addresses are here, and the
+/// gate that was left for it is taken away when the tree is about to run. It is
+/// root who brings it back, so no policy is in the way.
+///
+/// # Errors
+///
+/// As [`serve`].
+pub(crate) async fn serve_parked(
+    connection: Connection,
+    cancel: Cancel,
+    gate: String,
+) -> Result<Served, Error> {
+    let state = State::open()?;
+    let mut side = Destination::new(state, connection, Arc::default(), cancel.clone());
+    side.parked = Some(gate);
+    serve_side(side, cancel).await
+}
+
+async fn serve_side(mut side: Destination, cancel: Cancel) -> Result<Served, Error> {
     let mut failed = None;
     while !side.step.is_end() {
         let step = side.step;
@@ -153,6 +179,8 @@ struct Destination {
     net: Option<Net>,
     criu: Option<Criu>,
     dumped_at: Option<Instant>,
+    /// The gate that waits for the tree, when it has been on this host before.
+    parked: Option<String>,
 
     // Effects, in the order in which they come about.
     journal: Option<Journal>,
@@ -192,6 +220,7 @@ impl Destination {
             net: None,
             criu: None,
             dumped_at: None,
+            parked: None,
             journal: None,
             guard: None,
             gate: None,
@@ -466,7 +495,11 @@ impl Destination {
         leftovers
     }
 
+    /// The addresses that come with the tree.
     fn addresses(&self) -> Vec<IpAddr> {
+        if self.parked.is_some() {
+            return Vec::new();
+        }
         self.order.as_ref().map_or_else(Vec::new, |order| {
             order.tree.addresses.iter().map(|a| a.ip).collect()
         })

@@ -32,7 +32,10 @@ impl Destination {
         findings.extend(migrate_proc::compare_files(&tree.files));
         findings.extend(judge_stdio(&tree.stdio, &stdio));
         let net = Net::open().await?;
-        let (network, placements) = migrate_net::compare(&net, &tree).await?;
+        let (network, placements) = match self.parked {
+            None => migrate_net::compare(&net, &tree).await?,
+            Some(_) => migrate_net::compare_in_place(&net, &tree).await?,
+        };
         findings.extend(network);
 
         if !refused(&findings) {

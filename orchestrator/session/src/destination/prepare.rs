@@ -91,8 +91,10 @@ impl Destination {
             .map(|flow| flow.remote.ip())
             .collect();
         net.find_neighbours(&peers, &interfaces).await;
-        for placement in &order.placements {
-            self.staged.push(net.stage(placement).await?);
+        if self.parked.is_none() {
+            for placement in &order.placements {
+                self.staged.push(net.stage(placement).await?);
+            }
         }
 
         let images = self.images.insert(ImageDir::create(&images)?);
@@ -171,9 +173,11 @@ impl Destination {
                 .first()
                 .map_or_else(String::new, |process| process.name.clone()),
             peer: self.peer.clone(),
+            // What is here already stays, whatever happens.
             addresses: order
                 .placements
                 .iter()
+                .filter(|_| self.parked.is_none())
                 .map(|placement| AddressFacts {
                     ip: placement.ip,
                     prefix_len: placement.prefix_len,

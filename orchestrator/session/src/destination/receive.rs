@@ -25,7 +25,7 @@ struct Announced {
 }
 
 /// Memory that comes in.
-struct Memory {
+pub(crate) struct Memory {
     /// What came in rounds, the latest of each page.
     store: PageStore,
     /// The rounds are over: what comes is CRIU's final list.
@@ -46,7 +46,7 @@ impl Memory {
     /// And this much more, for small trees.
     const SPARE_BYTES: u64 = 256 << 20;
 
-    fn new(resident_bytes: u64, policy: &Policy, verify: bool) -> Self {
+    pub(crate) fn new(resident_bytes: u64, policy: &Policy, verify: bool) -> Self {
         let room_bytes = resident_bytes
             .saturating_mul(Self::GROWTH_MAX)
             .saturating_add(Self::SPARE_BYTES)
@@ -60,7 +60,17 @@ impl Memory {
         }
     }
 
-    fn take(&mut self, images: &mut ImageDir, run: PageRun, data: &[u8]) -> Result<(), Error> {
+    /// The rounds are over.
+    pub(crate) fn freeze(&mut self) {
+        self.frozen = true;
+    }
+
+    pub(crate) fn take(
+        &mut self,
+        images: &mut ImageDir,
+        run: PageRun,
+        data: &[u8],
+    ) -> Result<(), Error> {
         if !self.frozen {
             return Ok(self.store.put(run, data)?);
         }
@@ -88,7 +98,7 @@ impl Memory {
     }
 
     /// Puts the pages in store where the final list names them.
-    fn fill(&self, images: &mut ImageDir) -> Result<(), Error> {
+    pub(crate) fn fill(&self, images: &mut ImageDir) -> Result<(), Error> {
         let store = &self.store;
         images.fill(
             &mut |owner, vaddr: u64, pages: u64, out: &mut dyn io::Write| {
@@ -120,7 +130,7 @@ impl Memory {
 
     /// Compares with what the frozen tree's memory amounts to. Hashing all of it
     /// takes a while, and must not be in the way of a cancellation.
-    async fn verified(
+    pub(crate) async fn verified(
         mut self,
         digests: Vec<(u32, [u8; 32])>,
         masks: Vec<(u64, u32)>,
@@ -246,7 +256,7 @@ impl Destination {
                         awaited: AWAITED,
                     });
                 }
-                Frame::Control(Message::Frozen) => memory.frozen = true,
+                Frame::Control(Message::Frozen) => memory.freeze(),
                 Frame::Control(Message::Flows(flows)) => {
                     if let Some(gate) = &self.gate {
                         gate.add_flows(&flows)?;

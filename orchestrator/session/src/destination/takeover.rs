@@ -65,6 +65,12 @@ impl Destination {
         if let Err(error) = told {
             tracing::warn!(error = %error.chain(), "could not tell the source that the tree is owned");
         }
+        if let Some(parked) = &self.parked
+            && let Err(error) = crate::park::disarm(&self.state, parked)
+        {
+            // The tree runs, and nobody would hear it.
+            tracing::error!(error = %crate::error::chain(&error), gate = parked, "could not remove the gate that has waited");
+        }
         let addresses = self.addresses();
         let gate = self.gate.as_ref();
         if let Some(gate) = gate {

@@ -12,7 +12,7 @@ use migrate_criu::{CriuError, DumpOptions, Notice, PARENT, PageSink, PageStats, 
 use migrate_memory::{ContentPrecopy, Listed, MemoryError};
 
 use super::preflight::{externals, survey};
-use super::{Engine, Migration, not_yet};
+use super::{Engine, Migration, Target, not_yet};
 use crate::error::Error;
 
 /// Bytes of an image file in one frame.
@@ -275,7 +275,12 @@ impl Migration {
         match self.next_while_carrying(AWAITED, DUMP_LIMIT).await? {
             Message::Restored { restore_us } => {
                 self.moments.restored = Some(Instant::now());
-                Ok(format!("in {} ms on the destination", restore_us / 1000))
+                Ok(match &self.request.target {
+                    Target::Host(_) => {
+                        format!("in {} ms on the destination", restore_us / 1000)
+                    }
+                    Target::Directory(_) => format!("on the disk in {} ms", restore_us / 1000),
+                })
             }
             other => Err(self.unexpected(&other, AWAITED)),
         }

@@ -13,16 +13,20 @@
 //!    this host answers a peer any more.
 //! 5. `Go` is sent. An error of that send proves nothing about its arrival.
 
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use migrate_core::facts::AddressFacts;
 use migrate_core::journal::Stage;
 use migrate_core::protocol::Machine as _;
 use migrate_core::protocol::source::{Event, Step};
 use migrate_core::report::{Continuity, FlowSeen};
 use migrate_core::wire::{Message, NetworkLock};
 use migrate_criu::{Notice, Session};
+use migrate_gate::Gate;
 
-use super::{Engine, Migration, STEP_LIMIT, detach, micros, not_yet, verdict};
+use super::{Engine, Migration, STEP_LIMIT, Target, detach, micros, not_yet, verdict};
 use crate::cancel::Cancel;
 use crate::error::Error;
 
@@ -90,9 +94,8 @@ impl Migration {
     /// Takes the addresses away, and sends what has been held meanwhile.
     pub(super) async fn withdraw(&mut self) -> Result<(), Error> {
         let net = self.net.as_ref().ok_or_else(|| not_yet("netlink"))?;
-        let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
-        for address in &plan.facts.addresses {
-            self.withdrawn.push(net.withdraw(address).await?);
+        for address in self.withdrawing().to_vec() {
+            self.withdrawn.push(net.withdraw(&address).await?);
         }
         let limit = self.owned_limit();
         // A peer that takes nothing must not keep the tree standing still.
@@ -129,6 +132,14 @@ impl Migration {
         }
     }
 
+    /// The addresses that leave this host with the tree.
+    pub(super) fn withdrawing(&self) -> &[AddressFacts] {
+        match &self.plan {
+            Some(plan) if !self.request.choices.in_place => &plan.facts.addresses,
+            Some(_) | None => &[],
+        }
+    }
+
     /// Asks the destination what its record says, until its answer is one that
     /// the step has a use for. Where the copy has provably never run, the
     /// destination has given it up by the time it answers.
@@ -145,8 +156,21 @@ impl Migration {
             .as_ref()
             .map_or_else(String::new, |journal| journal.record().peer.clone());
         let mut last = None;
+        let host = match &self.request.target {
+            Target::Host(host) => host,
+            // What lies there is the answer.
+            Target::Directory(place) => {
+                let undecided = |error| Error::Undecided(Box::new(error));
+                let stage = crate::park::verdict(place, &self.id).await;
+                let event = Event::says(stage.map_err(undecided)?)
+                    .filter(|event| step.on(*event).is_ok())
+                    .ok_or_else(|| undecided(not_yet("an answer")))?;
+                self.disowned = event == Event::SaysNever;
+                return Ok(event);
+            }
+        };
         for _ in 0..Self::VERDICT_TRIES {
-            let asked = verdict::ask(&self.request.destination, &self.id, &peer, &self.reporter);
+            let asked = verdict::ask(host, &self.id, &peer, &self.reporter);
             match asked.await {
                 Ok((link, stage)) => match Event::says(stage) {
                     Some(event) if step.on(event).is_ok() => {
@@ -183,10 +207,10 @@ impl Migration {
             "" => "/",
             path => path,
         };
-        Ok(format!(
-            "runs as {} in cgroup {cgroup}",
-            self.running.root_pid
-        ))
+        Ok(match &self.request.target {
+            Target::Host(_) => format!("runs as {} in cgroup {cgroup}", self.running.root_pid),
+            Target::Directory(_) => "waits on the disk".to_owned(),
+        })
     }
 
     /// Removes what is left of the tree here. CRIU kills it with its sockets
@@ -247,7 +271,7 @@ impl Migration {
         if let Some(gate) = self.gate.take() {
             // Closed connections would go on to speak for an address that is
             // another host's now. The gate keeps in what their removal says.
-            let addresses = self.moved();
+            let addresses: Vec<IpAddr> = self.withdrawing().iter().map(|a| a.ip).collect();
             match migrate_net::remove_closed(&addresses) {
                 Ok(0) => {}
                 Ok(removed) => tracing::debug!(removed, "closed connections removed"),
@@ -268,7 +292,12 @@ impl Migration {
             seen = Some(crate::seen::seen(&gate));
             // What the kernel has to say for a tree that is left is not for
             // its peers: they talk to the copy.
-            if removed && let Err(error) = detach(gate) {
+            if self.request.choices.in_place {
+                // Nobody may answer for the tree until it is back.
+                if let Err(error) = leave(gate) {
+                    leftovers.push(format!("could not leave the gate closed: {error}"));
+                }
+            } else if removed && let Err(error) = detach(gate) {
                 leftovers.push(format!("could not detach the gate: {error}"));
             }
         }
@@ -317,6 +346,14 @@ impl Migration {
             _ => None,
         };
         Continuity::of(seen, theirs.as_deref(), micros(until_owned), self.was_quiet)
+    }
+}
+
+/// Leaves a gate closed that nobody else holds.
+fn leave(gate: Arc<Gate>) -> Result<(), String> {
+    match Arc::into_inner(gate) {
+        Some(gate) => gate.leave().map_err(|e| crate::error::chain(&e)),
+        None => Err("it is still in use".to_owned()),
     }
 }
 

@@ -46,6 +46,7 @@ use crate::error::Error;
 use crate::guard::Guard;
 use crate::inbox::Inbox;
 use crate::journal::Journal;
+use crate::park::Place;
 use crate::progress::{Progress, Reporter};
 use crate::state::{State, TreeLock};
 
@@ -58,11 +59,20 @@ pub struct Request {
     /// Root of the tree.
     pub pid: i32,
     /// Where to.
-    pub destination: Destination,
+    pub target: Target,
     /// The same as the user said it, for the record.
     pub route: Route,
     /// How.
     pub choices: Choices,
+}
+
+/// Where a tree goes.
+#[derive(Debug, Clone)]
+pub enum Target {
+    /// To another host.
+    Host(Destination),
+    /// To a directory, to come back to this host.
+    Directory(Place),
 }
 
 /// What the user said about the tree.
@@ -95,6 +105,8 @@ pub struct Choices {
     /// What keeps packets from the frozen tree. Other locks than the gate are
     /// there to be compared with it.
     pub lock: NetworkLock,
+    /// The tree comes back to this very host: its addresses stay.
+    pub in_place: bool,
 }
 
 impl Choices {
@@ -129,6 +141,9 @@ pub struct Failure {
     /// What could not be undone.
     pub leftovers: Vec<String>,
 }
+
+/// Begins the names of parkings, and so of the gates that wait with them.
+pub const PARKED: &str = "park-";
 
 /// A random name for a migration.
 ///
@@ -352,8 +367,13 @@ impl Migration {
         let state = State::open()?;
         let lock = state.lock_tree(request.pid)?;
         let now = Instant::now();
+        let id = migration_id()?;
         Ok(Self {
-            id: migration_id()?,
+            id: match &request.target {
+                Target::Host(_) => id,
+                // Its gate stays, and this tells what it is for.
+                Target::Directory(_) => format!("{PARKED}{id}"),
+            },
             request,
             reporter,
             state,
@@ -786,7 +806,7 @@ fn detach(gate: Arc<Gate>) -> Result<(), String> {
     }
 }
 
-fn micros(span: Duration) -> u64 {
+pub(crate) fn micros(span: Duration) -> u64 {
     u64::try_from(span.as_micros()).unwrap_or(u64::MAX)
 }
 

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use migrate_channel::Destination;
+use migrate_channel::{Connection, Destination};
 use migrate_core::facts::{HostFacts, SocketFacts, StdioFacts, StdioKind, TreeFacts};
 use migrate_core::preflight::{Finding, Severity};
 use migrate_core::report::counted;
@@ -13,7 +13,7 @@ use migrate_proc::Tree;
 
 use super::precopy::choose;
 use super::{
-    CONNECT_LIMIT, Choices, Link, MemoryEngine, Migration, Plan, STEP_LIMIT, migration_id,
+    CONNECT_LIMIT, Choices, Link, MemoryEngine, Migration, Plan, STEP_LIMIT, Target, migration_id,
 };
 use crate::error::Error;
 use crate::inbox::Inbox;
@@ -51,7 +51,14 @@ impl Migration {
         // What has not come yet would be zeros on the next host.
         let pids = migrate_proc::tree(self.request.pid)?.pids();
         self.state.await_memory(&pids, MEMORY_LIMIT).await?;
-        let link = connect(&self.request.destination, &self.id, &self.reporter).await?;
+        let link = match &self.request.target {
+            Target::Host(host) => connect(host, &self.id, &self.reporter).await?,
+            Target::Directory(place) => linked(
+                crate::park::connect(place, &self.id),
+                &self.id,
+                &self.reporter,
+            ),
+        };
         self.link = Some(link);
         crate::pause::at(self.step.phase().name());
         let net = Net::open().await?;
@@ -132,17 +139,21 @@ pub(super) async fn connect(
     let connection = migrate_channel::connect(destination, crate::hello(id), CONNECT_LIMIT)
         .await
         .map_err(Error::Connect)?;
+    Ok(linked(connection, id, reporter))
+}
+
+fn linked(connection: Connection, id: &str, reporter: &Reporter) -> Link {
     let peer = connection.hello.hostname.clone();
     reporter.tell(Progress::Connected {
         migration_id: id.to_owned(),
         destination: peer.clone(),
     });
-    Ok(Link {
+    Link {
         sender: connection.sender,
         inbox: Inbox::new(peer.clone(), connection.receiver),
         peer,
         further: Some(connection.further),
-    })
+    }
 }
 
 /// Lets the destination compare.
@@ -305,6 +316,7 @@ pub(super) async fn survey(
 ) -> Result<TreeSockets, Error> {
     let mut options = SurveyOptions {
         forced_addresses: choices.addresses.clone(),
+        in_place: choices.in_place,
         ..SurveyOptions::default()
     };
     let sockets = migrate_net::survey(net, &tree.socket_inodes()?, &options).await?;

@@ -115,7 +115,7 @@ impl Migration {
         let intent = Fence::plan(&plan.tree, &self.id)?;
         let net = self.net.as_ref().ok_or_else(|| not_yet("netlink"))?;
         let mut withdrawn = Vec::new();
-        for address in &plan.facts.addresses {
+        for address in self.withdrawing() {
             withdrawn.push(net.plan_withdrawal(address).await?);
         }
         if let Some(journal) = &mut self.journal {
@@ -205,7 +205,7 @@ impl Migration {
                 .first()
                 .map_or_else(String::new, |process| process.name.clone()),
             peer,
-            addresses: plan.facts.addresses.clone(),
+            addresses: self.withdrawing().to_vec(),
             images: None,
             fence: None,
             // On record before it is there, as the fence.

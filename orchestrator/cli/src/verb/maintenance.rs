@@ -1,0 +1,138 @@
+//! `migrate maintenance`: park, run the command that reboots, resume if it fails.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use migrate_session::Cancel;
+use migrate_session::park::Place;
+use tokio::process::Command;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::migrate::obey_signals;
+use super::park::{How, park_all, told};
+use super::resume;
+use crate::Output;
+use crate::exit::Exit;
+use crate::show::Show;
+
+/// What to park, and what to run then.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Roots of the process trees
+    #[arg(value_name = "PID", required = true)]
+    pub pids: Vec<i32>,
+    /// The command that ends this kernel, run by `sh -c`: `systemctl kexec`, `kexec -e`, `reboot`
+    #[arg(long, value_name = "COMMAND")]
+    pub reboot_cmd: String,
+    /// The trees come back when the command has returned and this kernel still runs after so
+    /// many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    pub grace: u64,
+    #[command(flatten)]
+    pub how: How,
+}
+
+pub async fn run(args: Args, output: &Output) -> Exit {
+    let mut show = Show::new(output);
+    let cancel = Cancel::default();
+    let signals = obey_signals(cancel.clone()).and_then(|()| Signals::listen());
+    let mut signals = match signals {
+        Ok(signals) => signals,
+        Err(error) => {
+            show.usage(&format!("could not listen for signals: {error}"));
+            return Exit::Internal;
+        }
+    };
+    let places = match park_all(&args.pids, &args.how, &cancel, output).await {
+        Ok(places) => places,
+        Err(exit) => return exit,
+    };
+    for place in &places {
+        told(&mut show, output, place);
+    }
+    let why = match end_of_kernel(&args, &mut signals).await {
+        End::NotYet(why) => why,
+        End::GoesDown => {
+            show.usage("told to end while the system goes down: the trees stay parked");
+            return Exit::Done;
+        }
+    };
+    show.usage(&format!(
+        "{why}: this kernel stays, and the trees come back"
+    ));
+    match back(&places, output).await {
+        Exit::Done => Exit::RolledBack,
+        exit => exit,
+    }
+}
+
+/// Signals from the beginning on: one that came when all trees were parked
+/// already is not lost.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+}
+
+/// What became of the command that should end this kernel.
+enum End {
+    /// It has not, for this reason.
+    NotYet(String),
+    /// It is about to.
+    GoesDown,
+}
+
+/// Runs the command. The user's Ctrl-C takes it back; a system that goes down
+/// ends this process by other signals, and then nothing may come back.
+async fn end_of_kernel(args: &Args, signals: &mut Signals) -> End {
+    let command = &args.reboot_cmd;
+    let child = Command::new("sh")
+        .args(["-c", command])
+        .stdin(Stdio::null())
+        // Its output is not part of ours, which may be JSON.
+        .stdout(std::io::stderr())
+        .kill_on_drop(true)
+        .spawn();
+    let mut child = match child {
+        Ok(child) => child,
+        Err(error) => return End::NotYet(format!("could not run `{command}`: {error}")),
+    };
+    let outlived = async {
+        match child.wait().await {
+            // `systemctl reboot` returns while the machine goes down.
+            Ok(status) if status.success() => {
+                tokio::time::sleep(Duration::from_secs(args.grace)).await;
+                format!(
+                    "`{command}` has not ended this kernel within {} s",
+                    args.grace
+                )
+            }
+            Ok(status) => format!("`{command}` failed ({status})"),
+            Err(error) => format!("could not wait for `{command}`: {error}"),
+        }
+    };
+    tokio::select! {
+        why = outlived => End::NotYet(why),
+        _ = signals.interrupt.recv() => End::NotYet("interrupted".to_owned()),
+        _ = signals.terminate.recv() => End::GoesDown,
+    }
+}
+
+async fn back(places: &[Place], output: &Output) -> Exit {
+    let mut exit = Exit::Done;
+    for place in places.iter().rev() {
+        match resume::one(place, &resume::How::default(), output).await {
+            Exit::Done => {}
+            failed => exit = failed,
+        }
+    }
+    exit
+}

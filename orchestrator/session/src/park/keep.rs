@@ -1,0 +1,433 @@
+//! The destination's side of a parking: a directory in place of a host.
+//!
+//! It answers the source's messages as an agent does, in the same process:
+//!
+//! ```text
+//!  Preflight   space, memory, the directory itself
+//!  Prepare     the set's directory is made and claimed
+//!  ...         pages and images come in
+//!  Dumped      images are written, synced to the disk and hashed -> Restored
+//!  Go          the manifest takes its place, by one rename      -> Owned   == the commit ==
+//! ```
+//!
+//! Until the manifest is there everything is removed when the connection ends.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use migrate_channel::{Connection, Frame, Receiver, Sender};
+use migrate_core::facts::{HostFacts, TreeFacts};
+use migrate_core::parked::{ImageFile, MANIFEST_VERSION, Manifest, Patience};
+use migrate_core::policy::Policy;
+use migrate_core::preflight::Finding;
+use migrate_core::tracked::Tracked;
+use migrate_core::wire::{Message, RunningReport, StdioChoice, WireError};
+use migrate_core::{Flow, Phase};
+use migrate_criu::ImageDir;
+use migrate_proc::TcpSockets;
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::sys::statvfs::statvfs;
+
+use super::place::{Place, PlaceLock};
+use crate::destination::Memory;
+use crate::error::{Error, chain};
+use crate::inbox::Inbox;
+
+/// The longest silence of the source, which examines its tree or asks its user
+/// meanwhile.
+const SILENCE: Duration = Duration::from_secs(600);
+
+/// How long another `migrate` may take to leave the set.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+
+/// Images of processes, sockets and files beside the memory: 16 KiB each for a
+/// thousand of them.
+const IMAGES_OVERHEAD_BYTES: u64 = 16 << 20;
+
+/// A connection to a directory, which is served by a task of this process.
+pub(crate) fn connect(place: &Place, id: &str) -> Connection {
+    let source = crate::hello(id);
+    let mut directory = source.clone();
+    directory.hostname = place.path().display().to_string();
+    let (ours, theirs) = Connection::pair(source, directory);
+    tokio::spawn(serve(place.clone(), theirs));
+    ours
+}
+
+async fn serve(place: Place, connection: Connection) {
+    let mut keeper = Keeper {
+        place,
+        id: connection.hello.migration_id,
+        peer: connection.hello.hostname,
+        sender: connection.sender,
+        receiver: Some(connection.receiver),
+        phase: Phase::Preflight,
+        order: None,
+        patience: Vec::new(),
+        lock: None,
+        images: None,
+        tracked: Vec::new(),
+        ended: Vec::new(),
+    };
+    if let Err(error) = keeper.run().await {
+        tracing::warn!(error = %error.chain(), phase = %keeper.phase, "the tree was not parked");
+        let failed = Message::Failed(WireError {
+            phase: keeper.phase,
+            host: keeper.place.path().display().to_string(),
+            message: error.chain(),
+            help: error.help(),
+        });
+        let _ = keeper.sender.control(&failed).await;
+        keeper.undo();
+    }
+    let _ = keeper.sender.close().await;
+}
+
+/// The tree, as the source has told.
+struct Order {
+    tree: TreeFacts,
+    source: HostFacts,
+    stdio: StdioChoice,
+}
+
+struct Keeper {
+    place: Place,
+    id: String,
+    peer: String,
+    sender: Sender,
+    /// Until messages are read by a task of their own.
+    receiver: Option<Receiver>,
+    phase: Phase,
+    order: Option<Order>,
+    patience: Vec<Patience>,
+    // Effects, in the order in which they come about.
+    lock: Option<PlaceLock>,
+    images: Option<ImageDir>,
+    tracked: Vec<Tracked>,
+    ended: Vec<Flow>,
+}
+
+impl Keeper {
+    async fn run(&mut self) -> Result<(), Error> {
+        loop {
+            match self.message("what the source wants").await? {
+                Message::Preflight {
+                    tree,
+                    source,
+                    stdio,
+                } => self.preflight(*tree, *source, stdio).await?,
+                Message::Prepare { verify, .. } => {
+                    self.phase = Phase::Prepare;
+                    self.prepare().await?;
+                    self.phase = Phase::Dump;
+                    let begun = self.receive(verify).await?;
+                    self.phase = Phase::Restore;
+                    return self.keep(begun).await;
+                }
+                Message::Abort { .. } => return Ok(()),
+                other => return Err(self.unexpected(&other, "what the source wants")),
+            }
+        }
+    }
+
+    async fn preflight(
+        &mut self,
+        tree: TreeFacts,
+        source: HostFacts,
+        stdio: StdioChoice,
+    ) -> Result<(), Error> {
+        let mut findings = Vec::new();
+        let subject = format!("directory {}", self.place.directory().display());
+        match self.place.is_free() {
+            Ok(false) => findings.push(Finding::ok(
+                subject,
+                format!("takes the tree as {}", self.place.name()),
+            )),
+            Ok(true) => findings.push(Finding::note(
+                subject,
+                format!(
+                    "{} holds what is left of an earlier parking, which is removed",
+                    self.place.path().display()
+                ),
+                "",
+            )),
+            Err(error) => findings.push(Finding::refused(
+                subject,
+                error.chain(),
+                error.help().unwrap_or_default(),
+            )),
+        }
+        // The tree is of this host, too.
+        let pids: Vec<i32> = tree.processes.iter().map(|process| process.pid).collect();
+        let timers = TcpSockets::of(&pids).map(|sockets| sockets.patience());
+        self.patience = timers.unwrap_or_default();
+        self.patience
+            .retain(|patience| tree.flows.contains(&patience.flow));
+        findings.extend(room(&self.place, &source, &tree));
+        findings.extend(super::kernel_finding());
+        self.order = Some(Order {
+            tree,
+            source: source.clone(),
+            stdio,
+        });
+        let answer = Message::Findings {
+            findings,
+            destination: Box::new(source),
+        };
+        self.send(&answer).await
+    }
+
+    async fn prepare(&mut self) -> Result<(), Error> {
+        self.place.make()?;
+        self.lock = Some(self.place.lock(LOCK_LIMIT).await?);
+        self.images = Some(ImageDir::create_on_disk(self.place.images())?);
+        self.send(&Message::Prepared).await?;
+        match self.message("the page stream").await? {
+            Message::Streams => {}
+            other => return Err(self.unexpected(&other, "the page stream")),
+        }
+        let peer = self.peer.clone();
+        self.receiver()?
+            .stripe(Vec::new())
+            .map_err(|source| Error::Channel { peer, source })
+    }
+
+    /// Takes frames until `Dumped`, and gets everything onto the disk.
+    async fn receive(&mut self, verify: bool) -> Result<Instant, Error> {
+        const AWAITED: &str = "pages and images";
+        let resident_bytes = self.order()?.tree.resident_bytes;
+        let mut memory = Memory::new(resident_bytes, &Policy::default(), verify);
+        let (announced, digests, masks) = loop {
+            let frame = match self.receiver()?.next(SILENCE).await {
+                Ok(frame) => frame,
+                Err(error) => return Err(self.lost(error, AWAITED)),
+            };
+            let images = self.images.as_mut().ok_or_else(not_prepared)?;
+            match frame {
+                Frame::Pages { run, data } => memory.take(images, run, &data)?,
+                Frame::Image { name, last, data } => {
+                    images.image_piece(&migrate_core::wire::ImagePiece {
+                        name: &name,
+                        last,
+                        data: &data,
+                    })?;
+                }
+                // Its sender has to send it again in any case.
+                Frame::Packet(_) => {}
+                Frame::Control(Message::Frozen) => memory.freeze(),
+                Frame::Control(Message::Flows(flows)) => {
+                    self.order.as_mut().ok_or_else(not_prepared)?.tree.flows = flows;
+                }
+                Frame::Control(Message::Tracked(entries)) => self.tracked.extend(entries),
+                // Those that are over altogether are forgotten by then.
+                Frame::Control(Message::Ended { open, .. }) => self.ended.extend(open),
+                Frame::Control(Message::Dumped {
+                    pages,
+                    in_store,
+                    images,
+                    digests,
+                    masks,
+                }) => break ((pages, in_store, images), digests, masks),
+                Frame::Control(Message::Abort { reason }) => return Err(Error::Aborted(reason)),
+                Frame::Control(other) => return Err(self.unexpected(&other, AWAITED)),
+            }
+        };
+        let peer = self.peer.clone();
+        let ended = self.receiver()?.unstripe(SILENCE).await;
+        ended.map_err(|source| Error::Channel { peer, source })?;
+        let begun = Instant::now();
+        let mut images = self.images.take().ok_or_else(not_prepared)?;
+        // The disk takes its time, and must not be in the way of the source's
+        // giving up.
+        let written = tokio::task::spawn_blocking(move || {
+            memory.fill(&mut images)?;
+            let stats = images.finish()?;
+            Ok::<_, Error>((images, memory, stats))
+        });
+        let (images, memory, stats) = joined(written.await)??;
+        self.images = Some(images);
+        memory.verified(digests, masks).await?;
+        let came = (stats.pages, stats.pages_in_gaps, stats.images);
+        if came != announced {
+            return Err(Error::Changed(format!(
+                "{} pages, {} in store and {} images came; {}, {} and {} were sent",
+                came.0, came.1, came.2, announced.0, announced.1, announced.2
+            )));
+        }
+        Ok(begun)
+    }
+
+    /// Everything is here: makes it last, and waits for the word.
+    async fn keep(&mut self, begun: Instant) -> Result<(), Error> {
+        const AWAITED: &str = "the source's go";
+        let receiver = self.receiver.take().ok_or_else(not_prepared)?;
+        let mut inbox = Inbox::new(self.peer.clone(), receiver);
+        let place = self.place.clone();
+        let files = tokio::task::spawn_blocking(move || place.persist());
+        let files = tokio::select! {
+            files = files => joined(files)??,
+            message = inbox.next("the images on disk") => {
+                let message = message?;
+                return Err(crate::inbox::unexpected(&self.peer, &message, "the images on disk"));
+            }
+        };
+        let manifest = self.manifest(files)?;
+        let restore_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.send(&Message::Restored { restore_us }).await?;
+        self.phase = Phase::HandedOver;
+        match inbox.next_within(AWAITED, SILENCE).await? {
+            Message::Go => {}
+            other => return Err(crate::inbox::unexpected(&self.peer, &other, AWAITED)),
+        }
+        self.place.commit(&manifest)?;
+        crate::pause::at("parked");
+        if let Some(images) = self.images.take() {
+            let _ = images.keep();
+        }
+        self.phase = Phase::Takeover;
+        let report = RunningReport {
+            root_pid: manifest.tree.root_pid,
+            ..RunningReport::default()
+        };
+        // The source may be gone; the tree is parked all the same.
+        for message in [
+            Message::Owned,
+            Message::Running(report),
+            Message::Seen(Vec::new()),
+        ] {
+            if let Err(error) = self.send(&message).await {
+                tracing::warn!(error = %error.chain(), "could not tell the source that the tree is parked");
+            }
+        }
+        inbox.closed(SILENCE).await;
+        Ok(())
+    }
+
+    fn manifest(&self, images: Vec<ImageFile>) -> Result<Manifest, Error> {
+        let order = self.order()?;
+        Ok(Manifest {
+            version: MANIFEST_VERSION,
+            release: env!("CARGO_PKG_VERSION").to_owned(),
+            id: self.id.clone(),
+            parked_unix_s: unix_s(),
+            machine_id: super::machine_id(),
+            boot_id: super::boot_id()?,
+            host: order.source.clone(),
+            tree: order.tree.clone(),
+            stdio: order.stdio.clone(),
+            tracked: self.tracked.clone(),
+            patience: self.patience.clone(),
+            ended: self.ended.clone(),
+            images,
+        })
+    }
+
+    /// Removes what was written. The manifest was not.
+    fn undo(&mut self) {
+        if let Some(images) = self.images.take()
+            && let Err(error) = images.wipe()
+        {
+            tracing::error!(error = %chain(&error), "could not remove the images");
+        }
+        if self.lock.take().is_some()
+            && let Err(error) = self.place.remove()
+        {
+            tracing::error!(error = %error.chain(), "could not remove the directory");
+        }
+    }
+
+    fn order(&self) -> Result<&Order, Error> {
+        self.order.as_ref().ok_or_else(not_prepared)
+    }
+
+    fn receiver(&mut self) -> Result<&mut Receiver, Error> {
+        self.receiver.as_mut().ok_or_else(not_prepared)
+    }
+
+    async fn message(&mut self, awaited: &'static str) -> Result<Message, Error> {
+        match self.receiver()?.control(SILENCE).await {
+            Ok(Message::Abort { reason }) if self.lock.is_some() => Err(Error::Aborted(reason)),
+            Ok(message) => Ok(message),
+            Err(error) => Err(self.lost(error, awaited)),
+        }
+    }
+
+    fn lost(&self, error: migrate_channel::ChannelError, awaited: &'static str) -> Error {
+        let peer = self.peer.clone();
+        if error.is_disconnect() {
+            Error::PeerGone { peer, awaited }
+        } else {
+            Error::Channel {
+                peer,
+                source: error,
+            }
+        }
+    }
+
+    async fn send(&mut self, message: &Message) -> Result<(), Error> {
+        let sent = self.sender.control(message).await;
+        sent.map_err(|source| Error::Channel {
+            peer: self.peer.clone(),
+            source,
+        })
+    }
+
+    fn unexpected(&self, message: &Message, awaited: &'static str) -> Error {
+        crate::inbox::unexpected(&self.peer, message, awaited)
+    }
+}
+
+fn not_prepared() -> Error {
+    Error::Changed("nothing has been prepared".to_owned())
+}
+
+fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T, Error> {
+    result.map_err(|error| Error::Changed(format!("writing the images failed: {error}")))
+}
+
+/// Seconds since 1970.
+pub(super) fn unix_s() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// Whether there is room for the tree: on the disk, and in memory for what
+/// rounds bring.
+fn room(place: &Place, host: &HostFacts, tree: &TreeFacts) -> Vec<Finding> {
+    let directory = place.directory();
+    let subject = format!("space in {}", directory.display());
+    let mut findings = Vec::new();
+    let needs = tree.resident_bytes.saturating_add(IMAGES_OVERHEAD_BYTES);
+    if let Ok(disk) = statvfs(directory) {
+        let free = disk.blocks_available().saturating_mul(disk.fragment_size());
+        let finding = format!(
+            "the images need {} MiB, {} MiB are free",
+            needs >> 20,
+            free >> 20
+        );
+        findings.push(if free < needs {
+            Finding::refused(subject, finding, "free some, or name another directory")
+        } else {
+            Finding::ok(subject, finding)
+        });
+    }
+    if statfs(directory).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC) {
+        findings.push(Finding::note(
+            format!("directory {}", directory.display()),
+            "lies in memory: what is parked there does not outlive a reboot",
+            "name a directory on a disk, unless the machine stays up",
+        ));
+    }
+    if host.memory_available_bytes < tree.resident_bytes {
+        findings.push(Finding::refused(
+            "memory",
+            format!(
+                "{} MiB are available, and rounds keep the tree's {} MiB beside it",
+                host.memory_available_bytes >> 20,
+                tree.resident_bytes >> 20
+            ),
+            "free memory, or stop what is not needed during the maintenance",
+        ));
+    }
+    findings
+}

@@ -1,0 +1,589 @@
+//! Where a parked tree lies on disk, and how it gets there for good.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use migrate_core::parked::{
+    ImageFile, MANIFEST_BYTES_MAX, MANIFEST_VERSION, Manifest, Mark, is_plain,
+};
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::error::Error;
+
+/// Why a manifest cannot be used.
+#[derive(Debug, Error)]
+pub enum ManifestError {
+    /// It is no manifest, or only a part of one.
+    #[error("is no manifest of a parked tree, or only a part of one")]
+    Malformed(#[source] serde_json::Error),
+    /// Another version's.
+    #[error(
+        "was written in version {found} of the format by migrate {release}, and this is version {MANIFEST_VERSION}"
+    )]
+    Version {
+        /// The version.
+        found: u32,
+        /// The release that has written it.
+        release: String,
+    },
+    /// A name that could lead out of the directory.
+    #[error("names the image {0:?}, which is no plain file name")]
+    Name(String),
+}
+
+/// Reads a manifest. Its version is looked at before anything else.
+fn parse(text: &[u8]) -> Result<Manifest, ManifestError> {
+    #[derive(Deserialize)]
+    struct Head {
+        version: u32,
+        #[serde(default)]
+        release: String,
+    }
+    let head: Head = serde_json::from_slice(text).map_err(ManifestError::Malformed)?;
+    if head.version != MANIFEST_VERSION {
+        return Err(ManifestError::Version {
+            found: head.version,
+            release: head.release,
+        });
+    }
+    let manifest: Manifest = serde_json::from_slice(text).map_err(ManifestError::Malformed)?;
+    if let Some(image) = manifest.images.iter().find(|image| !is_plain(&image.name)) {
+        return Err(ManifestError::Name(image.name.clone()));
+    }
+    Ok(manifest)
+}
+
+/// Why a directory cannot be parked in or resumed from.
+#[derive(Debug, Error)]
+pub enum ParkError {
+    /// There is none.
+    #[error("{} does not exist", .0.display())]
+    Missing(PathBuf),
+    /// It is something else.
+    #[error("{} is no directory", .0.display())]
+    NoDirectory(PathBuf),
+    /// Somebody else could have changed it.
+    #[error(
+        "{} can be changed by others than root (owner {owner}, mode {mode:04o})",
+        path.display()
+    )]
+    NotPrivate {
+        /// The directory.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// No set of this name may be made.
+    #[error("`{0}` cannot name a parked tree")]
+    Name(String),
+    /// It holds nothing that was parked.
+    #[error("{} holds no parked tree", .0.display())]
+    Nothing(PathBuf),
+    /// The parking did not come to its end.
+    #[error("{} has no manifest: the tree was not parked to the end", .0.display())]
+    Unfinished(PathBuf),
+    /// The manifest cannot be used.
+    #[error("{}", path.display())]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ManifestError,
+    },
+    /// An image is not what was written.
+    #[error("{} is not what was parked: {what}", path.display())]
+    Altered {
+        /// The image.
+        path: PathBuf,
+        /// In which respect.
+        what: String,
+    },
+    /// It holds a tree that waits.
+    #[error("{} holds a parked tree already", .0.display())]
+    Occupied(PathBuf),
+    /// It holds something that is not ours.
+    #[error("{} holds something else than a parked tree: {entry}", path.display())]
+    Foreign {
+        /// The directory.
+        path: PathBuf,
+        /// One thing in it.
+        entry: String,
+    },
+    /// Another machine's tree.
+    #[error("the tree was parked on another machine, {0}")]
+    OtherMachine(String),
+    /// It may run, or have run, since it was parked.
+    #[error("the tree in {} {what}", path.display())]
+    MayHaveRun {
+        /// The set.
+        path: PathBuf,
+        /// What became of it.
+        what: String,
+    },
+    /// Its images are gone.
+    #[error("the images in {} were removed when the tree was resumed", .0.display())]
+    ImagesGone(PathBuf),
+    /// Another `migrate` is at work there.
+    #[error("another migrate is at work in {}", .0.display())]
+    Busy(PathBuf),
+    /// An interface of the tree has not come up.
+    #[error("interface {0}, which the tree's address was on, is not there")]
+    NoInterface(String),
+}
+
+impl ParkError {
+    /// A way out.
+    #[must_use]
+    pub fn help(&self) -> String {
+        match self {
+            Self::Missing(path) => format!(
+                "to park, make it first: mkdir -m 700 {0}; to resume, mount the disk that it is on",
+                path.display()
+            ),
+            Self::NoDirectory(_) => "name a directory".to_owned(),
+            Self::NotPrivate { path, .. } => format!(
+                "what is resumed from there runs as root: chown root {0} && chmod 700 {0}",
+                path.display()
+            ),
+            Self::Name(_) => {
+                "use up to 128 letters, digits and any of -_.@+ behind the first".to_owned()
+            }
+            Self::Nothing(_) => {
+                "see what is there with `migrate resume --list --dir DIR`, and name it with --name".to_owned()
+            }
+            Self::Unfinished(path) => format!(
+                "whatever was to be parked has gone on running or is lost; rm -r {} when you are sure",
+                path.display()
+            ),
+            Self::Manifest { source, .. } => match source {
+                ManifestError::Version { release, .. } => {
+                    format!("resume it with migrate {release}")
+                }
+                ManifestError::Malformed(_) | ManifestError::Name(_) => {
+                    "restore the directory from a copy; nothing was changed here".to_owned()
+                }
+            },
+            Self::Altered { .. } => {
+                "nothing was restored; bring the directory back from a copy, or start the workload anew".to_owned()
+            }
+            Self::Occupied(path) => format!(
+                "resume it, or park under another --name, or rm -r {} to give that tree up",
+                path.display()
+            ),
+            Self::Foreign { .. } => "name an empty directory".to_owned(),
+            Self::OtherMachine(_) => {
+                "resume it there; with --force it is resumed here, and must then never be resumed there".to_owned()
+            }
+            Self::MayHaveRun { .. } => {
+                "its peers may have gone on with it, and a second copy would take them back in time; \
+                 --force resumes it all the same"
+                    .to_owned()
+            }
+            Self::ImagesGone(_) => {
+                "start the workload anew; `resume --keep` keeps images".to_owned()
+            }
+            Self::Busy(_) => "wait for it".to_owned(),
+            Self::NoInterface(_) => {
+                "run this after the interface has come, and before it gets its address".to_owned()
+            }
+        }
+    }
+}
+
+/// One named set in a directory of the user's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    directory: PathBuf,
+    name: String,
+}
+
+/// Held while somebody works in a [`Place`].
+#[derive(Debug)]
+pub(crate) struct PlaceLock(#[expect(dead_code, reason = "held for its lock")] Flock<File>);
+
+impl Place {
+    /// What a record's route begins with when a tree goes to a directory. No
+    /// host has such a name.
+    const ROUTE: &str = "directory:";
+
+    /// The set `name` in `directory`.
+    ///
+    /// # Errors
+    ///
+    /// The name cannot be one.
+    pub fn new(directory: &Path, name: &str) -> Result<Self, ParkError> {
+        if !is_plain(name) {
+            return Err(ParkError::Name(name.to_owned()));
+        }
+        // Read again by others, wherever they run.
+        let directory = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+        Ok(Self {
+            directory,
+            name: name.to_owned(),
+        })
+    }
+
+    /// All sets in a directory, by name.
+    ///
+    /// # Errors
+    ///
+    /// It is not there, or not private.
+    pub fn all(directory: &Path) -> Result<Vec<Self>, Error> {
+        check_directory(directory)?;
+        let entries = fs::read_dir(directory).map_err(Error::file("read", directory))?;
+        let mut places: Vec<Self> = entries
+            .flatten()
+            .filter(|entry| entry.path().is_dir())
+            .filter_map(|entry| Self::new(directory, entry.file_name().to_str()?).ok())
+            .filter(|place| place.manifest_path().exists() || place.images().exists())
+            .collect();
+        places.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(places)
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        self.directory.join(&self.name)
+    }
+
+    /// The directory that it is in.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub(crate) fn images(&self) -> PathBuf {
+        self.path().join("images")
+    }
+
+    fn manifest_path(&self) -> PathBuf {
+        self.path().join("manifest.json")
+    }
+
+    fn mark_path(&self) -> PathBuf {
+        self.path().join("mark.json")
+    }
+
+    /// For a record: how to ask what became of the tree.
+    #[must_use]
+    pub fn route(&self) -> String {
+        format!("{}{}", Self::ROUTE, self.path().display())
+    }
+
+    /// The other way round; none for a host.
+    #[must_use]
+    pub fn of_route(route: &str) -> Option<Self> {
+        let path = Path::new(route.strip_prefix(Self::ROUTE)?);
+        Self::new(path.parent()?, path.file_name()?.to_str()?).ok()
+    }
+
+    /// Claims it for this process.
+    ///
+    /// # Errors
+    ///
+    /// Another one is at work there, still after `limit`.
+    pub(crate) async fn lock(&self, limit: Duration) -> Result<PlaceLock, Error> {
+        /// Nothing tells of a lock that is free but the lock.
+        const AGAIN: Duration = Duration::from_millis(20);
+        let path = self.path();
+        let deadline = Instant::now() + limit;
+        loop {
+            let file = File::open(&path).map_err(Error::file("open", &path))?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(PlaceLock(lock)),
+                Err(_) if Instant::now() < deadline => tokio::time::sleep(AGAIN).await,
+                Err(_) => return Err(ParkError::Busy(path).into()),
+            }
+        }
+    }
+
+    /// Whether a tree may be parked here; `true` when something unfinished or
+    /// used up has to be cleared away for it.
+    pub(crate) fn is_free(&self) -> Result<bool, Error> {
+        check_directory(&self.directory)?;
+        let path = self.path();
+        let entries = match fs::read_dir(&path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(Error::file("read", &path)(error)),
+        };
+        let mut any = false;
+        for entry in entries.flatten() {
+            let entry = entry.file_name().to_string_lossy().into_owned();
+            let ours = ["images", "manifest.json", "mark.json"];
+            if !ours.contains(&entry.trim_end_matches(UNFINISHED)) {
+                return Err(ParkError::Foreign { path, entry }.into());
+            }
+            any = true;
+        }
+        if self.manifest_path().exists() && !matches!(self.mark()?, Some(Mark::Resumed { .. })) {
+            return Err(ParkError::Occupied(path).into());
+        }
+        Ok(any)
+    }
+
+    /// Makes its directory, empty.
+    pub(crate) fn make(&self) -> Result<(), Error> {
+        if self.is_free()? {
+            // What makes it a parked tree goes first.
+            self.remove()?;
+        }
+        let path = self.path();
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(Error::file("create", &path)(error))
+            }
+            Ok(()) | Err(_) => sync(&self.directory),
+        }
+    }
+
+    /// Removes everything, so that no part of it is taken for a whole.
+    pub(crate) fn remove(&self) -> Result<(), Error> {
+        for path in [self.manifest_path(), self.mark_path()] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::file("remove", path)(error));
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+        if self.path().exists() {
+            sync(&self.path())?;
+            fs::remove_dir_all(self.path()).map_err(Error::file("remove", self.path()))?;
+        }
+        Ok(())
+    }
+
+    /// The manifest of a tree that was parked to the end.
+    ///
+    /// # Errors
+    ///
+    /// There is none, it cannot be used, or others could have changed it.
+    pub fn manifest(&self) -> Result<Manifest, Error> {
+        check_directory(&self.directory)?;
+        let path = self.path();
+        if !path.exists() {
+            return Err(ParkError::Nothing(path).into());
+        }
+        check_directory(&path)?;
+        let path = self.manifest_path();
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(ParkError::Unfinished(self.path()).into());
+            }
+            Err(error) => return Err(Error::file("open", path)(error)),
+        };
+        let mut text = Vec::new();
+        file.take(MANIFEST_BYTES_MAX)
+            .read_to_end(&mut text)
+            .map_err(Error::file("read", &path))?;
+        parse(&text).map_err(|source| ParkError::Manifest { path, source }.into())
+    }
+
+    /// How far it has come back; none while it waits.
+    ///
+    /// # Errors
+    ///
+    /// The mark cannot be read.
+    pub fn mark(&self) -> Result<Option<Mark>, Error> {
+        let path = self.mark_path();
+        match fs::read(&path) {
+            // Not understood, it says all the same that there was an attempt.
+            Ok(text) => serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(|error| Error::file("understand", path)(error.into())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::file("read", path)(error)),
+        }
+    }
+
+    pub(crate) fn write_mark(&self, mark: &Mark) -> Result<(), Error> {
+        replace(&self.mark_path(), mark)
+    }
+
+    pub(crate) fn remove_mark(&self) -> Result<(), Error> {
+        let path = self.mark_path();
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::file("remove", path)(error))
+            }
+            Ok(()) | Err(_) => sync(&self.path()),
+        }
+    }
+
+    /// Puts the manifest in its place: from here on the tree is parked.
+    pub(crate) fn commit(&self, manifest: &Manifest) -> Result<(), Error> {
+        replace(&self.manifest_path(), manifest)?;
+        sync(&self.directory)
+    }
+
+    /// Gets the images onto the disk and takes their digests.
+    pub(crate) fn persist(&self) -> Result<Vec<ImageFile>, Error> {
+        let directory = self.images();
+        let mut files = Vec::new();
+        let entries = fs::read_dir(&directory).map_err(Error::file("read", &directory))?;
+        for entry in entries {
+            let path = entry.map_err(Error::file("read", &directory))?.path();
+            let file = File::open(&path).map_err(Error::file("open", &path))?;
+            file.sync_all().map_err(Error::file("write", &path))?;
+            let (bytes, blake3) = digest(&path, &file)?;
+            let name = path
+                .file_name()
+                .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+            files.push(ImageFile {
+                name,
+                bytes,
+                blake3,
+            });
+        }
+        sync(&directory)?;
+        sync(&self.path())?;
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(files)
+    }
+
+    /// Compares the images with what was written.
+    pub(crate) fn verify(&self, manifest: &Manifest) -> Result<(), Error> {
+        let directory = self.images();
+        let altered = |path: &Path, what: String| ParkError::Altered {
+            path: path.to_owned(),
+            what,
+        };
+        for image in &manifest.images {
+            let path = directory.join(&image.name);
+            let file = match File::open(&path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Err(altered(&path, "it is missing".to_owned()).into());
+                }
+                Err(error) => return Err(Error::file("open", path)(error)),
+            };
+            let size = file
+                .metadata()
+                .map_err(Error::file("examine", &path))?
+                .len();
+            if size != image.bytes {
+                let what = format!("it has {size} bytes and had {}", image.bytes);
+                return Err(altered(&path, what).into());
+            }
+            let (_, blake3) = digest(&path, &file)?;
+            if blake3 != image.blake3 {
+                return Err(altered(&path, "its content has changed".to_owned()).into());
+            }
+        }
+        let entries = fs::read_dir(&directory).map_err(Error::file("read", &directory))?;
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            if !manifest.images.iter().any(|image| *image.name == *name) {
+                return Err(altered(&entry.path(), "it was not there".to_owned()).into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Ends the name of a file that is being written.
+const UNFINISHED: &str = ".new";
+
+/// A directory that root alone can change.
+fn check_directory(path: &Path) -> Result<(), Error> {
+    let meta = match fs::metadata(path) {
+        Ok(meta) => meta,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(ParkError::Missing(path.to_owned()).into());
+        }
+        Err(error) => return Err(Error::file("examine", path)(error)),
+    };
+    if !meta.is_dir() {
+        return Err(ParkError::NoDirectory(path.to_owned()).into());
+    }
+    if meta.uid() != 0 || meta.mode() & 0o022 != 0 {
+        return Err(ParkError::NotPrivate {
+            path: path.to_owned(),
+            owner: meta.uid(),
+            mode: meta.mode() & 0o7777,
+        }
+        .into());
+    }
+    Ok(())
+}
+
+/// Replaces a file as a whole, for good.
+fn replace(path: &Path, content: &impl Serialize) -> Result<(), Error> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(UNFINISHED);
+    let fresh = PathBuf::from(name);
+    let text =
+        serde_json::to_vec(content).map_err(|error| Error::file("encode", path)(error.into()))?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&fresh)
+        .map_err(Error::file("create", &fresh))?;
+    file.write_all(&text)
+        .and_then(|()| file.sync_all())
+        .map_err(Error::file("write", &fresh))?;
+    fs::rename(&fresh, path).map_err(Error::file("rename", &fresh))?;
+    sync(path.parent().unwrap_or(Path::new("/")))
+}
+
+fn sync(directory: &Path) -> Result<(), Error> {
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(Error::file("write", directory))
+}
+
+fn digest(path: &Path, file: &File) -> Result<(u64, String), Error> {
+    let mut hasher = blake3::Hasher::new();
+    let bytes = io::copy(
+        &mut io::BufReader::with_capacity(1 << 20, file),
+        &mut hasher,
+    )
+    .map_err(Error::file("read", path))?;
+    Ok((bytes, hasher.finalize().to_hex().to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_named_before_anything_else() {
+        let text = br#"{"version": 2, "release": "9.0.0", "unheard-of": []}"#;
+        let error = parse(text).unwrap_err();
+        assert!(
+            matches!(&error, ManifestError::Version { found: 2, release } if release == "9.0.0"),
+            "{error}"
+        );
+        for text in [&b""[..], b"{", b"[]", br#"{"version": 1}"#] {
+            let error = parse(text).unwrap_err();
+            assert!(matches!(error, ManifestError::Malformed(_)), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_route_leads_back_to_its_place() {
+        let place = Place::new(Path::new("/var/lib/parked"), "redis").unwrap();
+        assert_eq!(Place::of_route(&place.route()), Some(place));
+        assert_eq!(Place::of_route("host2"), None);
+        assert_eq!(Place::of_route("directory:/"), None);
+    }
+}

@@ -1,0 +1,598 @@
+//! Trees parked, a boot played, and resumed: their peers stay connected. And
+//! everything that must be refused on the way.
+//!
+//! A boot is played on a test host: its link goes down, everything that
+//! `migrate` has in memory and in the kernel goes, and its addresses. Then the
+//! guard, the addresses, the link and the resume come in the order of a boot.
+
+#![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
+
+use std::fs;
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use migrate_test_hosts::{Host, HostName, INTERFACE, WORKLOAD_V4};
+use migrate_tests::client::{StrictClient, program};
+use migrate_tests::hosts::{ResetCapture, TcpCounts, eventually, listens, reset_connections, runs};
+use migrate_tests::migration::serves_old_connections;
+use migrate_tests::refusals::{
+    Ended, REFUSED, Running, Scene, guards, is_stopped, runner, scoped, shell,
+};
+use migrate_tests::require;
+use migrate_tests::workload::{Kind, Workload};
+use nix::sys::signal::{Signal, kill};
+
+/// On a host: memory that outlives everything that is played here.
+const DIR: &str = "/srv/parked";
+
+/// Rolled back.
+const ROLLED_BACK: i32 = 6;
+
+/// To hold a process at a moment, to end, to settle.
+const WITHIN: Duration = Duration::from_secs(60);
+
+fn make_directory(host: &Host) {
+    shell(host, &format!("mkdir -m 700 {DIR}"));
+}
+
+fn run(host: &Host, arguments: &[&str]) -> Ended {
+    let mut command = host.command("migrate");
+    command.args(arguments);
+    Running::start(command).finish()
+}
+
+#[track_caller]
+fn succeeds(host: &Host, arguments: &[&str]) -> Ended {
+    let ended = run(host, arguments);
+    assert_eq!(ended.status.code(), Some(0), "{arguments:?}: {ended:#?}");
+    ended
+}
+
+#[track_caller]
+fn parks(host: &Host, pids: &[i32], more: &[&str]) -> Ended {
+    let pids: Vec<String> = pids.iter().map(ToString::to_string).collect();
+    let mut arguments = vec!["park", "--dir", DIR];
+    arguments.extend(pids.iter().map(String::as_str));
+    arguments.extend(more);
+    let ended = succeeds(host, &arguments);
+    for pid in pids {
+        assert!(!runs(host, pid.parse().unwrap()), "{pid} is parked");
+    }
+    ended
+}
+
+/// The host as it is before its network comes up after a boot.
+fn goes_down(host: &Host) {
+    shell(host, &format!("ip link set {INTERFACE} down"));
+    shell(host, "migrate unlock --force");
+    shell(host, "rm -rf /run/migrate");
+    shell(host, &format!("ip address flush dev {INTERFACE}"));
+}
+
+/// Its network comes up.
+fn comes_up(host: &Host) {
+    let (own, interface) = (host.ipv4(), INTERFACE);
+    shell(host, &format!("ip address add {own}/24 dev {interface}"));
+    shell(
+        host,
+        &format!("ip address add {WORKLOAD_V4}/24 dev {interface}"),
+    );
+    shell(host, &format!("ip link set {interface} up"));
+}
+
+/// What must hold after all of it.
+fn clean_client(lab: &migrate_test_hosts::Lab, client: StrictClient, resets: u64) {
+    let verdict = client.stop().unwrap();
+    println!("{verdict}");
+    assert!(verdict.is_clean(), "{verdict:?}");
+    let client = lab.host(HostName::Client);
+    assert_eq!(reset_connections(&client).unwrap(), resets);
+}
+
+#[test]
+fn two_trees_come_back_after_a_boot() {
+    require!("two_trees_come_back_after_a_boot": root, tcx, criu, migrate, redis, memcached, tcpdump);
+    let lab = scoped("park-two");
+    let host = lab.host(HostName::Host1);
+    let resets = reset_connections(&lab.host(HostName::Client)).unwrap();
+    let redis = Workload::start(Kind::Redis, &lab).unwrap();
+    let memcached = Workload::start(Kind::Memcached, &lab).unwrap();
+    let keys = ["--keys", "20000", "--populate", "--verify"];
+    let mut clients = [
+        redis.client(&lab, 5, &keys).unwrap(),
+        memcached.client(&lab, 5, &[]).unwrap(),
+    ];
+    clients.iter_mut().for_each(serves_old_connections);
+    let capture = ResetCapture::start(&lab.host(HostName::Client)).unwrap();
+    make_directory(&host);
+
+    let names = ["--name", "cache", "--name", "sessions"];
+    let parked = parks(&host, &[redis.pid, memcached.pid], &names);
+    assert!(parked.stdout.contains("5 peers"), "{parked:#?}");
+    assert!(parked.stdout.contains("924 s"), "{parked:#?}");
+    // A stranger's look does not open the gate.
+    let unlock = run(&host, &["unlock"]);
+    unlock.expect(REFUSED, &["waits with a parked tree"]);
+
+    goes_down(&host);
+    let guarded = succeeds(&host, &["guard-boot", "--dir", DIR]);
+    assert!(
+        guarded
+            .stdout
+            .contains("cache: nothing answers for 5 connections")
+    );
+    assert!(
+        guarded
+            .stdout
+            .contains("sessions: nothing answers for 5 connections")
+    );
+    let again = succeeds(&host, &["guard-boot", "--dir", DIR]);
+    assert!(again.stdout.contains("as before"), "{again:#?}");
+    comes_up(&host);
+    // Peers ask again and hear nothing, in particular no reset.
+    let sent_again = || {
+        TcpCounts::of(&lab.host(HostName::Client))
+            .unwrap()
+            .retransmitted
+    };
+    let before = sent_again();
+    assert!(eventually(WITHIN, || sent_again() > before + 3));
+
+    let list = succeeds(&host, &["resume", "--list", "--dir", DIR]);
+    assert_eq!(list.stdout.matches("; waits").count(), 2, "{list:#?}");
+    let resumed = succeeds(&host, &["resume", "--dir", DIR]);
+    assert_eq!(
+        resumed.stdout.matches("runs again").count(),
+        2,
+        "{resumed:#?}"
+    );
+    clients.iter_mut().for_each(serves_old_connections);
+    for pid in [redis.pid, memcached.pid] {
+        assert!(runs(&host, pid));
+    }
+    let list = succeeds(&host, &["resume", "--list", "--dir", DIR]);
+    assert_eq!(list.stdout.matches("; was resumed").count(), 2, "{list:#?}");
+    assert!(!host.path(DIR).join("cache/images").exists());
+    migrate_tests::migration::no_gate_left(&host);
+    assert_eq!(capture.stop().unwrap(), Vec::<String>::new());
+    for client in clients {
+        clean_client(&lab, client, resets);
+    }
+    // And once more, into the same sets.
+    parks(&host, &[redis.pid, memcached.pid], &names);
+    succeeds(&host, &["resume", "--dir", DIR]);
+    assert!(runs(&host, redis.pid) && runs(&host, memcached.pid));
+}
+
+#[test]
+fn without_the_guard_a_booted_kernel_resets() {
+    require!("without_the_guard_a_booted_kernel_resets": root, tcx, criu, migrate);
+    let lab = scoped("park-unguarded");
+    let host = lab.host(HostName::Host1);
+    let resets = reset_connections(&lab.host(HostName::Client)).unwrap();
+    let echo = Workload::start(Kind::Echo, &lab).unwrap();
+    let mut client = echo.client(&lab, 3, &[]).unwrap();
+    serves_old_connections(&mut client);
+    make_directory(&host);
+    parks(&host, &[echo.pid], &[]);
+    goes_down(&host);
+    comes_up(&host);
+    let reset = || reset_connections(&lab.host(HostName::Client)).unwrap() > resets;
+    assert!(eventually(WITHIN, reset));
+}
+
+#[test]
+fn a_tree_on_the_hosts_own_address_comes_back() {
+    require!("a_tree_on_the_hosts_own_address_comes_back": root, tcx, criu, migrate);
+    let lab = scoped("park-own");
+    let host = lab.host(HostName::Host1);
+    let resets = reset_connections(&lab.host(HostName::Client)).unwrap();
+    let listen = format!("{}:7000", host.ipv4());
+    let argv = [program("echo-server").display().to_string(), listen.clone()];
+    let pid = host.spawn_detached(argv, "/dev/null").unwrap();
+    assert!(eventually(WITHIN, || listens(&host, 7000)));
+    let client = lab.host(HostName::Client);
+    let mut client =
+        StrictClient::start(&client, ["echo", "--addr", &listen, "--connections", "4"]).unwrap();
+    serves_old_connections(&mut client);
+    make_directory(&host);
+    parks(&host, &[pid], &[]);
+    // The host itself stays reachable meanwhile.
+    let sshd = (host.ipv4(), 22);
+    let connected = lab
+        .host(HostName::Client)
+        .in_network(|| TcpStream::connect(sshd).map(drop));
+    connected.unwrap().unwrap();
+    goes_down(&host);
+    succeeds(&host, &["guard-boot", "--dir", DIR]);
+    comes_up(&host);
+    succeeds(&host, &["resume", "--dir", DIR]);
+    serves_old_connections(&mut client);
+    clean_client(&lab, client, resets);
+}
+
+#[test]
+fn directories_that_nothing_can_be_parked_in() {
+    require!("directories_that_nothing_can_be_parked_in": root, tcx, criu, migrate);
+    let mut scene = Scene::start("park-dirs", Kind::Echo, 3);
+    let host = scene.source();
+    let pid = scene.workload.pid.to_string();
+    let park = |dir: &str| {
+        let mut command = host.command("migrate");
+        command.args(["park", &pid, "--name", "echo", "--dir", dir]);
+        command
+    };
+    scene.fails(
+        park("/srv/none"),
+        REFUSED,
+        &["/srv/none does not exist", "mkdir"],
+    );
+    shell(&host, "touch /srv/file");
+    scene.fails(park("/srv/file"), REFUSED, &["/srv/file is no directory"]);
+    shell(&host, "mkdir -m 777 /srv/open");
+    scene.fails(
+        park("/srv/open"),
+        REFUSED,
+        &["can be changed by others", "chmod 700"],
+    );
+    shell(
+        &host,
+        "mkdir -p -m 700 /srv/foreign/echo && touch /srv/foreign/echo/diary",
+    );
+    scene.fails(
+        park("/srv/foreign"),
+        REFUSED,
+        &["something else than a parked tree: diary"],
+    );
+    assert!(host.path("/srv/foreign/echo/diary").exists());
+    shell(
+        &host,
+        "mkdir /srv/small && mount -t tmpfs -o size=1m,mode=700 tmpfs /srv/small",
+    );
+    scene.fails(
+        park("/srv/small"),
+        REFUSED,
+        &["space in /srv/small", "MiB are free"],
+    );
+    make_directory(&host);
+    let mut command = host.command("migrate");
+    command.args(["park", &pid, "--name", "../echo", "--dir", DIR]);
+    scene.fails(command, 2, &["cannot name a parked tree"]);
+    // All or none: a PID that nobody has, behind one that can be parked.
+    let mut command = host.command("migrate");
+    command.args(["park", &pid, "4194303", "--dir", DIR]);
+    let ended = Running::start(command).finish();
+    ended.expect(REFUSED, &["4194303", "runs again"]);
+    scene.serves_here();
+    assert!(scene.client.stop().unwrap().is_clean());
+}
+
+#[test]
+fn a_disk_that_fills_up_leaves_the_tree_running() {
+    require!("a_disk_that_fills_up_leaves_the_tree_running": root, tcx, criu, migrate);
+    let mut scene = Scene::start("park-full", Kind::Echo, 3);
+    let host = scene.source();
+    shell(
+        &host,
+        "mkdir /srv/small && mount -t tmpfs -o size=64m,mode=700 tmpfs /srv/small",
+    );
+    let mut command = scene.migrate(&[]);
+    command.args([
+        "park",
+        &scene.workload.pid.to_string(),
+        "--dir",
+        "/srv/small",
+    ]);
+    command.env("MIGRATE_STOP_AT", "precopy");
+    let running = Running::start(command);
+    let parking = held(&host, "park");
+    // Preflight found room; somebody else has taken it since.
+    shell(
+        &host,
+        "dd if=/dev/zero of=/srv/small/other bs=1M 2>/dev/null; true",
+    );
+    kill(parking, Signal::SIGCONT).unwrap();
+    let ended = running.finish();
+    ended.expect(ROLLED_BACK, &["No space left", "as before"]);
+    scene.serves_here();
+    let left: Vec<PathBuf> = fs::read_dir(host.path("/srv/small"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert_eq!(left.len(), 1, "{left:?}");
+    assert!(scene.client.stop().unwrap().is_clean());
+}
+
+/// Waits until a `migrate` has stopped itself, and names it.
+fn held(host: &Host, verb: &str) -> nix::unistd::Pid {
+    // It must be there before it can be asked for.
+    let running = || {
+        let ps = host
+            .exec(["pgrep", "-f", &format!("migrate {verb}")])
+            .unwrap();
+        ps.status.success()
+    };
+    assert!(eventually(WITHIN, running));
+    let pid = runner(host, verb);
+    assert!(eventually(WITHIN, || is_stopped(pid)));
+    pid
+}
+
+/// A file of the set, changed and put back.
+fn with<T>(path: &Path, change: impl FnOnce(&mut Vec<u8>), test: impl FnOnce() -> T) -> T {
+    let content = fs::read(path).unwrap();
+    let mut changed = content.clone();
+    change(&mut changed);
+    fs::write(path, changed).unwrap();
+    let result = test();
+    fs::write(path, content).unwrap();
+    result
+}
+
+#[test]
+fn what_cannot_be_resumed_waits_on() {
+    require!("what_cannot_be_resumed_waits_on": root, tcx, criu, migrate);
+    let lab = scoped("park-refused");
+    let host = lab.host(HostName::Host1);
+    let resets = reset_connections(&lab.host(HostName::Client)).unwrap();
+    // A program of its own, to be upgraded.
+    fs::copy(program("echo-server"), host.path("/srv/echo-server")).unwrap();
+    let listen = format!("{WORKLOAD_V4}:7000");
+    let pid = host
+        .spawn_detached(["/srv/echo-server", &listen], "/dev/null")
+        .unwrap();
+    assert!(eventually(WITHIN, || listens(&host, 7000)));
+    let client = lab.host(HostName::Client);
+    let mut client =
+        StrictClient::start(&client, ["echo", "--addr", &listen, "--connections", "4"]).unwrap();
+    serves_old_connections(&mut client);
+    make_directory(&host);
+    parks(&host, &[pid], &["--name", "echo"]);
+
+    let set = host.path(DIR).join("echo");
+    let refused = |words: &[&str]| {
+        let ended = run(&host, &["resume", "--dir", DIR, "--name", "echo"]);
+        println!("{}", ended.text());
+        ended.expect(REFUSED, words);
+        assert!(!runs(&host, pid), "{ended:#?}");
+        let status = succeeds(&host, &["status"]);
+        assert!(
+            status.stdout.contains("waits with a parked tree"),
+            "{status:#?}"
+        );
+    };
+
+    // Another directory, another name.
+    run(&host, &["resume", "--dir", "/srv/none"]).expect(REFUSED, &["does not exist"]);
+    let ended = run(&host, &["resume", "--dir", DIR, "--name", "other"]);
+    ended.expect(REFUSED, &["holds no parked tree", "--list"]);
+
+    // Torn or altered.
+    let pages = set.join("images/pages-1.img");
+    let flip = |content: &mut Vec<u8>| {
+        let middle = content.len() / 2;
+        content[middle] ^= 1;
+    };
+    with(&pages, flip, || {
+        refused(&["pages-1.img", "its content has changed"])
+    });
+    with(
+        &pages,
+        |c| c.truncate(4096),
+        || refused(&["pages-1.img", "it has 4096 bytes"]),
+    );
+    let core = set.join(format!("images/core-{pid}.img"));
+    with(&core, flip, || {
+        refused(&["core-", "its content has changed"])
+    });
+    fs::write(set.join("images/more.img"), "").unwrap();
+    refused(&["more.img", "it was not there"]);
+    fs::remove_file(set.join("images/more.img")).unwrap();
+
+    // Half-written, of another version, of another machine.
+    let manifest = set.join("manifest.json");
+    with(
+        &manifest,
+        |c| c.truncate(c.len() / 2),
+        || refused(&["only a part of one"]),
+    );
+    fs::rename(&manifest, set.join("elsewhere")).unwrap();
+    refused(&["has no manifest"]);
+    fs::rename(set.join("elsewhere"), &manifest).unwrap();
+    let edit = |from: &str, to: &str| {
+        let (from, to) = (from.to_owned(), to.to_owned());
+        move |content: &mut Vec<u8>| {
+            let text = String::from_utf8(content.clone()).unwrap();
+            assert!(text.contains(&from), "{text}");
+            *content = text.replacen(&from, &to, 1).into_bytes();
+        }
+    };
+    with(&manifest, edit("\"version\":1", "\"version\":2"), || {
+        refused(&["version 2", "resume it with migrate"]);
+    });
+    let machine: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    let machine = format!("\"machine_id\":{}", machine["machine_id"]);
+    with(
+        &manifest,
+        edit(&machine, "\"machine_id\":\"another\""),
+        || {
+            refused(&["parked on another machine", "--force"]);
+        },
+    );
+
+    // Before the network.
+    shell(
+        &host,
+        &format!("ip address del {WORKLOAD_V4}/24 dev {INTERFACE}"),
+    );
+    refused(&[
+        "10.77.0.100",
+        "is not on this host",
+        "ip address add 10.77.0.100/",
+    ]);
+    shell(
+        &host,
+        &format!("ip address add {WORKLOAD_V4}/24 dev {INTERFACE}"),
+    );
+
+    // A PID that somebody else has by now.
+    let taker = host
+        .exec([
+            "sh",
+            "-c",
+            &format!(
+                "echo {} >/proc/sys/kernel/ns_last_pid; sleep 600 >/dev/null 2>&1 & echo $!",
+                pid - 1
+            ),
+        ])
+        .unwrap();
+    let taker = String::from_utf8(taker.stdout).unwrap();
+    assert_eq!(taker.trim(), pid.to_string());
+    let ended = run(&host, &["resume", "--dir", DIR, "--name", "echo"]);
+    ended.expect(
+        REFUSED,
+        &[
+            "is taken on this host by sleep",
+            "stop or restart what has it",
+        ],
+    );
+    shell(&host, &format!("kill -9 {pid}"));
+    assert!(eventually(WITHIN, || !host
+        .path(format!("/proc/{pid}"))
+        .exists()));
+
+    // Files upgraded, as maintenance does.
+    fs::rename(host.path("/srv/echo-server"), host.path("/srv/former")).unwrap();
+    fs::copy("/bin/true", host.path("/srv/echo-server")).unwrap();
+    refused(&[
+        "/srv/echo-server",
+        "from before an upgrade",
+        "put that version",
+    ]);
+    fs::rename(host.path("/srv/former"), host.path("/srv/echo-server")).unwrap();
+
+    // Nothing of this has harmed it, and it comes back once.
+    succeeds(&host, &["resume", "--dir", DIR, "--name", "echo"]);
+    serves_old_connections(&mut client);
+    let ended = run(&host, &["resume", "--dir", DIR, "--name", "echo"]);
+    ended.expect(REFUSED, &["were removed when the tree was resumed"]);
+    clean_client(&lab, client, resets);
+}
+
+#[test]
+fn a_tree_comes_back_twice_only_by_force() {
+    require!("a_tree_comes_back_twice_only_by_force": root, tcx, criu, migrate);
+    let lab = scoped("park-twice");
+    let host = lab.host(HostName::Host1);
+    let workload = Workload::start(Kind::ShellLoop, &lab).unwrap();
+    make_directory(&host);
+    parks(&host, &[workload.pid], &["--name", "loop"]);
+    let occupied = Workload::start(Kind::ShellLoop, &lab).unwrap();
+    let pid = occupied.pid.to_string();
+    run(&host, &["park", &pid, "--dir", DIR, "--name", "loop"])
+        .expect(REFUSED, &["holds a parked tree already"]);
+    assert!(runs(&host, occupied.pid));
+    let resume = ["resume", "--dir", DIR, "--name", "loop", "--keep"];
+    succeeds(&host, &resume);
+    let count = workload.count(&host).unwrap();
+    shell(&host, &format!("kill -9 {}", workload.pid));
+    let gone = || !host.path(format!("/proc/{}", workload.pid)).exists();
+    assert!(eventually(WITHIN, gone));
+    run(&host, &resume).expect(REFUSED, &["was resumed before", "--force"]);
+    assert!(!runs(&host, workload.pid));
+    succeeds(
+        &host,
+        &["resume", "--dir", DIR, "--name", "loop", "--force"],
+    );
+    // Back in time, as was said.
+    assert!(workload.count(&host).unwrap() > 0 && count > 0);
+}
+
+#[test]
+fn a_failed_reboot_brings_the_trees_back() {
+    require!("a_failed_reboot_brings_the_trees_back": root, tcx, criu, migrate);
+    let mut scene = Scene::start("park-abort", Kind::Echo, 3);
+    let host = scene.source();
+    make_directory(&host);
+    let pid = scene.workload.pid.to_string();
+    let maintain = |command: &str| {
+        run(
+            &host,
+            &["maintenance", &pid, "--dir", DIR, "--reboot-cmd", command],
+        )
+    };
+    let ended = maintain("exit 3");
+    assert_eq!(ended.status.code(), Some(ROLLED_BACK), "{ended:#?}");
+    assert!(ended.text().contains("`exit 3` failed"), "{ended:#?}");
+    serves_old_connections(&mut scene.client);
+    // While it waits for the end, the tree is away; an operator takes it back.
+    let mut command = host.command("migrate");
+    command.args(["maintenance", &pid, "--dir", DIR, "--reboot-cmd", "true"]);
+    let running = Running::start(command);
+    let waits = || {
+        host.path(DIR)
+            .join(format!("echo-server-{pid}/manifest.json"))
+            .exists()
+    };
+    assert!(eventually(WITHIN, || waits() && !runs(&host, scene.workload.pid)));
+    let migrate = runner(&host, "maintenance");
+    kill(migrate, Signal::SIGINT).unwrap();
+    let ended = running.finish();
+    assert_eq!(ended.status.code(), Some(ROLLED_BACK), "{ended:#?}");
+    assert!(ended.text().contains("interrupted"), "{ended:#?}");
+    serves_old_connections(&mut scene.client);
+    assert!(scene.client.stop().unwrap().is_clean());
+}
+
+#[test]
+fn a_killed_park_or_resume_leaves_one_tree() {
+    require!("a_killed_park_or_resume_leaves_one_tree": root, tcx, criu, migrate);
+    let mut scene = Scene::start("park-killed", Kind::Echo, 3);
+    let host = scene.source();
+    let pid = scene.workload.pid;
+    make_directory(&host);
+    let killed_at = |verb: &str, moment: &str| {
+        println!("== {verb} killed at {moment}");
+        let mut command = host.command("migrate");
+        command.args([verb, "--dir", DIR, "--name", "echo"]);
+        if verb == "park" {
+            command.arg(pid.to_string());
+        }
+        command.env("MIGRATE_STOP_AT", moment);
+        let running = Running::start(command);
+        kill(held(&host, verb), Signal::SIGKILL).unwrap();
+        let ended = running.finish();
+        assert_eq!(ended.status.code(), None, "{ended:#?}");
+        assert!(eventually(WITHIN, || guards(&host).is_empty()));
+    };
+    // Before the manifest is there the tree runs on.
+    for moment in ["prepare", "freeze", "restore", "handover", "sealed"] {
+        killed_at("park", moment);
+        assert!(runs(&host, pid), "{moment}");
+        serves_old_connections(&mut scene.client);
+    }
+    // With it the tree is parked.
+    killed_at("park", "parked");
+    assert!(eventually(WITHIN, || !runs(&host, pid)));
+    // Until it is let go it waits.
+    for moment in ["resume-restored", "resume-marked", "owned"] {
+        killed_at("resume", moment);
+        assert!(eventually(WITHIN, || !runs(&host, pid)), "{moment}");
+        succeeds(&host, &["guard-boot", "--dir", DIR]);
+    }
+    // Then it runs, and the set cannot be used a second time.
+    killed_at("resume", "running");
+    assert!(runs(&host, pid));
+    serves_old_connections(&mut scene.client);
+    let ended = run(&host, &["resume", "--dir", DIR, "--name", "echo"]);
+    // Whether it came to clear away the images is a race within it.
+    ended.expect(REFUSED, &[]);
+    let text = ended.text();
+    let said = [
+        "earlier resume was cut off",
+        "were removed when the tree was resumed",
+    ];
+    assert!(said.iter().any(|words| text.contains(words)), "{text}");
+    assert!(scene.client.stop().unwrap().is_clean());
+}
