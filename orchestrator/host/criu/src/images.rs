@@ -128,8 +128,22 @@ impl VmaEntry {
 /// A task or thread; what is read of it.
 #[derive(Clone, PartialEq, Message)]
 struct CoreEntry {
+    #[prost(message, optional, tag = "3")]
+    task: Option<TaskEntry>,
     #[prost(message, optional, tag = "5")]
     thread: Option<ThreadEntry>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct TaskEntry {
+    #[prost(uint32, required, tag = "2")]
+    state: u32,
+}
+
+impl TaskEntry {
+    /// `TASK_DEAD` of CRIU's `include/crtools.h`: it has ended and was not
+    /// reaped, and ends again as soon as it is restored.
+    const DEAD: u32 = 2;
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -820,6 +834,9 @@ impl ImageDir {
             let path = self.path.join(name);
             let image =
                 fs::read(&path).map_err(|source| CriuError::image("read", &path, source))?;
+            if has_ended(&image) {
+                continue;
+            }
             let credentials = decode_credentials(&image).ok_or_else(|| CriuError::ImageData {
                 what: format!("{name} does not say whom it runs as"),
             })?;
@@ -1055,6 +1072,14 @@ fn decode_mm(image: &[u8]) -> Option<MmEntry> {
     decode_one(image, MM_MAGIC)
 }
 
+/// Whether a task runs as nobody, because it does not run.
+fn has_ended(image: &[u8]) -> bool {
+    decode_one::<CoreEntry>(image, CORE_MAGIC).is_some_and(|core| {
+        let dead = |task: &TaskEntry| task.state == TaskEntry::DEAD;
+        core.thread.is_none() && core.task.as_ref().is_some_and(dead)
+    })
+}
+
 /// Reads whom a task or thread runs as.
 fn decode_credentials(image: &[u8]) -> Option<Credentials> {
     let creds = decode_one::<CoreEntry>(image, CORE_MAGIC)?.thread?.creds?;
@@ -1242,10 +1267,31 @@ mod tests {
         };
         let thread = ThreadEntry { creds: Some(creds) };
         let core = CoreEntry {
+            task: None,
             thread: Some(thread),
         };
         record(&mut image, &core);
         image
+    }
+
+    #[test]
+    fn only_what_has_ended_need_not_say_whom_it_runs_as() {
+        let without_thread = |state| {
+            let mut image = COMMON_MAGIC.to_le_bytes().to_vec();
+            image.extend(CORE_MAGIC.to_le_bytes());
+            let core = CoreEntry {
+                task: Some(TaskEntry { state }),
+                thread: None,
+            };
+            record(&mut image, &core);
+            image
+        };
+        assert!(has_ended(&without_thread(TaskEntry::DEAD)));
+        // Alive, stopped, helper, thread, zombie to CRIU.
+        for state in [0, 1, 3, 4, 5, 6] {
+            assert!(!has_ended(&without_thread(state)), "{state}");
+        }
+        assert!(!has_ended(&core([9; 4], [0; 3])));
     }
 
     #[test]
