@@ -82,14 +82,15 @@ fn redis_serves_while_its_memory_arrives() {
     let mut client = workload.client(&lab, 10, &["--verify"]).unwrap();
     serves_old_connections(&mut client);
     let pid = workload.pid.to_string();
-    let there = ["--restore", "lazy", "--to", "host2", &pid];
+    // One process with more than a little: nobody has to say so.
+    let there = ["--to", "host2", &pid];
     let there = migrate(&lab.host(HostName::Host1), there).unwrap();
     let report = there.expect_committed();
     assert!(report.lazy_pages > 64 << 8, "{report:?}");
     all_right(&lab, 64);
 
-    // And all at once unless the user says otherwise.
-    let back = ["--to", "host1", &pid];
+    // And all at once if the user says so.
+    let back = ["--restore", "eager", "--to", "host1", &pid];
     let back = migrate(&lab.host(HostName::Host2), back).unwrap();
     assert_eq!(back.expect_committed().lazy_pages, 0);
     all_right(&lab, 64);

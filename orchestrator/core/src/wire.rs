@@ -340,11 +340,11 @@ impl RestoreChoice {
     /// that. A tree of several processes gets it before, if nothing is said:
     /// pages that they have in common would become pages of each.
     #[must_use]
-    pub fn is_lazy(self, tree: &TreeFacts) -> bool {
+    pub fn is_lazy(self, processes: usize, resident_bytes: u64) -> bool {
         match self {
             Self::Lazy => true,
             Self::Eager => false,
-            Self::Auto => tree.processes.len() == 1 && tree.resident_bytes >= Self::LAZY_FROM_BYTES,
+            Self::Auto => processes == 1 && resident_bytes >= Self::LAZY_FROM_BYTES,
         }
     }
 }
@@ -556,6 +556,15 @@ impl<'a> ImagePiece<'a> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn memory_arrives_late_where_that_pays() {
+        let much = RestoreChoice::LAZY_FROM_BYTES;
+        let auto = RestoreChoice::Auto;
+        assert!(auto.is_lazy(1, much) && !auto.is_lazy(1, much - 1) && !auto.is_lazy(2, much));
+        assert!(RestoreChoice::Lazy.is_lazy(9, 0));
+        assert!(!RestoreChoice::Eager.is_lazy(1, u64::MAX));
+    }
 
     #[test]
     fn header_refuses_what_it_must() {

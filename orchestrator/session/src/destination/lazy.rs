@@ -47,7 +47,7 @@ impl Memory {
         home: &Home,
         images: &mut ImageDir,
     ) -> Result<(), Error> {
-        if !choice.is_lazy(tree) {
+        if !choice.is_lazy(tree.processes.len(), tree.resident_bytes) {
             return Ok(());
         }
         if let Err(error) = probe_lazy() {
