@@ -136,7 +136,7 @@ struct CoreEntry {
 
 #[derive(Clone, PartialEq, Message)]
 struct TaskEntry {
-    #[prost(uint32, required, tag = "2")]
+    #[prost(uint32, required, tag = "1")]
     state: u32,
 }
 
@@ -1276,20 +1276,21 @@ mod tests {
 
     #[test]
     fn only_what_has_ended_need_not_say_whom_it_runs_as() {
-        let without_thread = |state| {
+        // As CRIU writes them: `mtype`, then in `tc` the state and the exit code.
+        let without_thread = |state: u8, exit_code: u8| {
+            let core = [0x08, 1, 0x1a, 4, 0x08, state, 0x10, exit_code];
             let mut image = COMMON_MAGIC.to_le_bytes().to_vec();
             image.extend(CORE_MAGIC.to_le_bytes());
-            let core = CoreEntry {
-                task: Some(TaskEntry { state }),
-                thread: None,
-            };
-            record(&mut image, &core);
+            image.extend(8u32.to_le_bytes());
+            image.extend(core);
             image
         };
-        assert!(has_ended(&without_thread(TaskEntry::DEAD)));
         // Alive, stopped, helper, thread, zombie to CRIU.
         for state in [0, 1, 3, 4, 5, 6] {
-            assert!(!has_ended(&without_thread(state)), "{state}");
+            for exit_code in [0, 2, 9] {
+                assert!(has_ended(&without_thread(2, exit_code)));
+                assert!(!has_ended(&without_thread(state, exit_code)), "{state}");
+            }
         }
         assert!(!has_ended(&core([9; 4], [0; 3])));
     }
