@@ -37,7 +37,11 @@ const AGAIN_MS: u64 = 1;
 /// larger, Linux provides the new part before it reports the move, and takes no
 /// page for it until it has: each waits for the other (`do_mremap` in
 /// `mm/mremap.c`, seen with 6.18).
-const STUCK_AFTER: Duration = Duration::from_millis(20);
+///
+/// Long, because a thread that has moved memory and is kept from the CPU before
+/// it reports that looks the same, and another one that touches the new place
+/// meanwhile must not find zeros there.
+const STUCK_AFTER: Duration = Duration::from_secs(1);
 
 /// One address space.
 #[derive(Debug)]
@@ -876,6 +880,8 @@ impl Greeting {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use super::*;
     use crate::arena::memory_file;
 
@@ -888,10 +894,8 @@ mod tests {
         };
         let file = memory_file(c"test-pages").unwrap();
         file.set_len(2 * PAGE).unwrap();
-        let mut pages = std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], 0);
-        pages =
-            pages.and_then(|()| std::os::unix::fs::FileExt::write_all_at(&file, &[9; 4096], PAGE));
-        pages.unwrap();
+        file.write_all_at(&[7; 4096], 0).unwrap();
+        file.write_all_at(&[9; 4096], PAGE).unwrap();
         let pages = Arc::new(Mapping::of(file.as_fd()).unwrap());
         let [locked, late, room] = [1, 1, 4].map(sys::tests::map);
         sys::tests::register(&uffd, locked);
