@@ -318,11 +318,7 @@ pub fn stored_runs(directory: &Path) -> Result<Vec<StoredRun>, CriuError> {
     }
     let mut stored = Vec::new();
     for (owner, path) in maps {
-        let image = fs::read(&path).map_err(|source| CriuError::image("read", &path, source))?;
-        let runs = decode_pagemap(&image).ok_or_else(|| CriuError::ImageData {
-            what: format!("{} is malformed", path.display()),
-        })?;
-        let (pages_id, runs) = runs;
+        let (pages_id, runs) = read_image(&path, decode_pagemap)?;
         let pages = directory.join(pages_name(pages_id));
         let mut at_bytes = 0_u64;
         for run in runs {
@@ -567,13 +563,7 @@ impl ImageDir {
             else {
                 continue;
             };
-            let path = self.path.join(name);
-            let image =
-                fs::read(&path).map_err(|source| CriuError::image("read", &path, source))?;
-            let mm = decode_mm(&image).ok_or_else(|| CriuError::ImageData {
-                what: format!("{name} is malformed"),
-            })?;
-            mappings.insert(pid, mm);
+            mappings.insert(pid, read_image(&self.path.join(name), decode_mm)?);
         }
         let locked: Vec<Range<u64>> = mappings
             .values()
@@ -1089,6 +1079,14 @@ fn decode_credentials(image: &[u8]) -> Option<Credentials> {
         privileged: capabilities.any(|word| *word != 0)
             || creds.permitted.iter().any(|word| *word != 0)
             || creds.effective.iter().any(|word| *word != 0),
+    })
+}
+
+/// Reads an image file as a whole.
+fn read_image<T>(path: &Path, decode: impl FnOnce(&[u8]) -> Option<T>) -> Result<T, CriuError> {
+    let image = fs::read(path).map_err(|source| CriuError::image("read", path, source))?;
+    decode(&image).ok_or_else(|| CriuError::ImageData {
+        what: format!("{} is malformed", path.display()),
     })
 }
 
