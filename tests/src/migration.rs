@@ -4,6 +4,7 @@
 //! do.
 
 use std::ffi::OsStr;
+use std::fmt;
 use std::io::{self, Read};
 use std::process::{Child, Output, Stdio};
 use std::thread;
@@ -29,7 +30,6 @@ const SERVED_WITHIN: Duration = Duration::from_secs(60);
 const SETTLE_WITHIN: Duration = Duration::from_secs(10);
 
 /// How a `migrate` ended.
-#[derive(Debug)]
 pub struct Migration {
     /// Exit code, `None` when it was killed by a signal.
     pub code: Option<i32>,
@@ -106,6 +106,17 @@ fn output_within(mut child: Child, limit: Duration) -> io::Result<Output> {
     }
 }
 
+/// The reason first, and the events from the last one back, a line each: who
+/// reads a failed test may see its beginning only.
+impl fmt::Debug for Migration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "code {:?}, stderr:\n{}", self.code, self.stderr)?;
+        writeln!(f, "events, the last one first:")?;
+        let mut events = self.events.iter().rev();
+        events.try_for_each(|event| writeln!(f, "{event}"))
+    }
+}
+
 impl Migration {
     /// What `migrate --json` printed, wherever it ran.
     #[must_use]
@@ -138,14 +149,14 @@ impl Migration {
     #[track_caller]
     #[must_use]
     pub fn expect_committed(&self) -> &Report {
-        assert_eq!(self.code, Some(0), "exit code, {self:#?}");
+        assert_eq!(self.code, Some(0), "exit code, {self:?}");
         match &self.report {
             Some(report) => {
                 assert_eq!(report.outcome, Phase::Committed, "{report:#?}");
                 assert_eq!(report.rst_sent, 0, "{report:#?}");
                 report
             }
-            None => panic!("no report, {self:#?}"),
+            None => panic!("no report, {self:?}"),
         }
     }
 }
