@@ -13,8 +13,11 @@
 //!
 //! A rollback gives everything back on the source, also what was carried away.
 
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
+use migrate_core::Flow;
 use migrate_core::facts::WindowFacts;
 use migrate_ebpf_common::Direction;
 use migrate_gate::{Gate, GateError, HeldPacket, HeldPackets, HoldOptions};
@@ -99,6 +102,62 @@ pub(crate) fn release(
     Ok(())
 }
 
+/// How long the kernel may take to hand on what it was given; the machine may
+/// be busy.
+const HAND_ON_LIMIT: Duration = Duration::from_millis(50);
+/// Between two looks at the gate's counter.
+const HAND_ON_LOOK: Duration = Duration::from_micros(50);
+
+/// Gives packets back and waits until the sockets have them: another CPU may
+/// be slower with them than with a packet that comes later on its own.
+pub(crate) fn hand_on(gate: &Gate, packets: &[HeldPacket]) {
+    let injected = || gate.counters().map_or(0, |counters| counters.injected);
+    let inward = |packet: &&HeldPacket| packet.direction == Direction::Ingress;
+    let awaited = injected() + packets.iter().filter(inward).count() as u64;
+    give_back(gate, packets);
+    let ends_at = Instant::now() + HAND_ON_LIMIT;
+    while injected() < awaited && Instant::now() < ends_at {
+        std::thread::sleep(HAND_ON_LOOK);
+    }
+}
+
+/// Lets closed connections of this host go on past a closed gate: what their
+/// peers have said meanwhile goes in first, and `open` lets pass what comes.
+/// Returns the packets of others.
+///
+/// What is found held after that may have been overtaken on its way. An end
+/// that has overtaken an acknowledgement leaves a socket in TIME_WAIT, which
+/// answers the acknowledgement with one of its own (RFC 9293, 3.10.7.4), and a
+/// peer that has forgotten the connection answers that with an RST. So a late
+/// acknowledgement is dropped: whoever needs it asks again.
+pub(crate) fn let_end<E>(
+    flows: &HashSet<Flow>,
+    mut drain: impl FnMut() -> Vec<HeldPacket>,
+    give_back: impl Fn(&[HeldPacket]),
+    open: impl FnOnce() -> Result<(), E>,
+) -> Result<Vec<HeldPacket>, E> {
+    let mut others = Vec::new();
+    let mut theirs = || {
+        let (theirs, more): (Vec<_>, Vec<_>) = drain()
+            .into_iter()
+            .partition(|packet| packet.flow().is_some_and(|flow| flows.contains(&flow)));
+        others.extend(more);
+        theirs
+    };
+    for _ in 0..RELEASE_ROUNDS_MAX {
+        let theirs = theirs();
+        if theirs.is_empty() {
+            break;
+        }
+        give_back(&theirs);
+    }
+    open()?;
+    let mut late = theirs();
+    late.retain(|packet| !packet.is_bare());
+    give_back(&late);
+    Ok(others)
+}
+
 /// Gives packets to the sockets that another host has held for them. `home`
 /// names the interface of a local address.
 pub(crate) fn give_over(
@@ -153,6 +212,48 @@ mod tests {
         frame.extend_from_slice(kind);
         frame.extend_from_slice(packet);
         frame
+    }
+
+    const ACK: u8 = 0x10;
+    const FIN: u8 = 0x01;
+
+    /// What a peer at 10.0.0.2 has sent from this port.
+    fn said(port: u16, flags: u8) -> HeldPacket {
+        let mut segment = vec![0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0];
+        segment.extend([10, 0, 0, 2, 10, 0, 0, 1]);
+        segment.extend(port.to_be_bytes());
+        segment.extend([0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 0, 9, 0, 0, 0, 0]);
+        HeldPacket {
+            direction: Direction::Ingress,
+            interface_index: 2,
+            frame: frame(&[8, 0], &segment).into(),
+        }
+    }
+
+    #[test]
+    fn no_acknowledgement_is_given_to_a_connection_that_has_gone_on() {
+        let ending = Flow::new("10.0.0.1:80".parse().unwrap(), ([10, 0, 0, 2], 7).into());
+        let held = [
+            vec![said(7, ACK), said(8, ACK)],
+            vec![said(7, ACK | FIN)],
+            vec![],
+            vec![said(7, ACK), said(8, FIN | ACK), said(7, ACK | FIN)],
+        ];
+        let mut drains = held.into_iter();
+        let given = std::cell::RefCell::new(Vec::new());
+        let others = let_end(
+            &HashSet::from([ending]),
+            || drains.next().unwrap(),
+            |packets| given.borrow_mut().extend(packets.iter().cloned().map(Some)),
+            || {
+                given.borrow_mut().push(None);
+                Ok::<_, GateError>(())
+            },
+        )
+        .unwrap();
+        let (ack, fin) = (Some(said(7, ACK)), Some(said(7, ACK | FIN)));
+        assert_eq!(given.into_inner(), [ack, fin.clone(), None, fin]);
+        assert_eq!(others, [said(8, ACK), said(8, FIN | ACK)]);
     }
 
     #[test]

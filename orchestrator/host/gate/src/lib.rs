@@ -385,14 +385,6 @@ impl Gate {
         self.tables.end_flows(flows, Ended::Pass)
     }
 
-    /// Whether a held packet is of a flow that [`let_end`](Self::let_end) has
-    /// let go.
-    #[must_use]
-    pub fn is_ending(&self, packet: &HeldPacket) -> bool {
-        hold::frame::segment_of(&packet.frame, packet.direction)
-            .is_some_and(|(key, _)| matches!(self.tables.ended(&key), Ok(Some(Ended::Pass))))
-    }
-
     /// Takes back what [`let_end`](Self::let_end) has allowed: flows that the
     /// gate knows otherwise are kept back as the mode says.
     pub fn end_all(&self) {

@@ -13,7 +13,7 @@
 //!
 //! Established connections are served all the while up to the closed gate.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -160,12 +160,13 @@ impl Migration {
             return Ok(());
         }
         self.closing = true;
-        gate.let_end(closing)?;
-        // What their peers have said since the gate closed.
-        let (theirs, others): (Vec<_>, Vec<_>) = crate::held::drain(&mut self.held)
-            .into_iter()
-            .partition(|packet| gate.is_ending(packet));
-        crate::held::give_back(gate, &theirs);
+        let closing_flows: HashSet<Flow> = closing.iter().copied().collect();
+        let others = crate::held::let_end(
+            &closing_flows,
+            || crate::held::drain(&mut self.held),
+            |packets| crate::held::hand_on(gate, packets),
+            || gate.let_end(closing),
+        )?;
         self.waiting.extend(others);
         Ok(())
     }

@@ -46,6 +46,7 @@ use aya::programs::tc::SchedClassifierLink;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use bytes::Bytes;
+use migrate_core::Flow;
 use migrate_ebpf_common::parse::is_opening;
 use migrate_ebpf_common::{Direction, FlowKey, Route};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -54,6 +55,7 @@ use tokio::sync::Notify;
 use self::frame::FRAME_BYTES_MAX;
 use self::store::Store;
 use self::tap::Tap;
+use crate::flows::flow;
 use crate::sys::DeviceKind;
 use crate::{Device, GateError};
 
@@ -104,6 +106,12 @@ impl HeldPacket {
     #[must_use]
     pub fn is_bare(&self) -> bool {
         frame::is_bare(&self.frame, self.direction)
+    }
+
+    /// The connection it belongs to; none for what is no whole TCP segment.
+    #[must_use]
+    pub fn flow(&self) -> Option<Flow> {
+        frame::segment_of(&self.frame, self.direction).map(|(key, _)| flow(&key))
     }
 }
 
