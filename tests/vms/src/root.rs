@@ -38,7 +38,7 @@ const WORKLOADS: [&str; 5] = [
     "tc",
 ];
 /// Devices, and what sockets, the gate and CRIU ask the kernel for.
-const MODULES: [&str; 30] = [
+const MODULES: [&str; 31] = [
     "virtio_pci",
     "virtio_net",
     "virtio_console",
@@ -50,6 +50,7 @@ const MODULES: [&str; 30] = [
     "veth",
     "bridge",
     "8021q",
+    "bonding",
     "sch_ingress",
     "cls_bpf",
     "inet_diag",
