@@ -123,8 +123,12 @@ impl Choices {
     }
 }
 
-/// How long the destination may take to be reached.
-const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+/// How long the destination may take to be reached: an SSH login and the start
+/// of a program, a second or two as a rule, 20 s where both hosts are busy.
+const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long the other side may take for a step that the tree does not wait for.
+const READY_LIMIT: Duration = Duration::from_secs(90);
 
 /// How long the other side may take for a step outside the blackout.
 const STEP_LIMIT: Duration = Duration::from_secs(30);

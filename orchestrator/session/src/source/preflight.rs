@@ -13,7 +13,7 @@ use migrate_proc::Tree;
 
 use super::precopy::choose;
 use super::{
-    CONNECT_LIMIT, Choices, Link, MemoryEngine, Migration, Plan, STEP_LIMIT, Target, migration_id,
+    CONNECT_LIMIT, Choices, Link, MemoryEngine, Migration, Plan, READY_LIMIT, Target, migration_id,
 };
 use crate::error::Error;
 use crate::inbox::Inbox;
@@ -176,7 +176,7 @@ async fn ask(
             peer: link.peer.clone(),
             source,
         })?;
-    match link.inbox.next_within(AWAITED, STEP_LIMIT).await? {
+    match link.inbox.next_within(AWAITED, READY_LIMIT).await? {
         Message::Findings { findings, .. } => Ok(findings),
         other => Err(link.inbox.unexpected(&other, AWAITED)),
     }

@@ -11,7 +11,7 @@ use migrate_gate::{Gate, GateOptions, Role};
 use migrate_proc::{Fence, HoldDown};
 use serde::Serialize;
 
-use super::{CONNECT_LIMIT, Engine, MemoryEngine, Migration, STEP_LIMIT, not_yet};
+use super::{CONNECT_LIMIT, Engine, MemoryEngine, Migration, READY_LIMIT, not_yet};
 use crate::error::Error;
 use crate::guard::Guard;
 use crate::journal::Journal;
@@ -150,7 +150,7 @@ impl Migration {
         self.engine = Engine::Ready(worker);
 
         let link = self.link()?;
-        match link.inbox.next_within(AWAITED, STEP_LIMIT).await? {
+        match link.inbox.next_within(AWAITED, READY_LIMIT).await? {
             Message::Prepared => {}
             other => return Err(link.inbox.unexpected(&other, AWAITED)),
         }
