@@ -189,7 +189,15 @@ impl ResetCapture {
         const FILTER: &str = "tcp[13] & 4 != 0 or (ip6[6] == 6 and ip6[53] & 4 != 0)";
         let mut tcpdump = host
             .command("tcpdump")
-            .args(["-i", INTERFACE, "-n", "-l", "--immediate-mode", FILTER])
+            .args([
+                "-i",
+                INTERFACE,
+                "-n",
+                "-l",
+                "-tt",
+                "--immediate-mode",
+                FILTER,
+            ])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;
@@ -208,7 +216,7 @@ impl ResetCapture {
         Err(io::Error::other(said))
     }
 
-    /// The packets, one a line.
+    /// The packets, one a line that begins with the seconds since 1970.
     ///
     /// # Errors
     ///

@@ -6,9 +6,10 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::process::{Child, Output, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use migrate_core::Phase;
 use migrate_core::report::Report;
@@ -235,6 +236,22 @@ pub fn print_logs(host: &Host) {
 /// When the migration fails or one of these does not hold.
 #[track_caller]
 pub fn moves(lab: &Lab, workload: &Workload, from: HostName, to: HostName) -> Report {
+    moves_in_time(lab, workload, from, to).0
+}
+
+/// The same, and the time in which peers could notice anything: from before the
+/// gate closed to the end of the command.
+///
+/// # Panics
+///
+/// As [`moves`].
+#[track_caller]
+pub fn moves_in_time(
+    lab: &Lab,
+    workload: &Workload,
+    from: HostName,
+    to: HostName,
+) -> (Report, Range<SystemTime>) {
     let (source, destination) = (lab.host(from), lab.host(to));
     let (pid, name) = (workload.pid, process_name(&source, workload.pid));
     let arguments = ["--to", to.as_str(), &pid.to_string()];
@@ -242,11 +259,21 @@ pub fn moves(lab: &Lab, workload: &Workload, from: HostName, to: HostName) -> Re
         Ok(migration) => migration,
         Err(error) => panic!("migrate {arguments:?} in {from}: {error}"),
     };
+    let ended_at = SystemTime::now();
     if migration.code != Some(0) {
         print_logs(&source);
         print_logs(&destination);
     }
     let report = migration.expect_committed().clone();
+    let took_us = |event: &Value| {
+        let phase: Phase = serde_json::from_value(event["phase"].clone()).ok()?;
+        (event["event"] == "ended" && phase >= Phase::Freeze)
+            .then(|| event["took_us"].as_u64())
+            .flatten()
+    };
+    let since_closing_us: u64 = migration.events.iter().filter_map(took_us).sum();
+    assert!(since_closing_us > 0, "no phases in {:?}", migration.events);
+    let noticeable = ended_at - Duration::from_micros(since_closing_us)..ended_at;
     assert!(runs(&destination, pid), "{pid} runs on {to}");
     assert_eq!(process_name(&destination, pid), name);
     let ended = eventually(SETTLE_WITHIN, || !runs(&source, pid));
@@ -262,5 +289,5 @@ pub fn moves(lab: &Lab, workload: &Workload, from: HostName, to: HostName) -> Re
     }
     no_gate_left(&source);
     no_gate_left(&destination);
-    report
+    (report, noticeable)
 }

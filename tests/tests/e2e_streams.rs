@@ -6,11 +6,13 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use migrate_test_hosts::{HostName, Lab, LabGuard, WORKLOAD_V6};
 use migrate_tests::hosts::{ResetCapture, TcpCounts, eventually};
-use migrate_tests::migration::{migrate, moves, no_gate_left, serves_old_connections};
+use migrate_tests::migration::{
+    migrate, moves, moves_in_time, no_gate_left, serves_old_connections,
+};
 use migrate_tests::refusals::shell;
 use migrate_tests::require;
 use migrate_tests::streams::wire::{REPLY_BYTES, REQUEST, head};
@@ -50,9 +52,11 @@ fn moves_under(test: &str, workload: WorkloadKind, clients: &[(Kind, usize)], ho
         .collect();
     let counts = || hosts.map(|name| TcpCounts::of(&lab.host(name)).unwrap());
     let (mut from, mut to) = (HostName::Host1, HostName::Host2);
+    let mut watched = Vec::new();
     for hop in 1..=hops {
         let before = counts();
-        let report = moves(&lab, &workload, from, to);
+        let (report, noticeable) = moves_in_time(&lab, &workload, from, to);
+        watched.push(noticeable);
         for running in &running {
             running.goes_on(1).unwrap();
         }
@@ -74,7 +78,20 @@ fn moves_under(test: &str, workload: WorkloadKind, clients: &[(Kind, usize)], ho
     for verdict in &verdicts {
         println!("{test}: {verdict:?}");
     }
-    let resets = capture.stop().unwrap();
+    // Where a connection ends every few microseconds, a busy kernel delivers
+    // its last two segments the wrong way round now and then, with or without
+    // a migration, and the end of that is an RST for a connection that is over.
+    // A connection that is not has a client that says so below.
+    let resets: Vec<String> = capture
+        .stop()
+        .unwrap()
+        .into_iter()
+        .filter(|line| {
+            let at = line.split(' ').next().and_then(|at| at.parse().ok());
+            let at = UNIX_EPOCH + Duration::from_secs_f64(at.unwrap());
+            watched.iter().any(|time| time.contains(&at))
+        })
+        .collect();
     assert_eq!(resets, Vec::<String>::new());
     for verdict in verdicts {
         assert_eq!(verdict.failures, Vec::<String>::new());

@@ -114,7 +114,7 @@ pub fn judge<P: Packet + ?Sized, W: World>(
         let fate = match mode(state, direction, world) {
             _ if is_own => Fate::Returned,
             Mode::Drop | Mode::Hold => Fate::Kept,
-            Mode::HoldBare if segment.is_bare() => Fate::Kept,
+            Mode::HoldBare if segment.is_bare_or_end() => Fate::Kept,
             Mode::Open | Mode::HoldNew | Mode::HoldBare => Fate::Passes,
         };
         world.track(key, &segment, direction, fate, state.is_watching());
@@ -162,7 +162,7 @@ pub fn judge<P: Packet + ?Sized, W: World>(
             }
             let passes = match mode {
                 Mode::Open => !reset || state.is_open(),
-                Mode::HoldBare => !reset && !segment.is_bare(),
+                Mode::HoldBare => !reset && !segment.is_bare_or_end(),
                 Mode::Drop | Mode::Hold | Mode::HoldNew => false,
             };
             if passes || !is_workload(&key, world) {
@@ -408,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn only_bare_acknowledgements_wait_where_senders_shall_stop() {
+    fn acknowledgements_and_ends_wait_where_senders_shall_stop() {
         use Direction::{Egress, Ingress};
         let world = Fixed {
             state: State(0).next(Mode::Hold, Mode::HoldBare),
@@ -433,7 +433,7 @@ mod tests {
             (&empty, Egress, world, Judgement::Hold),
             (&bare(push), Egress, world, Judgement::Hold),
             (&data, Egress, world, Judgement::Pass),
-            (&bare(fin), Egress, world, Judgement::Pass),
+            (&bare(fin), Egress, world, Judgement::Hold),
             (&bare(syn_ack), Egress, world, Judgement::Pass),
             (&bare(TCP_RST), Egress, world, Judgement::PassReset),
             (&empty, Ingress, world, Judgement::Hold),

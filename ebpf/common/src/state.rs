@@ -20,8 +20,9 @@ pub enum Mode {
     /// New connections wait, as with `Hold`; everything else passes. For the
     /// way in only.
     HoldNew = 3,
-    /// Segments that acknowledge and nothing more wait, as with `Hold`;
-    /// everything else passes. For the way out only: without answers senders
+    /// Segments that acknowledge and nothing more wait, as with `Hold`, and so
+    /// does the end of a connection, which must not overtake them; everything
+    /// else passes. For the way out only: without answers senders
     /// come to a stop at their windows.
     HoldBare = 4,
 }

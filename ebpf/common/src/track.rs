@@ -91,6 +91,15 @@ impl Segment {
     pub const fn is_bare(&self) -> bool {
         self.payload_bytes == 0 && self.flags & (TCP_SYN | TCP_RST | TCP_FIN | TCP_ACK) == TCP_ACK
     }
+
+    /// Whether it waits where acknowledgements are held. An end does, too: an
+    /// acknowledgement that it has overtaken meets a peer in TIME_WAIT, whose
+    /// answer finds no connection any more and is answered with RST.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_bare_or_end(&self) -> bool {
+        self.is_bare() || self.flags & (TCP_FIN | TCP_RST) == TCP_FIN
+    }
 }
 
 impl FlowRecord {

@@ -52,18 +52,24 @@ pub(crate) fn drain(held: &mut Option<HeldPackets>) -> Vec<HeldPacket> {
     held.as_mut().map_or_else(Vec::new, HeldPackets::try_drain)
 }
 
-/// Gives packets back that were held on this host, in order. One that cannot
-/// be given back is a lost packet and no more: its sender sends it again.
-pub(crate) fn give_back(gate: &Gate, packets: &[HeldPacket]) {
+/// Gives packets back that were held on this host, in order, and returns how
+/// many. One that cannot be given back is a lost packet and no more: its sender
+/// sends it again.
+pub(crate) fn give_back(gate: &Gate, packets: &[HeldPacket]) -> usize {
+    let mut given_back = 0;
     for packet in packets {
         let given = match packet.direction {
             Direction::Ingress => gate.inject_ingress(packet.interface_index, &packet.frame),
             Direction::Egress => gate.emit_egress(packet.interface_index, &packet.frame),
         };
-        if let Err(error) = given {
-            tracing::warn!(error = %crate::error::chain(&error), "a held packet was lost");
+        match given {
+            Ok(()) => given_back += 1,
+            Err(error) => {
+                tracing::warn!(error = %crate::error::chain(&error), "a held packet was lost");
+            }
         }
     }
+    given_back
 }
 
 /// How often packets that have come meanwhile are put in, before the gate opens
@@ -94,11 +100,23 @@ pub(crate) fn release(
         }
     }
     gate.open_ingress();
-    give_back(gate, &drain(held));
-    give_back(gate, &answers);
-    give_back(gate, &drain(held));
+    // What goes out keeps its order, and is gone before anything may overtake it.
+    for _ in 0..RELEASE_ROUNDS_MAX {
+        let (inward, outward): (Vec<_>, Vec<_>) = drain(held)
+            .into_iter()
+            .partition(|packet| packet.direction == Direction::Ingress);
+        give_back(gate, &inward);
+        answers.extend(outward);
+        if answers.is_empty() {
+            break;
+        }
+        hand_on(gate, &std::mem::take(&mut answers));
+    }
     gate.open()?;
-    give_back(gate, &drain(held));
+    // The next acknowledgement says the same.
+    let mut late = drain(held);
+    late.retain(|packet| packet.direction == Direction::Ingress || !packet.is_bare());
+    give_back(gate, &late);
     Ok(())
 }
 
@@ -108,15 +126,17 @@ const HAND_ON_LIMIT: Duration = Duration::from_millis(50);
 /// Between two looks at the gate's counter.
 const HAND_ON_LOOK: Duration = Duration::from_micros(50);
 
-/// Gives packets back and waits until the sockets have them: another CPU may
-/// be slower with them than with a packet that comes later on its own.
+/// Gives packets back and waits until they have passed the gate: another CPU
+/// may be slower with them than with a packet that comes later on its own.
 pub(crate) fn hand_on(gate: &Gate, packets: &[HeldPacket]) {
-    let injected = || gate.counters().map_or(0, |counters| counters.injected);
-    let inward = |packet: &&HeldPacket| packet.direction == Direction::Ingress;
-    let awaited = injected() + packets.iter().filter(inward).count() as u64;
-    give_back(gate, packets);
+    let passed = || {
+        let counters = gate.counters().unwrap_or_default();
+        counters.injected + counters.emitted
+    };
+    let before = passed();
+    let awaited = before + give_back(gate, packets) as u64;
     let ends_at = Instant::now() + HAND_ON_LIMIT;
-    while injected() < awaited && Instant::now() < ends_at {
+    while passed() < awaited && Instant::now() < ends_at {
         std::thread::sleep(HAND_ON_LOOK);
     }
 }
@@ -133,7 +153,7 @@ pub(crate) fn hand_on(gate: &Gate, packets: &[HeldPacket]) {
 pub(crate) fn let_end<E>(
     flows: &HashSet<Flow>,
     mut drain: impl FnMut() -> Vec<HeldPacket>,
-    give_back: impl Fn(&[HeldPacket]),
+    hand_on: impl Fn(&[HeldPacket]),
     open: impl FnOnce() -> Result<(), E>,
 ) -> Result<Vec<HeldPacket>, E> {
     let mut others = Vec::new();
@@ -149,12 +169,12 @@ pub(crate) fn let_end<E>(
         if theirs.is_empty() {
             break;
         }
-        give_back(&theirs);
+        hand_on(&theirs);
     }
     open()?;
     let mut late = theirs();
     late.retain(|packet| !packet.is_bare());
-    give_back(&late);
+    hand_on(&late);
     Ok(others)
 }
 

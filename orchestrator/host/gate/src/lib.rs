@@ -520,13 +520,18 @@ impl Gate {
     ) -> Result<(), GateError> {
         let hold = self.means()?;
         if direction == Direction::Ingress
-            && let Some((key, flags)) = hold::frame::segment_of(frame, direction)
-            && self.tables.ended(&key)? == Some(Ended::Answer)
+            && let Some((key, segment)) = hold::frame::segment_of(frame, direction)
         {
-            if !is_opening(flags) {
-                return hold.answer(interface_index, frame);
+            let opens = is_opening(segment.flags);
+            if opens && hold.was_opened(key, segment) {
+                return Ok(());
             }
-            self.tables.forget_ended(&key)?;
+            if self.tables.ended(&key)? == Some(Ended::Answer) {
+                if !opens {
+                    return hold.answer(interface_index, frame);
+                }
+                self.tables.forget_ended(&key)?;
+            }
         }
         let knows = |key: &FlowKey| self.tables.knows(key);
         hold.give_back(direction, interface_index, frame, knows)

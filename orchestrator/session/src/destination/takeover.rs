@@ -278,7 +278,9 @@ impl Destination {
         let mut look = tokio::time::interval(Self::LOOK_FOR_ADDRESS);
         loop {
             tokio::select! {
-                packet = held::next(&mut self.held) => held::give_back(gate, &[packet]),
+                packet = held::next(&mut self.held) => {
+                    held::give_back(gate, &[packet]);
+                }
                 // A peer that closes later gets an RST then, and nothing else
                 // is lost: who stops an agent is not kept waiting for a minute.
                 () = self.stop.cancelled() => return,
@@ -330,7 +332,9 @@ impl Destination {
                     }
                     None => return,
                 },
-                packet = held::next(&mut self.held) => held::give_back(gate, &[packet]),
+                packet = held::next(&mut self.held) => {
+                    held::give_back(gate, &[packet]);
+                }
             }
         }
     }

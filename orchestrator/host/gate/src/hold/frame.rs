@@ -100,39 +100,26 @@ pub(crate) fn check(frame: &[u8], direction: Direction) -> Result<FlowKey, Frame
     Ok(key)
 }
 
-/// The flow of a frame and its TCP flags; nothing else is checked.
-pub(crate) fn segment_of(frame: &[u8], direction: Direction) -> Option<(FlowKey, u8)> {
+/// The flow of a frame and its segment; nothing else is checked.
+pub(crate) fn segment_of(frame: &[u8], direction: Direction) -> Option<(FlowKey, Segment)> {
     let packet = frame.get(OFFLOAD_BYTES..)?;
     let [high, low] = packet.load::<2>(12)?;
     let ethertype = u16::from_be_bytes([high, low]);
     match parse(packet, Layer2::Ethernet, ethertype, direction) {
-        Parsed::Tcp { key, flags, .. } => Some((key, flags)),
-        Parsed::Other | Parsed::Unreadable | Parsed::Neighbour { .. } => None,
-    }
-}
-
-/// Whether a frame's segment acknowledges and nothing more.
-pub(crate) fn is_bare(frame: &[u8], direction: Direction) -> bool {
-    let Some(packet) = frame.get(OFFLOAD_BYTES..) else {
-        return false;
-    };
-    let Some([high, low]) = packet.load::<2>(12) else {
-        return false;
-    };
-    let ethertype = u16::from_be_bytes([high, low]);
-    match parse(packet, Layer2::Ethernet, ethertype, direction) {
         Parsed::Tcp {
+            key,
             flags,
             sequence,
             payload_bytes,
-            ..
-        } => Segment {
-            flags,
-            sequence,
-            payload_bytes,
-        }
-        .is_bare(),
-        Parsed::Other | Parsed::Unreadable | Parsed::Neighbour { .. } => false,
+        } => Some((
+            key,
+            Segment {
+                flags,
+                sequence,
+                payload_bytes,
+            },
+        )),
+        Parsed::Other | Parsed::Unreadable | Parsed::Neighbour { .. } => None,
     }
 }
 

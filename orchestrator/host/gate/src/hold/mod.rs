@@ -48,7 +48,7 @@ use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use bytes::Bytes;
 use migrate_core::Flow;
 use migrate_ebpf_common::parse::is_opening;
-use migrate_ebpf_common::{Direction, FlowKey, Route};
+use migrate_ebpf_common::{Direction, FlowKey, Route, Segment};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::Notify;
 
@@ -58,6 +58,9 @@ use self::tap::Tap;
 use crate::flows::flow;
 use crate::sys::DeviceKind;
 use crate::{Device, GateError};
+
+/// Beginnings of connections that are remembered. More do not wait in a blackout.
+const OPENED_MAX: usize = 1 << 16;
 
 /// An end that was held and one that was sent again meanwhile get one answer
 /// between them: to a second its peer, which has done with the connection by
@@ -105,7 +108,7 @@ impl HeldPacket {
     /// Whether it acknowledges and nothing more.
     #[must_use]
     pub fn is_bare(&self) -> bool {
-        frame::is_bare(&self.frame, self.direction)
+        frame::segment_of(&self.frame, self.direction).is_some_and(|(_, segment)| segment.is_bare())
     }
 
     /// The connection it belongs to; none for what is no whole TCP segment.
@@ -238,10 +241,10 @@ impl Port {
                 }
             };
             // Whatever else the device says is not the workload's.
-            if let Some((key, flags)) = frame::segment_of(frame, self.direction) {
+            if let Some((key, segment)) = frame::segment_of(frame, self.direction) {
                 store.lock().unwrap_or_else(PoisonError::into_inner).push(
                     key,
-                    is_opening(flags),
+                    is_opening(segment.flags),
                     self.direction,
                     self.interface_index,
                     frame,
@@ -260,6 +263,9 @@ pub(crate) struct Hold {
     /// When the ends of flows were acknowledged last; only of those that the
     /// gate's map of closed flows takes.
     answered: Mutex<HashMap<FlowKey, Instant>>,
+    /// The beginnings of connections that the kernel was given, by flow and
+    /// sequence number.
+    opened: Mutex<HashSet<(FlowKey, u32)>>,
     /// `/proc/net/dev` of the devices' namespace.
     device_counters: Mutex<File>,
     /// Its end ends the thread.
@@ -338,6 +344,7 @@ impl Hold {
             shared,
             is_taken: AtomicBool::new(false),
             answered: Mutex::default(),
+            opened: Mutex::default(),
             device_counters: Mutex::new(device_counters),
             stop: Some(stop),
             thread: Some(thread),
@@ -386,6 +393,14 @@ impl Hold {
             index: interface_index,
             source,
         })
+    }
+
+    /// Whether the kernel was given this beginning of a connection before: one
+    /// that its peer has sent twice and that was held twice. The second would
+    /// begin another connection if the first has ended meanwhile.
+    pub(crate) fn was_opened(&self, key: FlowKey, segment: Segment) -> bool {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        opened.len() < OPENED_MAX && !opened.insert((key, segment.sequence))
     }
 
     /// Acknowledges the end of a connection in a frame that `interface_index`

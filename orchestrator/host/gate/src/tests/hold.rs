@@ -327,17 +327,24 @@ fn held_syn(pair: &Pair, gate: &Gate, held: &mut HeldPackets, index: u32, addres
     gate.add_listeners(&[listener(&address.to_string(), false)])
         .unwrap();
     gate.close().unwrap();
-    std::thread::scope(|scope| {
+    let syn = std::thread::scope(|scope| {
         let connecting = scope.spawn(|| pair.connect(address, PATIENCE).unwrap());
         let syn = next(held).unwrap();
         std::thread::sleep(HOLD);
         gate.open_egress().unwrap();
-        give_back(gate, index, &[syn]);
+        give_back(gate, index, std::slice::from_ref(&syn));
         drop(connecting.join().unwrap());
+        syn
     });
     gate.open().unwrap();
     give_back(gate, index, &held.try_drain());
     drop(listening.accept().unwrap());
+    // Its peer had sent it twice: the connection it began is over by now.
+    let injected = || gate.counters().unwrap().injected;
+    let before = injected();
+    give_back(gate, index, &[syn]);
+    std::thread::sleep(HOLD);
+    assert_eq!(injected(), before);
 }
 
 #[test]
