@@ -226,6 +226,9 @@ where
     }
 }
 
+/// The image that CRIU opens first.
+pub(crate) const INVENTORY: &str = "inventory.img";
+
 /// An image file that the source has to send.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SmallImage {
@@ -255,6 +258,10 @@ pub fn small_images(directory: &Path) -> Result<Vec<SmallImage>, CriuError> {
         let metadata = entry
             .metadata()
             .map_err(|source| CriuError::image("examine", &path, source))?;
+        // An inventory that CRIU still waits for is a FIFO.
+        if !metadata.is_file() {
+            continue;
+        }
         let name = entry.file_name();
         let name =
             name.to_str()
@@ -409,6 +416,8 @@ pub struct ImageDir {
     stats: ImageStats,
     /// Pages that can wait are left out.
     lazy: bool,
+    /// The name that the inventory gets until CRIU may have it.
+    inventory_name: &'static str,
     finished: bool,
 }
 
@@ -483,8 +492,20 @@ impl ImageDir {
             whole_images: BTreeSet::new(),
             stats: ImageStats::default(),
             lazy: false,
+            inventory_name: INVENTORY,
             finished: false,
         })
+    }
+
+    /// Puts the inventory elsewhere when it comes.
+    pub(crate) fn hold_inventory(&mut self, name: &'static str) -> Result<(), CriuError> {
+        if self.whole_images.contains(INVENTORY) || self.open_images.contains_key(INVENTORY) {
+            return Err(CriuError::ImageData {
+                what: format!("{INVENTORY} has come before CRIU was to wait for it"),
+            });
+        }
+        self.inventory_name = name;
+        Ok(())
     }
 
     /// Where it is.
@@ -726,7 +747,10 @@ impl ImageDir {
                 what: format!("image name {name:?}"),
             });
         }
-        let path = self.path.join(name);
+        let path = self.path.join(match name {
+            INVENTORY => self.inventory_name,
+            other => other,
+        });
         let file = match self.open_images.entry(name.to_owned()) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => {
@@ -768,9 +792,9 @@ impl ImageDir {
                 what: format!("{name} is not complete"),
             });
         }
-        if !self.whole_images.contains("inventory.img") {
+        if !self.whole_images.contains(INVENTORY) {
             return Err(CriuError::ImageData {
-                what: "there is no inventory.img".to_owned(),
+                what: format!("there is no {INVENTORY}"),
             });
         }
         self.settle()?;

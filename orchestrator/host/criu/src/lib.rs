@@ -52,6 +52,9 @@
 //! to whoever listens in the image directory. Such a directory is of no use to
 //! any other restore: what was left out would be zeros.
 //!
+//! A restore that is parked ([`Worker::park`]) has done all that needs no image
+//! before the first image comes.
+//!
 //! Images hold the memory of a process, so they stand on a tmpfs unless the user
 //! has named a place ([`ImageDir::create_on_disk`]), and an [`ImageDir`] removes
 //! itself.
@@ -63,6 +66,7 @@ mod lock;
 mod log;
 mod offsets;
 mod pages;
+mod park;
 mod rpc;
 mod rseq;
 mod session;
@@ -76,6 +80,7 @@ pub use locate::{Criu, OVERRIDE, PRIVATE_PATH, locate};
 pub use lock::NetworkLock;
 pub use log::LogTail;
 pub use pages::{PARENT, PIECE_PAGES_MAX, PageSink, PageSocket, PageStats, serve_pages};
+pub use park::ParkedRestore;
 pub use rseq::rseq_areas;
 pub use session::{Notice, Outcome, Session};
 pub use worker::{DumpOptions, RestoreOptions, Track, Worker, WorkerOptions};

@@ -130,6 +130,12 @@ impl Session {
         self.process.pid()
     }
 
+    /// Whether CRIU is killed when this is dropped: only while it has touched
+    /// nothing.
+    pub(crate) fn expend(&mut self, expendable: bool) {
+        self.process.expendable = expendable;
+    }
+
     /// Whether CRIU still runs, and so has held what it holds without a break.
     pub fn alive(&mut self) -> bool {
         self.process.alive()

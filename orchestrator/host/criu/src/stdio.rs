@@ -174,7 +174,7 @@ impl ImageDir {
         let directory = self.path().to_owned();
         let infos = terminal_infos(&directory, resource)?;
         let mut replaced = BTreeSet::new();
-        let name = format!("{NAME_PREFIX}{resource}");
+        let name = placeholder(resource);
         edit(&directory.join("files.img"), |record| {
             let file = FileEntry::decode(record)?;
             let flags = match (&file.pipe, &file.unix, &file.terminal) {
@@ -238,8 +238,19 @@ impl ImageDir {
                 })?;
             }
         }
-        Ok(Some(name.trim_start_matches('/').to_owned()))
+        Ok(Some(placeholder_key(resource)))
     }
+}
+
+fn placeholder(resource: &str) -> String {
+    format!("{NAME_PREFIX}{resource}")
+}
+
+/// The key of [`ImageDir::redirect`] for this resource, whether or not a tree
+/// has it: CRIU does not mind one too many.
+#[must_use]
+pub fn placeholder_key(resource: &str) -> String {
+    placeholder(resource).trim_start_matches('/').to_owned()
 }
 
 /// CRIU's ids for the terminal `resource`.

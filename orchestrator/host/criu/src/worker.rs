@@ -19,7 +19,7 @@ use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use crate::error::{Action, CriuError};
-use crate::images::{private, uptime_inventory};
+use crate::images::{INVENTORY, private, uptime_inventory};
 use crate::locate::Criu;
 use crate::lock::NetworkLock;
 use crate::pages::PageSocket;
@@ -227,7 +227,7 @@ impl DumpOptions {
 }
 
 /// What to restore and how.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RestoreOptions {
     /// Directory with a complete set of images.
     pub images: PathBuf,
@@ -244,7 +244,7 @@ pub struct RestoreOptions {
     pub log_level: u32,
     /// Somebody else puts the pages in place that [`ImageDir::lazy`] left out.
     /// He must listen on `lazy-pages.socket` in the image directory before the
-    /// order is given.
+    /// order is given, or before a parked restore is released.
     ///
     /// [`ImageDir::lazy`]: crate::ImageDir::lazy
     pub lazy: bool,
@@ -616,7 +616,7 @@ fn write_parent(images: &Path) -> Result<(), CriuError> {
     let uptime_us = parse_uptime_us(&text).ok_or_else(|| CriuError::ImageData {
         what: format!("uptime {text:?}"),
     })?;
-    let path = directory.join("inventory.img");
+    let path = directory.join(INVENTORY);
     private()
         .write(true)
         .create_new(true)

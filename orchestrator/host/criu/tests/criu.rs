@@ -265,7 +265,10 @@ async fn restore_to_commit(
 ) -> Session {
     let worker = criu.worker(worker).await.unwrap();
     let options = options(&worker);
-    let mut session = worker.restore(&options).await.unwrap();
+    restored(worker.restore(&options).await.unwrap()).await
+}
+
+async fn restored(mut session: Session) -> Session {
     loop {
         let notice = match session.next(LIMIT).await {
             Ok(notice) => notice,
@@ -682,6 +685,63 @@ async fn a_restored_tree_lives_in_the_workers_cgroup() {
         "{procs}"
     );
     drop(copy);
+}
+
+#[tokio::test]
+async fn a_parked_restore_waits_for_its_images() {
+    let Some(criu) = criu().await else { return };
+    for is_killed in [false, true] {
+        let scratch = scratch();
+        let file = scratch.path().join("counter");
+        let tree = start(&["count", file.to_str().unwrap(), "1"]);
+        advances(&file);
+        let mut images = Images::new(scratch.path(), "parked");
+        // Ordered before there is a single image.
+        let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+        let pid = worker.pid();
+        let order = RestoreOptions::new(images.destination.path());
+        let parked = worker.park(order.clone(), &mut images.destination).await;
+        let parked = parked.unwrap();
+        let waits = || {
+            let text = fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
+            text.contains("fifo") || text.contains("wait_for_partner")
+        };
+        eventually("CRIU waits for the inventory", waits);
+        let options = images.dump_options(tree.0);
+        let session = dump_to_commit(&criu, &mut images, &options).await;
+        images.complete();
+        commit(session, &tree).await;
+        let session = if is_killed {
+            // SAFETY: a process that this test has started and not reaped.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+            eventually("CRIU ends", || !runs(pid));
+            let error = parked.release(&images.destination).await.unwrap_err();
+            assert!(matches!(error, CriuError::Silent { .. }), "{error}");
+            images.destination.unpark().unwrap();
+            let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+            worker.restore(&order).await.unwrap()
+        } else {
+            parked.release(&images.destination).await.unwrap()
+        };
+        let copy = run_restored(restored(session).await).await;
+        advances(&file);
+        drop(copy);
+    }
+}
+
+#[tokio::test]
+async fn a_parked_restore_that_is_given_up_ends() {
+    let Some(criu) = criu().await else { return };
+    let scratch = scratch();
+    let mut images = Images::new(scratch.path(), "given-up");
+    let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+    let pid = worker.pid();
+    let order = RestoreOptions::new(images.destination.path());
+    let parked = worker.park(order, &mut images.destination).await.unwrap();
+    let gone = || !runs(pid);
+    assert!(!gone());
+    drop(parked);
+    eventually("CRIU ends", gone);
 }
 
 /// A cgroup that is removed in the end.

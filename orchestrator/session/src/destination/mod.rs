@@ -24,7 +24,7 @@ use migrate_core::policy::Policy;
 use migrate_core::protocol::destination::{Event, Step};
 use migrate_core::protocol::{IllegalTransition, Machine as _};
 use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice, WireError};
-use migrate_criu::{Criu, CriuError, ImageDir, Notice, Session, Worker};
+use migrate_criu::{Criu, CriuError, ImageDir, Notice, ParkedRestore, Session};
 use migrate_gate::{Gate, HeldPacket, HeldPackets};
 use migrate_net::{Net, Placement, Staged};
 use migrate_proc::Home;
@@ -139,10 +139,11 @@ struct Wanted {
     lock: NetworkLock,
 }
 
-/// CRIU's part, which changes from a waiting worker to a held restore.
+/// CRIU's part, which changes from a restore that waits for images to one that
+/// is held.
 enum Engine {
     None,
-    Ready(Worker),
+    Parked(Box<ParkedRestore>),
     Held(Session),
 }
 
@@ -429,7 +430,7 @@ impl Destination {
         }
         match std::mem::replace(&mut self.engine, Engine::None) {
             Engine::None => {}
-            Engine::Ready(worker) => drop(worker),
+            Engine::Parked(parked) => drop(parked),
             Engine::Held(session) => {
                 note(
                     "kill the copy".to_owned(),

@@ -11,7 +11,8 @@ use std::time::Duration;
 use migrate_core::facts::{AddressFacts, StdioFacts};
 use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
 use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice};
-use migrate_criu::{ImageDir, WorkerOptions};
+use migrate_criu::stdio::placeholder_key;
+use migrate_criu::{ImageDir, RestoreOptions, Worker, WorkerOptions};
 use migrate_gate::{Gate, GateOptions, Role};
 use migrate_proc::Home;
 
@@ -80,7 +81,6 @@ impl Destination {
         self.track_untracked(&flows);
         let order = self.order.as_ref().ok_or_else(no_order)?;
         let net = self.net.as_ref().ok_or_else(no_order)?;
-        let criu = self.criu.as_ref().ok_or_else(no_order)?;
         // A packet that cannot be sent for want of a neighbour's hardware
         // address waits a second for the next question. Asked now, with an
         // address of this host's own, nobody waits after the takeover.
@@ -113,19 +113,44 @@ impl Destination {
             home,
             images,
         )?;
+        let (worker, options) = self.worker(self.lazy.is_prepared()).await?;
+        let images = self.images.as_mut().ok_or_else(no_order)?;
+        let parked = worker.park(options, images).await?;
+        self.engine = Engine::Parked(Box::new(parked));
+        self.join_streams(connections).await
+    }
+
+    /// Starts CRIU for this tree, with what its order will be.
+    pub(super) async fn worker(&mut self, lazy: bool) -> Result<(Worker, RestoreOptions), Error> {
+        let order = self.order.as_ref().ok_or_else(no_order)?;
+        let criu = self.criu.as_ref().ok_or_else(no_order)?;
+        let home = self.home.as_ref().ok_or_else(no_order)?;
+        let images = self.images.as_ref().ok_or_else(no_order)?;
         let (streams, inherit) = reattach(&order.tree.stdio, &order.stdio)?;
         let worker = criu
             .worker(WorkerOptions {
                 cgroup: home.directory().map(ToOwned::to_owned),
                 inherit,
                 new_session: true,
-                small_pages: self.lazy.is_prepared(),
+                small_pages: lazy,
                 ..WorkerOptions::default()
             })
             .await?;
+        // Each stream that led out of the tree becomes what was opened for it.
+        let inherit_fd = streams
+            .iter()
+            .enumerate()
+            .map(|(index, resource)| (placeholder_key(resource), worker.inherited(index)))
+            .collect();
+        let options = RestoreOptions {
+            shell_job: order.tree.shell_job,
+            inherit_fd,
+            external_unix: true,
+            lazy,
+            ..RestoreOptions::new(images.path())
+        };
         self.streams = streams;
-        self.engine = Engine::Ready(worker);
-        self.join_streams(connections).await
+        Ok((worker, options))
     }
 
     /// How long connections that have joined may take to be handed over here.

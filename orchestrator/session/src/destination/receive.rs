@@ -9,7 +9,7 @@ use migrate_channel::Frame;
 use migrate_core::Flow;
 use migrate_core::policy::Policy;
 use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageOwner, PageRun};
-use migrate_criu::{ImageDir, Notice, RestoreOptions};
+use migrate_criu::{ImageDir, Notice, Session};
 use migrate_memory::{Content, Listed, PageStore};
 
 use super::{Destination, Engine, Incoming, SILENCE};
@@ -314,30 +314,7 @@ impl Destination {
             return Err(nothing("the stream of frames"));
         };
         let mut inbox = Inbox::new(self.peer.clone(), receiver);
-        let order = self.order.as_ref().ok_or_else(|| nothing("the tree"))?;
-        let images = self
-            .images
-            .as_mut()
-            .ok_or_else(|| nothing("the image directory"))?;
-        let Engine::Ready(worker) = std::mem::replace(&mut self.engine, Engine::None) else {
-            return Err(nothing("CRIU"));
-        };
-        images.part_offsets()?;
-        // Each stream that led out of the tree becomes what was opened for it.
-        let mut inherit_fd = Vec::new();
-        for (index, resource) in self.streams.iter().enumerate() {
-            if let Some(key) = images.redirect(resource)? {
-                inherit_fd.push((key, worker.inherited(index)));
-            }
-        }
-        let options = RestoreOptions {
-            shell_job: order.tree.shell_job,
-            inherit_fd,
-            external_unix: true,
-            lazy: self.lazy.pages() > 0,
-            ..RestoreOptions::new(images.path())
-        };
-        let session = worker.restore(&options).await?;
+        let session = self.released().await?;
         self.engine = Engine::Held(session);
         let held = tokio::select! {
             held = self.held() => held,
@@ -356,6 +333,36 @@ impl Destination {
             u64::try_from(at.elapsed().as_micros()).unwrap_or(u64::MAX)
         });
         self.send(&Message::Restored { restore_us }).await
+    }
+
+    /// Lets the parked CRIU have the images. One that cannot be used any more,
+    /// or was told otherwise than is true now, is replaced.
+    async fn released(&mut self) -> Result<Session, Error> {
+        let images = self
+            .images
+            .as_mut()
+            .ok_or_else(|| nothing("the image directory"))?;
+        let Engine::Parked(parked) = std::mem::replace(&mut self.engine, Engine::None) else {
+            return Err(nothing("CRIU"));
+        };
+        images.part_offsets()?;
+        for resource in &self.streams {
+            images.redirect(resource)?;
+        }
+        let order = self.order.as_ref().ok_or_else(|| nothing("the tree"))?;
+        let lazy = self.lazy.pages() > 0;
+        let ordered = parked.options();
+        if ordered.lazy == lazy && ordered.shell_job == order.tree.shell_job {
+            match parked.release(images).await {
+                Ok(session) => return Ok(session),
+                Err(error) => {
+                    tracing::warn!(error = %crate::error::chain(&error), "CRIU is started anew");
+                }
+            }
+        }
+        images.unpark()?;
+        let (worker, options) = self.worker(lazy).await?;
+        Ok(worker.restore(&options).await?)
     }
 
     /// CRIU is given up for stuck after this much silence; the source's
