@@ -5,8 +5,10 @@
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 
 use migrate_core::Phase;
+use migrate_core::wire::PAGE_BYTES;
 use migrate_test_hosts::{Host, HostName, Lab, LabGuard};
 use migrate_tests::client::program;
 use migrate_tests::field::{Shared, contiguous, grows, output, signal};
@@ -214,4 +216,33 @@ fn a_tree_that_ends_in_mid_round_is_named() {
     ended.expect(ROLLED_BACK, &[&gone]);
     clean(&odd.source());
     clean(&odd.lab.host(HostName::Host2));
+}
+
+/// Whether the kernel marks soft-dirty pages: one that was just written is.
+fn has_soft_dirty() -> bool {
+    const SOFT_DIRTY: u64 = 1 << 55;
+    let written = vec![1_u8; 4 * PAGE_BYTES];
+    let page = (written.as_ptr().addr() / PAGE_BYTES + 1) as u64;
+    let mut entry = [0; 8];
+    let pagemap = fs::File::open("/proc/self/pagemap").unwrap();
+    pagemap.read_exact_at(&mut entry, page * 8).unwrap();
+    u64::from_ne_bytes(entry) & SOFT_DIRTY != 0
+}
+
+#[test]
+fn soft_dirty_marks_are_used_or_missed() {
+    require!("soft_dirty_marks_are_used_or_missed": root, tcx, criu, migrate);
+    let odd = Odd::start("plain");
+    let ended = odd.migrate(&["--engine", "soft-dirty", "--verify"]);
+    if has_soft_dirty() {
+        let _ = ended.expect_committed();
+        assert!(runs(&odd.lab.host(HostName::Host2), odd.pid));
+    } else {
+        let said = format!("{:?}", ended.events);
+        assert_eq!(ended.code, Some(REFUSED), "{ended:#?}");
+        assert!(said.contains("CONFIG_MEM_SOFT_DIRTY"), "{said}");
+        assert!(runs(&odd.source(), odd.pid));
+        clean(&odd.source());
+    }
+    odd.goes_on();
 }

@@ -1,14 +1,18 @@
-//! The gate's own tests in virtual machines, on kernels of Debian: the verifier takes the
-//! programs there, too, and they do what they do here.
+//! In virtual machines, on kernels of Debian: the gate's own tests, for the verifier takes the
+//! programs there, too, and they do what they do here; and whole migrations, from one kernel to
+//! another and by the kernel's soft-dirty marks, which the kernel of a test machine may not have.
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use migrate_test_hosts::HostName;
-use migrate_test_vms::{Kernel, Machines, Order, Program, scratch};
+use migrate_core::report::Report;
+use migrate_test_hosts::{HostName, WORKLOAD_V4};
+use migrate_test_vms::{Kernel, Machine, Machines, Order, Program, scratch};
+use migrate_tests::client::{StrictClient, program};
 use migrate_tests::hosts::gate_tests;
+use migrate_tests::migration::{Migration, serves_old_connections};
 use migrate_tests::require;
 
 /// They take a minute or two under emulation on an idle machine; this is for one with many others.
@@ -90,4 +94,121 @@ fn the_gate_works_on_linux_6_12() {
     require!("the_gate_works_on_linux_6_12": vm, kernel_6_12, gate_tests);
     let _alone = alone();
     gate_works_on(Kernel::V6_12);
+}
+
+/// One migration takes half a minute under emulation on an idle machine.
+const MOVES_WITHIN: Duration = Duration::from_secs(600);
+
+/// Exit code: the destination was not reached in time, and nothing was touched.
+const NOT_REACHED: i32 = 4;
+/// Logging in by SSH takes two busy machines a minute or more, and less each time: what they
+/// have run before, they need not translate again.
+const ATTEMPTS: usize = 6;
+
+/// Moves a process between machines and returns the report, and what was said of the engine.
+fn moves(from: &Machine, to: &Machine, pid: &str, options: &[&str]) -> (Report, String) {
+    let argv = ["migrate", "--json", "--to", to.host().as_str()];
+    // Every page is compared, and no machine is quick here.
+    let always = ["--verify", "--max-blackout", "300", pid];
+    let attempt = || {
+        let argv = argv.iter().chain(options).chain(&always);
+        let finished = from.exec(argv, MOVES_WITHIN).unwrap();
+        Migration::read(finished.code, &finished.stdout, &finished.stderr)
+    };
+    let mut migration = attempt();
+    for _ in 1..ATTEMPTS {
+        if migration.code != Some(NOT_REACHED) {
+            break;
+        }
+        migration = attempt();
+    }
+    if migration.code != Some(0) {
+        for machine in [from, to] {
+            let logs = machine.exec(["sh", "-c", "tail -n 40 /run/migrate/log/*"], MOVES_WITHIN);
+            println!("-- {}: {}", machine.host(), logs.unwrap().said());
+        }
+    }
+    let report = migration.expect_committed().clone();
+    let engine = migration
+        .events
+        .iter()
+        .find(|event| event["subject"] == "memory engine")
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    (report, engine)
+}
+
+/// By soft-dirty marks of their own accord on 6.1, which has nothing else, and because they are
+/// told to on 6.12, which has.
+#[test]
+fn redis_moves_between_kernels_by_soft_dirty_marks() {
+    require!(
+        "redis_moves_between_kernels_by_soft_dirty_marks":
+        vm, kernel_6_1, kernel_6_12, migrate, criu, redis
+    );
+    let _alone = alone();
+    let begun = Instant::now();
+    let dir = scratch().unwrap();
+    let programs = ["migrate", "strict-client"].map(|name| Program {
+        path: program(name),
+        name: name.to_owned(),
+    });
+    let orders = [
+        Order::new(HostName::Host1, Kernel::V6_1),
+        Order::new(HostName::Host2, Kernel::V6_12),
+        Order::new(HostName::Client, Kernel::V6_12),
+    ];
+    let machines = Machines::boot(dir.path(), &orders, &programs).unwrap();
+    let [one, two, peer] = orders.map(|order| machines.get(order.host).unwrap());
+    println!("up after {} s", begun.elapsed().as_secs());
+
+    let address = WORKLOAD_V4.to_string();
+    let server = ["redis-server", "--bind", &address, "--save", ""];
+    let alone = ["--protected-mode", "no", "--daemonize", "yes"];
+    let pidfile = ["--pidfile", "/run/redis.pid"];
+    let argv = server.iter().chain(&alone).chain(&pidfile);
+    one.succeed(argv, MOVES_WITHIN).unwrap();
+    let pid = "until test -s /run/redis.pid; do sleep 0.1; done; cat /run/redis.pid";
+    let pid = one.succeed(["sh", "-c", pid], MOVES_WITHIN).unwrap();
+    let pid = pid.trim();
+    let mut command = peer.command("strict-client");
+    command
+        .args(["redis", "--addr", &format!("{address}:6379")])
+        .args(["--connections", "8", "--interval-us", "20000"])
+        .args(["--keys", "2000", "--populate", "--verify"])
+        .args(["--connect-wait-ms", "60000", "--reply-timeout-ms", "300000"]);
+    let mut client = StrictClient::spawn(command).unwrap();
+    serves_old_connections(&mut client);
+
+    for (from, to, options) in [(one, two, &[][..]), (two, one, &["--engine", "soft-dirty"])] {
+        let (report, engine) = moves(from, to, pid, options);
+        println!(
+            "from {} to {}: {engine}, {} rounds, {} of {} pages while frozen, {} ms, done {} s after \
+             the boot began",
+            from.kernel(),
+            to.kernel(),
+            report.rounds,
+            report.frozen_pages,
+            report.pages,
+            report.blackout.total_us() / 1000,
+            begun.elapsed().as_secs()
+        );
+        assert!(engine.contains("soft-dirty: "), "{engine}");
+        assert_eq!(report.connections, 8);
+        // Rounds have moved most of it, and the dump has relied on them.
+        assert!(report.rounds >= 2, "{report:#?}");
+        assert!(report.frozen_pages * 2 < report.pages, "{report:#?}");
+        let there = to.succeed(["cat", &format!("/proc/{pid}/comm")], MOVES_WITHIN);
+        assert_eq!(there.unwrap().trim(), "redis-server");
+        let here = from.exec(["test", "-e", &format!("/proc/{pid}")], MOVES_WITHIN);
+        assert_ne!(
+            here.unwrap().code,
+            Some(0),
+            "it still runs on {}",
+            from.host()
+        );
+        serves_old_connections(&mut client);
+    }
+    let verdict = client.stop().unwrap();
+    assert!(verdict.is_clean(), "{verdict}");
 }

@@ -132,6 +132,8 @@ pub enum EngineName {
     Auto,
     /// Rounds, tracked by userfaultfd.
     Uffd,
+    /// Rounds by CRIU, tracked by the kernel's soft-dirty marks.
+    SoftDirty,
     /// Rounds, compared by content.
     Full,
 }
@@ -141,6 +143,7 @@ impl From<EngineName> for EngineChoice {
         match name {
             EngineName::Auto => Self::Auto,
             EngineName::Uffd => Self::Only(MemoryEngine::Uffd),
+            EngineName::SoftDirty => Self::Only(MemoryEngine::SoftDirty),
             EngineName::Full => Self::Only(MemoryEngine::Full),
         }
     }

@@ -18,6 +18,8 @@ use crate::log::LogTail;
 pub enum Action {
     /// Freeze a tree and write it down.
     Dump,
+    /// Stop a tree for a moment and write down what has changed of its memory.
+    PreDump,
     /// Make a tree from images.
     Restore,
 }
@@ -26,6 +28,7 @@ impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Dump => "dump",
+            Self::PreDump => "pre-dump",
             Self::Restore => "restore",
         })
     }
@@ -86,10 +89,17 @@ pub enum CriuError {
         /// What it wrote to its standard error.
         stderr: Vec<String>,
     },
-    /// A tracked dump was asked of a worker that was started without the shim:
-    /// a programming error.
-    #[error("a tracked dump needs a criu worker with the shim")]
-    Untracked,
+    /// A worker would answer for other marks than a tracked dump is to go by: one
+    /// without the shim for the tracker's, one with it for the kernel's. A
+    /// programming error.
+    #[error("the criu worker asks the {} which pages are clean", if *shim { "tracker" } else { "kernel" })]
+    Untracked {
+        /// It has loaded the shim.
+        shim: bool,
+    },
+    /// The kernel has no soft-dirty marks.
+    #[error("the kernel does not mark soft-dirty pages (CONFIG_MEM_SOFT_DIRTY)")]
+    NoSoftDirty,
     /// A tracked dump cannot be relied on here.
     #[error("criu cannot be trusted to leave out clean pages here: {why}")]
     SelfCheck {
@@ -261,7 +271,7 @@ impl CriuError {
             Self::Lock { .. } => Some(
                 "use the gate, which needs no program: leave `--network-lock` out".to_owned(),
             ),
-            Self::ShimNotLoaded { .. } | Self::SelfCheck { .. } => {
+            Self::ShimNotLoaded { .. } | Self::SelfCheck { .. } | Self::NoSoftDirty => {
                 Some("choose another way to copy memory: `--engine full`".to_owned())
             }
             Self::NotTmpfs { .. } => {
@@ -280,7 +290,7 @@ impl CriuError {
             | Self::Socket { .. }
             | Self::Silent { .. }
             | Self::OutOfTurn { .. }
-            | Self::Untracked
+            | Self::Untracked { .. }
             | Self::PageMissing { .. }
             | Self::PageStreamEnded { .. }
             | Self::PageStreamSilent { .. }

@@ -45,7 +45,9 @@
 //! [`DumpOptions::track`]: pages that the tracker knows to be clean come as runs
 //! with the flag [`PARENT`] and without data, and [`ImageDir::gap`] and
 //! [`ImageDir::fill`] put there what the destination has in store.
-//! [`Criu::self_check_shim`] proves beforehand that this works.
+//! [`Criu::self_check_shim`] proves beforehand that this works. Where the kernel
+//! has soft-dirty marks ([`Worker::check_soft_dirty`]), [`Worker::pre_dump`] copies
+//! by them and the dump goes by them too: [`Marks`].
 //!
 //! Nor need it be in place before the copy runs: an [`ImageDir::lazy`] leaves
 //! out what can wait, and [`RestoreOptions::lazy`] makes CRIU leave the faults
@@ -83,4 +85,6 @@ pub use pages::{PARENT, PIECE_PAGES_MAX, PageSink, PageSocket, PageStats, serve_
 pub use park::ParkedRestore;
 pub use rseq::rseq_areas;
 pub use session::{Notice, Outcome, Session};
-pub use worker::{DumpOptions, RestoreOptions, Track, Worker, WorkerOptions};
+pub use worker::{
+    DumpOptions, Marks, PreDumpOptions, RestoreOptions, Track, Worker, WorkerOptions,
+};

@@ -18,7 +18,9 @@ pub(crate) mod kind {
     pub(crate) const DUMP: i32 = 1;
     pub(crate) const RESTORE: i32 = 2;
     pub(crate) const NOTIFY: i32 = 6;
+    pub(crate) const FEATURE_CHECK: i32 = 9;
     pub(crate) const VERSION: i32 = 10;
+    pub(crate) const SINGLE_PRE_DUMP: i32 = 13;
 }
 
 /// `criu_network_lock_method.IPTABLES`: two rules a connection.
@@ -99,6 +101,13 @@ pub(crate) struct Options {
     pub images_dir: Option<String>,
 }
 
+/// `criu_features`: which are asked for, and which are there.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Features {
+    #[prost(bool, optional, tag = "1")]
+    pub mem_track: Option<bool>,
+}
+
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Request {
     #[prost(int32, required, tag = "1")]
@@ -109,6 +118,8 @@ pub(crate) struct Request {
     pub notify_success: Option<bool>,
     #[prost(bool, optional, tag = "4")]
     pub keep_open: Option<bool>,
+    #[prost(message, optional, tag = "5")]
+    pub features: Option<Features>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -147,6 +158,8 @@ pub(crate) struct Response {
     pub notify: Option<Notify>,
     #[prost(int32, optional, tag = "7")]
     pub cr_errno: Option<i32>,
+    #[prost(message, optional, tag = "8")]
+    pub features: Option<Features>,
     #[prost(string, optional, tag = "9")]
     pub cr_errmsg: Option<String>,
     #[prost(message, optional, tag = "10")]
@@ -246,6 +259,21 @@ mod tests {
         expected.extend([0x80, 0x04, 3]);
         expected.extend([0xa2, 0x04, 2, b'/', b'i']);
         assert_eq!(request.encode_to_vec(), expected);
+    }
+
+    #[test]
+    fn features_are_asked_for_as_criu_expects() {
+        let request = Request {
+            kind: kind::FEATURE_CHECK,
+            features: Some(Features {
+                mem_track: Some(true),
+            }),
+            ..Request::default()
+        };
+        let asked = request.encode_to_vec();
+        assert_eq!(asked, [0x08, 9, 0x2a, 2, 0x08, 1]);
+        let answer = Response::decode(&[0x08, 9, 0x10, 1, 0x42, 2, 0x08, 0][..]).unwrap();
+        assert_eq!(answer.features.unwrap().mem_track, Some(false));
     }
 
     #[test]

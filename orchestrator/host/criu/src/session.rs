@@ -1,4 +1,4 @@
-//! A dump or a restore in progress.
+//! A dump, a pre-dump or a restore in progress.
 
 use std::fs;
 use std::io;
@@ -63,6 +63,8 @@ pub enum Notice {
 pub enum Outcome {
     /// The tree is dumped and dead.
     Dumped,
+    /// What has changed is written down, and the tree runs on.
+    PreDumped,
     /// The copy runs.
     Restored {
         /// Its root. Its parent is the nearest reaper above the caller, once
@@ -84,7 +86,8 @@ enum State {
     Over,
 }
 
-/// A dump or a restore in progress.
+/// A dump, a pre-dump or a restore in progress. A pre-dump asks nothing: it
+/// comes to its end by itself when its pages are served, or not any more.
 ///
 /// CRIU is never killed by dropping this. While CRIU holds a tree, killing it
 /// would let the tree run on with its sockets in repair mode. Dropping closes
@@ -154,7 +157,7 @@ impl Session {
         })
     }
 
-    /// Our end of the page stream; once, and for a dump only.
+    /// Our end of the page stream; once, and not for a restore.
     ///
     /// Serve it with [`serve_pages`](crate::serve_pages) before the answer to
     /// [`Notice::QueryExtFiles`], or drop it: CRIU waits there even when the
@@ -209,11 +212,13 @@ impl Session {
     fn finished(&mut self, response: Response) -> Result<Notice, CriuError> {
         let expected = match self.action {
             Action::Dump => kind::DUMP,
+            Action::PreDump => kind::SINGLE_PRE_DUMP,
             Action::Restore => kind::RESTORE,
         };
         if response.success && response.kind == expected {
             return Ok(Notice::Finished(match (self.action, response.restore) {
                 (Action::Dump, _) => Outcome::Dumped,
+                (Action::PreDump, _) => Outcome::PreDumped,
                 (Action::Restore, Some(restore)) => Outcome::Restored { pid: restore.pid },
                 (Action::Restore, None) => {
                     return Err(CriuError::Socket {
@@ -301,7 +306,7 @@ impl Session {
         // Listed before the parent dies, since orphans are not found any more.
         let copies = match self.action {
             Action::Restore => descendants(self.process.pid()),
-            Action::Dump => Vec::new(),
+            Action::Dump | Action::PreDump => Vec::new(),
         };
         self.state = State::Over;
         let killed = self.process.kill().await;

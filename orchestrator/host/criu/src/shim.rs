@@ -256,6 +256,7 @@ impl Criu {
             .dump(&DumpOptions {
                 track: Some(Track {
                     precopied: [task].into(),
+                    ..Track::default()
                 }),
                 ..DumpOptions::new(target.pid, images.path())
             })

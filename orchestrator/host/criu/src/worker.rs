@@ -24,7 +24,8 @@ use crate::locate::Criu;
 use crate::lock::NetworkLock;
 use crate::pages::PageSocket;
 use crate::rpc::{
-    CGROUPS_IGNORE, InheritFd, NETWORK_LOCK_SKIP, Options, PageServerInfo, Request, Socket, kind,
+    CGROUPS_IGNORE, Features, InheritFd, NETWORK_LOCK_SKIP, Options, PageServerInfo, Request,
+    Socket, kind,
 };
 use crate::session::Session;
 use crate::shim;
@@ -61,7 +62,7 @@ pub struct WorkerOptions {
     /// process group, so that a Ctrl-C on the terminal does not reach it.
     pub new_session: bool,
     /// Start CRIU with the library that answers its question for soft-dirty
-    /// pages, for a dump with [`DumpOptions::track`]. Ask
+    /// pages, for a dump with [`Marks::Tracker`]. Ask
     /// [`Criu::self_check_shim`] first whether it works here.
     pub shim: bool,
     /// Start CRIU without transparent huge pages, for a restore with
@@ -181,28 +182,73 @@ pub struct DumpOptions {
     pub freeze_limit_s: u32,
     /// Who keeps packets from the tree.
     pub lock: NetworkLock,
-    /// Leave out what has been copied before and not been written since. For
-    /// a worker with [`WorkerOptions::shim`].
+    /// Leave out what has been copied before and not been written since.
     pub track: Option<Track>,
 }
 
 /// A dump of a tree whose memory has been copied while it ran.
 ///
 /// CRIU then sends a page without data
-/// ([`PARENT`](crate::PARENT)) when it is of a task named here, its
-/// mapping is registered with a userfaultfd for asynchronous write protection,
-/// and it has not been written since it was protected. So every page must be
-/// protected before it is copied, and the userfaultfd must stay open until
-/// CRIU has answered.
+/// ([`PARENT`](crate::PARENT)) when it is of a task named here and clean.
 ///
-/// The task's `[vdso]` comes without data too, protected or not: it must be
-/// among what was copied.
+/// By [`Marks::Tracker`] that is a page whose mapping is registered with a
+/// userfaultfd for asynchronous write protection and that has not been written
+/// since it was protected. So every page must be protected before it is copied,
+/// and the userfaultfd must stay open until CRIU has answered. The task's
+/// `[vdso]` comes without data too, protected or not: it must be among what was
+/// copied.
+///
+/// By [`Marks::Kernel`] it is a page that has not been written since the
+/// pre-dump of [`Worker::pre_dump`]. Nobody else may clear the tree's
+/// soft-dirty marks meanwhile.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Track {
+    /// Whose marks tell clean pages.
+    pub marks: Marks,
     /// PIDs of the tasks that were copied, as the tree itself sees them
     /// ([`PageOwner::Task`](migrate_core::wire::PageOwner::Task)). All others
     /// come whole.
     pub precopied: BTreeSet<u32>,
+}
+
+/// Who knows what has been written.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Marks {
+    /// A tracker of ours, asked by a worker with [`WorkerOptions::shim`].
+    #[default]
+    Tracker,
+    /// The kernel, by its soft-dirty marks, asked by a worker without it.
+    Kernel {
+        /// The image directory of the pre-dump that cleared them last.
+        since: PathBuf,
+    },
+}
+
+/// What to copy of a running tree, and how.
+#[derive(Debug, Clone)]
+pub struct PreDumpOptions {
+    /// Root of the tree.
+    pub pid: i32,
+    /// An empty directory on a tmpfs; no memory goes there.
+    pub images: PathBuf,
+    /// CRIU's verbosity, 0 to 4.
+    pub log_level: u32,
+    /// The pre-dump before this one, and the tasks that need not come whole,
+    /// because their clean pages have been copied since then or before.
+    pub track: Option<(PathBuf, BTreeSet<u32>)>,
+}
+
+impl PreDumpOptions {
+    /// The usual options; everything is copied.
+    #[must_use]
+    pub fn new(pid: i32, images: impl Into<PathBuf>) -> Self {
+        Self {
+            pid,
+            images: images.into(),
+            log_level: 2,
+            track: None,
+        }
+    }
 }
 
 impl DumpOptions {
@@ -516,14 +562,88 @@ impl Worker {
         };
         let precopied = match &options.track {
             None => BTreeSet::new(),
-            Some(_) if !self.shim => return Err(CriuError::Untracked),
             Some(track) => {
-                write_parent(&options.images)?;
+                match (&track.marks, self.shim) {
+                    (Marks::Tracker, true) => write_parent(&options.images, &uptime_now()?)?,
+                    (Marks::Kernel { since }, false) => {
+                        write_parent(&options.images, &inventory_of(since)?)?;
+                    }
+                    (_, shim) => return Err(CriuError::Untracked { shim }),
+                }
                 track.precopied.clone()
             }
         };
         self.order(Action::Dump, &options.images, opts, precopied)
             .await
+    }
+
+    /// Orders a pre-dump: CRIU stops the tree, takes hold of the pages that are
+    /// to come, clears the kernel's soft-dirty marks and lets the tree go on;
+    /// then the pages come. It asks for no answer: serve the pages, then wait for
+    /// [`Outcome::PreDumped`](crate::Outcome::PreDumped).
+    ///
+    /// # Errors
+    ///
+    /// The order could not be sent, or the worker has loaded the shim.
+    pub async fn pre_dump(self, options: &PreDumpOptions) -> Result<Session, CriuError> {
+        if self.shim {
+            return Err(CriuError::Untracked { shim: true });
+        }
+        let opts = Options {
+            pid: Some(options.pid),
+            log_level: Some(level(options.log_level)),
+            ps: Some(PageServerInfo {
+                fd: Some(self.page_fd),
+            }),
+            notify_scripts: None,
+            track_mem: Some(true),
+            parent_img: options.track.is_some().then(|| PARENT.to_owned()),
+            ..common(&options.images, Action::PreDump)?
+        };
+        let precopied = match &options.track {
+            None => BTreeSet::new(),
+            Some((since, precopied)) => {
+                write_parent(&options.images, &inventory_of(since)?)?;
+                precopied.clone()
+            }
+        };
+        self.order(Action::PreDump, &options.images, opts, precopied)
+            .await
+    }
+
+    /// Asks CRIU whether the kernel marks soft-dirty pages, which CRIU finds out
+    /// by trying.
+    ///
+    /// # Errors
+    ///
+    /// It does not ([`CriuError::NoSoftDirty`]), or CRIU gave no answer.
+    pub async fn check_soft_dirty(self) -> Result<(), CriuError> {
+        let action = Action::PreDump;
+        let request = Request {
+            kind: kind::FEATURE_CHECK,
+            features: Some(Features {
+                mem_track: Some(true),
+            }),
+            ..Request::default()
+        };
+        let within = GREETING_LIMIT;
+        let asked = timeout(within, async {
+            self.socket.send(&request).await?;
+            self.socket.receive().await
+        });
+        let response = asked
+            .await
+            .map_err(|_| CriuError::Silent { action, within })?
+            .map_err(|source| CriuError::Socket { action, source })?;
+        let found = response.and_then(|response| response.features);
+        match found.and_then(|features| features.mem_track) {
+            Some(true) => Ok(()),
+            Some(false) => Err(CriuError::NoSoftDirty),
+            None => Err(CriuError::Socket {
+                action,
+                source: io::Error::new(io::ErrorKind::InvalidData, "no features in the answer"),
+            }),
+        }
     }
 
     /// Orders the restore. CRIU starts at once and asks before the tree may
@@ -564,6 +684,7 @@ impl Worker {
         let request = Request {
             kind: match action {
                 Action::Dump => kind::DUMP,
+                Action::PreDump => kind::SINGLE_PRE_DUMP,
                 Action::Restore => kind::RESTORE,
             },
             opts: Some(opts),
@@ -575,7 +696,7 @@ impl Worker {
             .map_err(|source| CriuError::Socket { action, source })?;
         self.process.expendable = false;
         // CRIU leaves a restore's page socket alone, so nothing is lost there.
-        let page_socket = (action == Action::Dump).then(|| PageSocket {
+        let page_socket = (action != Action::Restore).then(|| PageSocket {
             stream: self.page_socket,
             precopied,
         });
@@ -597,32 +718,44 @@ fn level(level: u32) -> i32 {
 fn log_name(action: Action) -> &'static str {
     match action {
         Action::Dump => "dump.log",
+        Action::PreDump => "pre-dump.log",
         Action::Restore => "restore.log",
     }
 }
 
-/// Writes what CRIU wants to see of a dump before this one: when that was. A
-/// task that is younger is none that could have been in it. Since tasks are
-/// told apart by their memory's registration, only the format is of use here.
-fn write_parent(images: &Path) -> Result<(), CriuError> {
+/// Gives CRIU what it wants to see of a dump before this one: an inventory that
+/// says when that was. A task that is younger is none that could have been in it.
+fn write_parent(images: &Path, inventory: &[u8]) -> Result<(), CriuError> {
     let directory = images.join(PARENT);
     DirBuilder::new()
         .mode(0o700)
         .create(&directory)
         .map_err(|source| CriuError::image("create", &directory, source))?;
+    let path = directory.join(INVENTORY);
+    private()
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .and_then(|mut file| file.write_all(inventory))
+        .map_err(|source| CriuError::image("write", &path, source))
+}
+
+/// The inventory of a pre-dump.
+fn inventory_of(images: &Path) -> Result<Vec<u8>, CriuError> {
+    let path = images.join(INVENTORY);
+    fs::read(&path).map_err(|source| CriuError::image("read", &path, source))
+}
+
+/// An inventory of this moment. Where tasks are told apart by their memory's
+/// registration, only its format is of use.
+fn uptime_now() -> Result<Vec<u8>, CriuError> {
     let uptime = Path::new("/proc/uptime");
     let text =
         fs::read_to_string(uptime).map_err(|source| CriuError::image("read", uptime, source))?;
     let uptime_us = parse_uptime_us(&text).ok_or_else(|| CriuError::ImageData {
         what: format!("uptime {text:?}"),
     })?;
-    let path = directory.join(INVENTORY);
-    private()
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .and_then(|mut file| file.write_all(&uptime_inventory(uptime_us)))
-        .map_err(|source| CriuError::image("write", &path, source))
+    Ok(uptime_inventory(uptime_us))
 }
 
 /// Reads `350735.47 234388.90`: seconds, with two digits behind the point.

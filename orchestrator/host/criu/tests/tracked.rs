@@ -212,6 +212,7 @@ impl Tracked {
         DumpOptions {
             track: Some(Track {
                 precopied: [self.child.id()].into(),
+                ..Track::default()
             }),
             ..DumpOptions::new(self.pid(), images)
         }
@@ -515,6 +516,7 @@ async fn what_the_tracker_does_not_hold_comes_whole() {
     let mut options = tracked.options(source.path());
     options.track = Some(Track {
         precopied: [1].into(),
+        ..Track::default()
     });
     let dumped = dump(&criu, &options, &mut destination).await;
     assert_eq!(dumped.left_out(task), []);
@@ -551,7 +553,10 @@ async fn the_self_check_says_what_is_wrong() {
         ..DumpOptions::new(1, images.path())
     };
     let error = worker.dump(&options).await.unwrap_err();
-    assert!(matches!(error, CriuError::Untracked), "{error}");
+    assert!(
+        matches!(error, CriuError::Untracked { shim: false }),
+        "{error}"
+    );
 
     // Programs that are no CRIU, or none that lets itself be preloaded.
     for (name, script, expected) in [

@@ -56,7 +56,8 @@ pub use lazy::{
 };
 pub use probe::{Support, probe};
 pub use rounds::{
-    Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState,
+    Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState, markable,
+    runs,
 };
 pub use store::{Content, Held, Holding, MemoryDigest, PageStore, Piece};
 

@@ -326,15 +326,7 @@ fn track<'p>(
     stats: &mut RoundStats,
 ) -> Result<&'p mut Process, MemoryError> {
     let pid = member.pid;
-    let device = process::device_writes(pid, vmas);
-    let shared = member
-        .parent
-        .filter(|&parent| sys::same_memory(pid, parent));
-    let refused = match (device, shared) {
-        (Some(what), _) => Some(UntrackedReason::Pinned { what }),
-        (None, Some(with)) => Some(UntrackedReason::SharedMemory { with }),
-        (None, None) => None,
-    };
+    let refused = untrackable(member, vmas);
     let watched = processes
         .get(&pid)
         .is_some_and(|process| process.watch.is_some());
@@ -365,6 +357,51 @@ fn track<'p>(
         vdso_sent: false,
         known,
     }))
+}
+
+/// Why no marks in the page tables can account for what this process writes.
+fn untrackable(member: Member, vmas: &[Vma]) -> Option<UntrackedReason> {
+    let device = process::device_writes(member.pid, vmas);
+    let shared = member
+        .parent
+        .filter(|&parent| sys::same_memory(member.pid, parent));
+    match (device, shared) {
+        (Some(what), _) => Some(UntrackedReason::Pinned { what }),
+        (None, Some(with)) => Some(UntrackedReason::SharedMemory { with }),
+        (None, None) => None,
+    }
+}
+
+/// Processes of a tree for which marks in the page tables account for every
+/// write, whoever sets them, with the place of their vDSO, which moves when they
+/// call exec. Left out are those that devices write to, and those that share
+/// their memory with others: whoever clears the marks of one clears those of all.
+///
+/// # Errors
+///
+/// The root is gone, or the tree has too many processes.
+pub fn markable(
+    root: i32,
+    limits: Limits,
+) -> Result<BTreeMap<u32, Option<Range<u64>>>, MemoryError> {
+    let mut found = BTreeMap::new();
+    let mut shared = Vec::new();
+    for member in tree::members(root, limits.processes)? {
+        let vmas = match maps::read(member.pid) {
+            Err(MemoryError::Gone { pid }) if pid != root => continue,
+            vmas => vmas?,
+        };
+        match untrackable(member, &vmas) {
+            None => {
+                let vdso = vmas.into_iter().find(|vma| vma.name == "[vdso]");
+                found.insert(member.pid.unsigned_abs(), vdso.map(|vma| vma.range));
+            }
+            Some(UntrackedReason::SharedMemory { with }) => shared.push(with.unsigned_abs()),
+            Some(_) => {}
+        }
+    }
+    found.retain(|pid, _| !shared.contains(pid));
+    Ok(found)
 }
 
 /// One round over one process.
@@ -495,8 +532,9 @@ impl<S: PageSink> Pass<'_, S> {
     }
 }
 
-/// Splits pages side by side into runs of zeros and runs of content.
-pub(crate) fn runs(pid: i32, vaddr: u64, data: &Bytes) -> impl Iterator<Item = (PageRun, Bytes)> {
+/// Splits pages side by side into runs of zeros and runs of content, for a
+/// [`PageSink`].
+pub fn runs(pid: i32, vaddr: u64, data: &Bytes) -> impl Iterator<Item = (PageRun, Bytes)> {
     let owner = PageOwner::Task(pid.unsigned_abs());
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -574,4 +612,34 @@ fn without(before: &[Range<u64>], now: &[Range<u64>]) -> Vec<Range<u64>> {
 
 pub(crate) fn micros(duration: std::time::Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::OpenOptionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn marks_do_not_account_for_what_devices_write() {
+        let own = std::process::id().cast_signed();
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let opened = std::fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECT)
+            .open("/proc/self/exe")
+            .unwrap();
+        let found = markable(own, Limits::default()).unwrap();
+        assert!(!found.contains_key(&own.unsigned_abs()), "{found:?}");
+        let vdso = found.get(&child.id()).unwrap();
+        assert!(vdso.as_ref().is_some_and(|range| !range.is_empty()));
+        drop(opened);
+        let found = markable(own, Limits::default()).unwrap();
+        assert!(found.contains_key(&own.unsigned_abs()), "{found:?}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 }

@@ -13,6 +13,7 @@ mod precopy;
 mod preflight;
 mod prepare;
 mod settle;
+mod soft_dirty;
 mod tracking;
 pub(crate) mod verdict;
 
@@ -49,6 +50,8 @@ use crate::journal::Journal;
 use crate::park::Place;
 use crate::progress::{Progress, Reporter};
 use crate::state::{State, TreeLock};
+
+use soft_dirty::SoftDirty;
 
 pub use precopy::{Engine as MemoryEngine, EngineChoice};
 pub use preflight::{Checked, check};
@@ -359,6 +362,8 @@ struct Migration {
     precopy: Option<Precopy>,
     /// What rounds have sent, where memory cannot be tracked.
     content: Option<ContentPrecopy>,
+    /// Rounds by CRIU; one that was given up may still hold the tree.
+    soft_dirty: Option<SoftDirty>,
     engine: Engine,
     /// Closes the fence when CRIU dies with the tree in its hands.
     watch: Option<FenceWatch>,
@@ -420,6 +425,7 @@ impl Migration {
             images: None,
             precopy: None,
             content: None,
+            soft_dirty: None,
             engine: Engine::None,
             watch: None,
             withdrawn: Vec::new(),
@@ -616,6 +622,13 @@ impl Migration {
                     "put the tree's connections in order after CRIU has died",
                     Err(crate::error::chain(&error)),
                 ),
+            }
+        }
+        if let Some(session) = self.soft_dirty.take().and_then(|mut s| s.take_running()) {
+            match thaw(session).await {
+                // Its sockets were not touched.
+                Ok(()) | Err(Error::Criu(CriuError::Died { .. })) => {}
+                Err(error) => note("end a round", Err(error.chain())),
             }
         }
         note("remove CRIU's network lock", self.clear_lock());

@@ -9,13 +9,12 @@ use migrate_core::convergence::{Convergence, Decision, OnTimeout, Round, StopRea
 use migrate_core::preflight::Finding;
 use migrate_core::report::counted;
 use migrate_core::wire::PageRun;
-use migrate_criu::{Criu, Track};
-use migrate_memory::{
-    ContentPrecopy, Limits, MemoryError, Precopy, RoundError, RoundStats, TrackingState,
-};
+use migrate_criu::{Criu, Marks, Track, WorkerOptions};
+use migrate_memory::{ContentPrecopy, Limits, Precopy, RoundError, RoundStats, TrackingState};
 
 use super::dump::Outgoing;
 use super::look::Look;
+use super::soft_dirty::SoftDirty;
 use super::{Migration, micros, not_yet};
 use crate::error::Error;
 use crate::progress::Progress;
@@ -26,6 +25,10 @@ pub enum Engine {
     /// Rounds while the tree runs, tracked by userfaultfd; CRIU's final dump
     /// leaves out what has not changed since.
     Uffd,
+    /// Rounds by CRIU, tracked by the kernel's soft-dirty marks; the tree stands
+    /// still for a moment in each, and the final dump leaves out what has not
+    /// changed since the last.
+    SoftDirty,
     /// Rounds that compare content while the tree runs; CRIU's final dump looks
     /// at everything, and what is as it was sent is left out.
     Full,
@@ -69,32 +72,62 @@ pub(super) async fn choose(wanted: EngineChoice, criu: &Criu) -> (Engine, Findin
         );
         return (Engine::Full, finding);
     }
-    let obstacle = match migrate_memory::probe() {
-        Err(error) => Some(crate::error::chain(&error)),
-        Ok(_) => criu
-            .self_check_shim()
-            .await
-            .err()
-            .map(|error| crate::error::chain(&error)),
-    };
-    match (obstacle, wanted) {
-        (None, _) => (
-            Engine::Uffd,
-            Finding::ok(subject, "uffd: memory moves while the tree runs"),
-        ),
-        (Some(why), EngineChoice::Only(_)) => (
-            Engine::Uffd,
-            Finding::refused(subject, why, "use --engine full, or --engine auto"),
-        ),
-        (Some(why), EngineChoice::Auto) => (
-            Engine::Full,
-            Finding::note(
-                subject,
-                format!("full, the frozen tree is read whole and compared: {why}"),
-                "",
-            ),
-        ),
+    let mut obstacles = Vec::new();
+    if wanted != EngineChoice::Only(Engine::SoftDirty) {
+        match uffd_works(criu).await {
+            Ok(()) => {
+                let finding = Finding::ok(subject, "uffd: memory moves while the tree runs");
+                return (Engine::Uffd, finding);
+            }
+            Err(why) if wanted == EngineChoice::Only(Engine::Uffd) => {
+                let help = "use another --engine, or --engine auto";
+                return (Engine::Uffd, Finding::refused(subject, why, help));
+            }
+            Err(why) => obstacles.push(format!("not uffd: {why}")),
+        }
     }
+    match (soft_dirty_works(criu).await, wanted) {
+        (Ok(()), _) => {
+            let chosen = "soft-dirty: memory moves while the tree runs; it stands still for a \
+                          moment in each round";
+            let finding = match obstacles.first() {
+                None => Finding::ok(subject, chosen),
+                Some(why) => Finding::note(subject, format!("{chosen} ({why})"), ""),
+            };
+            return (Engine::SoftDirty, finding);
+        }
+        (Err(why), EngineChoice::Only(_)) => {
+            let help = "use another --engine, or --engine auto";
+            return (Engine::SoftDirty, Finding::refused(subject, why, help));
+        }
+        (Err(why), EngineChoice::Auto) => obstacles.push(format!("not soft-dirty: {why}")),
+    }
+    let finding = Finding::note(
+        subject,
+        format!(
+            "full, the frozen tree is read whole and compared; {}",
+            obstacles.join("; ")
+        ),
+        "",
+    );
+    (Engine::Full, finding)
+}
+
+async fn uffd_works(criu: &Criu) -> Result<(), String> {
+    migrate_memory::probe().map_err(|error| crate::error::chain(&error))?;
+    criu.self_check_shim()
+        .await
+        .map_err(|error| crate::error::chain(&error))
+}
+
+async fn soft_dirty_works(criu: &Criu) -> Result<(), String> {
+    let checked = async {
+        criu.worker(WorkerOptions::default())
+            .await?
+            .check_soft_dirty()
+            .await
+    };
+    checked.await.map_err(|error| crate::error::chain(&error))
 }
 
 impl Migration {
@@ -108,6 +141,13 @@ impl Migration {
             }
             Engine::Uffd => {
                 self.precopy = Some(Precopy::new(self.request.pid, Limits::default())?);
+                POPULATED_PAGE_NS
+            }
+            Engine::SoftDirty => {
+                let images = self.images.as_ref();
+                let images = images.ok_or_else(|| not_yet("the image directory"))?;
+                let criu = self.criu()?.clone();
+                self.soft_dirty = Some(SoftDirty::new(self.request.pid, criu, images));
                 POPULATED_PAGE_NS
             }
         };
@@ -130,23 +170,22 @@ impl Migration {
             let before = link.sender.stream_stats();
             let mut sink = Outgoing::new(&mut link.sender);
             let round = async {
-                match (&mut self.precopy, &mut self.content) {
-                    (Some(precopy), _) => precopy.round(&mut sink).await,
-                    (None, Some(content)) => content.round(&mut sink).await,
-                    (None, None) => Err(MemoryError::Gone {
-                        pid: self.request.pid,
-                    }
-                    .into()),
-                }
+                let made = match (&mut self.precopy, &mut self.content, &mut self.soft_dirty) {
+                    (Some(precopy), _, _) => precopy.round(&mut sink).await,
+                    (None, Some(content), _) => content.round(&mut sink).await,
+                    (None, None, Some(soft_dirty)) => return soft_dirty.round(&mut sink).await,
+                    (None, None, None) => return Err(not_yet("the engine")),
+                };
+                made.map_err(|error| match error {
+                    RoundError::Memory { source } => source.into(),
+                    RoundError::Sink { source } => Error::Channel {
+                        peer: link.peer.clone(),
+                        source,
+                    },
+                })
             };
             let stats = tokio::select! {
-                stats = round => match stats {
-                    Ok(stats) => stats,
-                    Err(RoundError::Memory { source }) => return Err(source.into()),
-                    Err(RoundError::Sink { source }) => {
-                        return Err(Error::Channel { peer: link.peer.clone(), source });
-                    }
-                },
+                stats = round => stats?,
                 // Nothing is due from the destination now but its giving up.
                 message = link.inbox.next(AWAITED) => {
                     let message = message?;
@@ -224,8 +263,12 @@ impl Migration {
 
     /// For the final dump: whose clean pages have gone over.
     pub(super) fn precopied(&self) -> Option<Track> {
+        if let Some(soft_dirty) = &self.soft_dirty {
+            return soft_dirty.track();
+        }
         let precopy = self.precopy.as_ref()?;
         Some(Track {
+            marks: Marks::Tracker,
             precopied: precopy
                 .processes()
                 .filter(|process| matches!(process.state, TrackingState::Tracked { .. }))
