@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use migrate_core::report::Report;
 use migrate_test_hosts::{Host, HostName, Lab, LabGuard, WORKLOAD_V4};
 use migrate_tests::field::{Shared, contiguous, grows};
 use migrate_tests::hosts::{eventually, listens, runs};
@@ -23,13 +24,16 @@ const DATABASE_PORT: u16 = 5432;
 /// Whom the database takes itself for: `nobody`.
 const NOBODY: u32 = 65534;
 
+/// Pages of the memory that the database's processes share, a good part of them.
+const FILLED_PAGES: u64 = (32 << 20) / 4096;
+
 /// A lab that no other test has.
 fn lab(test: &str) -> LabGuard {
     Lab::scoped(&format!("{test}-{}", std::process::id())).unwrap()
 }
 
 /// Moves a tree from host1 to host2 in rounds, with every page compared.
-fn moves(lab: &Lab, pid: i32) {
+fn moves(lab: &Lab, pid: i32) -> Report {
     let (source, destination) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
     let pid_text = pid.to_string();
     let arguments = ["--engine", "uffd", "--verify", "--max-blackout", "60"];
@@ -39,10 +43,11 @@ fn moves(lab: &Lab, pid: i32) {
         print_logs(&source);
         print_logs(&destination);
     }
-    let report = moved.expect_committed();
+    let report = moved.expect_committed().clone();
     assert!(report.rounds >= 1, "{report:?}");
     assert!(runs(&destination, pid));
     assert!(eventually(SOON, || !runs(&source, pid)));
+    report
 }
 
 /// Where Debian puts PostgreSQL's programs, the newest of them.
@@ -90,7 +95,7 @@ fn database(host: &Host, programs: &std::path::Path, shared: &Shared) -> i32 {
     );
     let settings = format!(
         "listen_addresses = '{WORKLOAD_V4}'\nunix_socket_directories = ''\n\
-         dynamic_shared_memory_type = mmap\nshared_buffers = 16MB\nfsync = off\n"
+         dynamic_shared_memory_type = mmap\nshared_buffers = 64MB\nfsync = off\n"
     );
     let append = |name: &str, text: &str| {
         let path = format!("{data}/{name}");
@@ -165,6 +170,11 @@ fn a_database_moves_within_a_transaction() {
     within.tell("create table kept (n int); create table counted (n int)");
     within.tell("begin; insert into kept select generate_series(1, 20000)");
     assert_eq!(within.ask("select count(*) from kept"), "20000");
+    // Fills most of what the processes share.
+    let mut other = Session::open(&lab, &programs);
+    other.tell("create table large (t text)");
+    other.tell("insert into large select repeat(n::text, 200) from generate_series(1, 50000) n");
+    assert_eq!(other.ask("select count(*) from large"), "50000");
     // Another one counts all the while, each number in a transaction of its own.
     let mut counter = Session::open(&lab, &programs);
     let stop = shared.path("stop");
@@ -179,9 +189,14 @@ fn a_database_moves_within_a_transaction() {
         counter.close();
         number
     });
-    moves(&lab, pid);
+    let report = moves(&lab, pid);
+    // What they share has gone over in rounds.
+    assert!(
+        report.pages - report.frozen_pages > FILLED_PAGES,
+        "{report:?}"
+    );
+    assert!(report.frozen_pages < FILLED_PAGES, "{report:?}");
     // Nobody else sees it yet, and it goes on where it was.
-    let mut other = Session::open(&lab, &programs);
     assert_eq!(other.ask("select count(*) from kept"), "0");
     within.tell("insert into kept values (0)");
     assert_eq!(

@@ -223,8 +223,8 @@ pub enum Message {
         /// Image files that were sent.
         images: u32,
         /// With `--verify`, what the frozen tree's memory amounts to, task by
-        /// task: SHA-256 over addresses and content.
-        digests: Vec<(u32, [u8; 32])>,
+        /// task and segment by segment: SHA-256 over addresses and content.
+        digests: Vec<(PageOwner, [u8; 32])>,
         /// Areas that do not count for them, as address and length in bytes:
         /// the kernel writes there while CRIU is at work.
         masks: Vec<(u64, u32)>,
@@ -396,12 +396,21 @@ pub struct PageRun {
 }
 
 /// Whose memory a page belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum PageOwner {
     /// Private memory of the task with this PID.
     Task(u32),
     /// A shared segment by CRIU's shmid.
     Shared(u64),
+}
+
+impl std::fmt::Display for PageOwner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Task(pid) => write!(f, "task {pid}"),
+            Self::Shared(id) => write!(f, "shared segment {id}"),
+        }
+    }
 }
 
 /// Bytes of an encoded [`PageRun`].

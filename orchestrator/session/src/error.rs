@@ -8,7 +8,7 @@ use migrate_channel::ChannelError;
 use migrate_core::convergence::StopReason;
 use migrate_core::policy::{self, NotAllowed};
 use migrate_core::protocol::IllegalTransition;
-use migrate_core::wire::WireError;
+use migrate_core::wire::{PageOwner, WireError};
 use migrate_criu::CriuError;
 use migrate_gate::GateError;
 use migrate_memory::{LazyError, MemoryError, StoreError};
@@ -92,10 +92,10 @@ pub enum Error {
         reason: StopReason,
     },
     /// The copy's memory is not the tree's.
-    #[error("the copy's memory of task {pid} is not the tree's")]
+    #[error("the copy's memory of {owner} is not the tree's")]
     NotTheSame {
-        /// The task.
-        pid: u32,
+        /// The task or segment.
+        owner: PageOwner,
     },
     /// The store of pages that came in rounds.
     #[error(transparent)]

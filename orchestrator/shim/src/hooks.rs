@@ -7,11 +7,12 @@
 
 use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use crate::paths::{self, LinkBuffer, PLACE_BYTES_MAX, PathBuffer};
 use crate::probe;
 use crate::scan::{self, Kind, PAGEMAP_SCAN, PAGEMAP_SOFT_DIRTY, ScanArg};
+use crate::segments::{self, TABLE_BYTES, Table};
 use crate::sys::{AT_FDCWD, address, call, getenv, number, unsetenv};
 
 #[cfg(not(all(
@@ -27,6 +28,12 @@ const PRELOAD: &CStr = c"LD_PRELOAD";
 const KDAT: &CStr = c"MIGRATE_SHIM_KDAT";
 /// Holds the number of a socket: be the process that the self-check dumps.
 const PROBE: &CStr = c"MIGRATE_SHIM_PROBE";
+
+/// Holds the number of a descriptor of the page that names segments.
+const SEGMENTS: &CStr = c"MIGRATE_SHIM_SEGMENTS";
+
+/// The page that names segments; null where there is none. Never unmapped.
+static TABLE: AtomicPtr<Table> = AtomicPtr::new(core::ptr::null_mut());
 
 /// Entries of a pagemap have eight bytes.
 const ENTRY_BYTES: usize = 8;
@@ -88,12 +95,35 @@ extern "C" fn start() {
         if let Some(fd) = variable(PRELOAD).and_then(paths::number_at_end) {
             call(number::CLOSE, [whole(fd), 0, 0, 0, 0, 0]);
         }
-        for name in [PRELOAD, KDAT, PROBE] {
+        if let Some(fd) = variable(SEGMENTS).and_then(paths::number_at_end) {
+            share(fd);
+            call(number::CLOSE, [whole(fd), 0, 0, 0, 0, 0]);
+        }
+        for name in [PRELOAD, KDAT, PROBE, SEGMENTS] {
             unsetenv(name.as_ptr());
         }
         if let Some(socket) = probe {
             probe::run(socket);
         }
+    }
+}
+
+/// Maps the page that names segments.
+fn share(fd: c_int) {
+    /// `PROT_READ`.
+    const READ: isize = 1;
+    /// `MAP_SHARED`.
+    const SHARED: isize = 1;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let at = unsafe {
+        call(
+            number::MMAP,
+            [0, TABLE_BYTES.cast_signed(), READ, SHARED, whole(fd), 0],
+        )
+    };
+    if at != -1 {
+        let at = core::ptr::with_exposed_provenance_mut(at.cast_unsigned());
+        TABLE.store(at, Ordering::Release);
     }
 }
 
@@ -256,6 +286,65 @@ fn open_on_pagemap(fd: u32) -> bool {
         .ok()
         .and_then(|length| target.get(..length))
         .is_some_and(paths::is_pagemap)
+}
+
+/// Whether `fd` is open on a segment that the table names.
+fn open_on_segment(fd: c_int) -> bool {
+    // SAFETY: null, or a page that was mapped when the process started and
+    // stays; others change it, which atomics allow.
+    let Some(table) = (unsafe { TABLE.load(Ordering::Acquire).as_ref() }) else {
+        return false;
+    };
+    // `struct stat`, which begins with the numbers of device and inode, and has
+    // 144 bytes or fewer on these machines.
+    let mut stat = [0u64; 32];
+    // SAFETY: room for the structure that the call writes.
+    let done = unsafe {
+        call(
+            number::FSTAT,
+            [whole(fd), address(stat.as_mut_ptr()), 0, 0, 0, 0],
+        )
+    };
+    done == 0 && segments::named(table, stat[0], stat[1])
+}
+
+/// # Safety
+///
+/// As for the C library's `lseek`.
+unsafe fn seek(fd: c_int, offset: isize, whence: c_int) -> isize {
+    /// `SEEK_DATA`.
+    const DATA: c_int = 3;
+    /// `ENXIO`: nothing but holes from there on.
+    const NO_DATA: c_int = 6;
+    if whence == DATA && open_on_segment(fd) {
+        // SAFETY: `errno` belongs to this thread.
+        unsafe { *crate::sys::__errno_location() = NO_DATA };
+        return -1;
+    }
+    // SAFETY: what CRIU itself has asked for.
+    unsafe { call(number::LSEEK, [whole(fd), offset, whole(whence), 0, 0, 0]) }
+}
+
+/// `lseek(2)`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn lseek(fd: c_int, offset: isize, whence: c_int) -> isize {
+    // SAFETY: the caller's promise.
+    unsafe { seek(fd, offset, whence) }
+}
+
+/// `lseek64`, which is `lseek` on these machines.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn lseek64(fd: c_int, offset: isize, whence: c_int) -> isize {
+    // SAFETY: the caller's promise.
+    unsafe { seek(fd, offset, whence) }
 }
 
 /// The path to use in place of `path`.
@@ -646,6 +735,33 @@ mod tests {
             let fd = openat64(libc::AT_FDCWD, c("/dev/null").as_ptr(), libc::O_RDONLY, 0);
             assert!(fd >= 0);
             libc::close(fd);
+        }
+    }
+
+    #[test]
+    fn a_segment_that_is_named_has_no_data() {
+        use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+        // SAFETY: C strings; the descriptors are new, the pages stay mapped.
+        unsafe {
+            let file = |name: &CStr| {
+                let fd = libc::memfd_create(name.as_ptr(), 0);
+                File::from(OwnedFd::from_raw_fd(fd))
+            };
+            let (table, named, other) = (file(c"table"), file(c"named"), file(c"other"));
+            for segment in [&named, &other] {
+                segment.write_at(b"data", 4096).unwrap();
+            }
+            table.set_len(TABLE_BYTES as u64).unwrap();
+            share(table.as_raw_fd());
+            assert_eq!(lseek(named.as_raw_fd(), 0, libc::SEEK_DATA), 4096);
+            let meta = named.metadata().unwrap();
+            let words = [1, meta.dev(), meta.ino()].map(u64::to_ne_bytes).concat();
+            table.write_at(&words, 0).unwrap();
+            assert_eq!(lseek(named.as_raw_fd(), 0, libc::SEEK_DATA), -1);
+            assert_eq!(Error::last_os_error().raw_os_error(), Some(libc::ENXIO));
+            assert_eq!(lseek64(named.as_raw_fd(), 0, libc::SEEK_END), 4100);
+            assert_eq!(lseek64(other.as_raw_fd(), 0, libc::SEEK_DATA), 4096);
+            assert_eq!(lseek(-1, 0, libc::SEEK_DATA), -1);
         }
     }
 }

@@ -19,7 +19,7 @@
 //! userfaultfd guards, and whatever is asked in a way that is not known here.
 //! So a mistake costs time and never a page.
 //!
-//! Four more calls are looked at, and all others pass:
+//! More calls are looked at, and all others pass:
 //!
 //! - reads of a process's `pagemap`: soft-dirty is set in every entry. CRIU
 //!   probes with one such read whether the kernel tracks at all; and a CRIU
@@ -27,6 +27,9 @@
 //! - `open`, `unlink` and `rename` of CRIU's cache of probes: what CRIU finds
 //!   under this library must not be believed by a CRIU without it, so that
 //!   the cache is kept where `MIGRATE_SHIM_KDAT` says, or else nowhere.
+//! - `lseek` for the data of a shared segment whose pages reach the destination
+//!   another way: there is none. CRIU, which dumps such segments whole, then
+//!   lists no page of it.
 //!
 //! Nothing here allocates, panics or keeps a lock. The object needs four
 //! functions of the C library, by names without a version, so that it can be
@@ -44,4 +47,5 @@ mod hooks;
 mod paths;
 mod probe;
 mod scan;
+mod segments;
 mod sys;

@@ -18,6 +18,8 @@ pub(crate) mod number {
     pub(crate) const READ: isize = 0;
     pub(crate) const WRITE: isize = 1;
     pub(crate) const CLOSE: isize = 3;
+    pub(crate) const FSTAT: isize = 5;
+    pub(crate) const LSEEK: isize = 8;
     pub(crate) const MMAP: isize = 9;
     pub(crate) const IOCTL: isize = 16;
     pub(crate) const PREAD64: isize = 17;
@@ -38,11 +40,13 @@ pub(crate) mod number {
     pub(crate) const UNLINKAT: isize = 35;
     pub(crate) const OPENAT: isize = 56;
     pub(crate) const CLOSE: isize = 57;
+    pub(crate) const LSEEK: isize = 62;
     pub(crate) const READ: isize = 63;
     pub(crate) const WRITE: isize = 64;
     pub(crate) const PREAD64: isize = 67;
     pub(crate) const PPOLL: isize = 73;
     pub(crate) const READLINKAT: isize = 78;
+    pub(crate) const FSTAT: isize = 80;
     pub(crate) const EXIT_GROUP: isize = 94;
     pub(crate) const SETITIMER: isize = 103;
     pub(crate) const MMAP: isize = 222;
@@ -79,6 +83,8 @@ mod tests {
             (number::READ, libc::SYS_read),
             (number::WRITE, libc::SYS_write),
             (number::CLOSE, libc::SYS_close),
+            (number::FSTAT, libc::SYS_fstat),
+            (number::LSEEK, libc::SYS_lseek),
             (number::MMAP, libc::SYS_mmap),
             (number::IOCTL, libc::SYS_ioctl),
             (number::PREAD64, libc::SYS_pread64),

@@ -671,17 +671,24 @@ impl ImageDir {
         self.still_open()?;
         self.settle()?;
         for (owner, memory) in &mut self.owners {
-            if memory.gaps.is_empty() {
-                continue;
-            }
-            let path = self.path.join(pages_name(memory.pages_id));
-            let file = open_pages(&path)?;
-            for gap in &memory.gaps {
-                fill_gap(&file, &path, *owner, *gap, filler)?;
-            }
-            memory.gaps.clear();
+            memory.fill(&self.path, *owner, filler)?;
         }
         Ok(())
+    }
+
+    /// Writes the content of the gaps that a segment has so far, which cannot
+    /// wait: then [`fill`](Self::fill) has less to do when everybody waits for it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`fill`](Self::fill).
+    pub fn fill_segment(&mut self, id: u64, filler: &mut dyn Filler) -> Result<(), CriuError> {
+        self.still_open()?;
+        let owner = PageOwner::Shared(id);
+        match self.owners.get_mut(&owner) {
+            Some(memory) => memory.fill(&self.path, owner, filler),
+            None => Ok(()),
+        }
     }
 
     /// Finds the place of a run in its owner's file, counted in pages.
@@ -907,6 +914,25 @@ impl Drop for ImageDir {
 }
 
 impl Memory {
+    /// Writes the content of all gaps.
+    fn fill(
+        &mut self,
+        directory: &Path,
+        owner: PageOwner,
+        filler: &mut dyn Filler,
+    ) -> Result<(), CriuError> {
+        if self.gaps.is_empty() {
+            return Ok(());
+        }
+        let path = directory.join(pages_name(self.pages_id));
+        let file = open_pages(&path)?;
+        for gap in &self.gaps {
+            fill_gap(&file, &path, owner, *gap, filler)?;
+        }
+        self.gaps.clear();
+        Ok(())
+    }
+
     /// Appends a run and returns its place in the file, counted in pages.
     fn add(&mut self, run: PageRun) -> u64 {
         let at = self.pages;

@@ -1,5 +1,6 @@
 //! A dump, a pre-dump or a restore in progress.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,6 +13,7 @@ use crate::error::{Action, CriuError};
 use crate::log::LogTail;
 use crate::pages::PageSocket;
 use crate::rpc::{Request, Response, Socket, kind};
+use crate::shim::SegmentTable;
 use crate::worker::Process;
 
 /// How long CRIU may take to end after it closed its socket.
@@ -102,6 +104,7 @@ pub struct Session {
     process: Process,
     socket: Socket,
     page_socket: Option<PageSocket>,
+    segments: Option<SegmentTable>,
     log: PathBuf,
     state: State,
     /// An answer was `false`.
@@ -114,6 +117,7 @@ impl Session {
         process: Process,
         socket: Socket,
         page_socket: Option<PageSocket>,
+        segments: Option<SegmentTable>,
         log: PathBuf,
     ) -> Self {
         Self {
@@ -121,6 +125,7 @@ impl Session {
             process,
             socket,
             page_socket,
+            segments,
             log,
             state: State::Working,
             refused: false,
@@ -137,6 +142,27 @@ impl Session {
     /// nothing.
     pub(crate) fn expend(&mut self, expendable: bool) {
         self.process.expendable = expendable;
+    }
+
+    /// Tells CRIU, who waits for an answer with the tree frozen, which shared
+    /// segments are taken care of: it lists no pages of theirs. Only a worker
+    /// with [`WorkerOptions::shim`](crate::WorkerOptions::shim) hears it, and
+    /// has room for some hundred; pages that come of others all the same may be
+    /// ignored.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written down.
+    pub fn leave_out(&self, device: u64, inodes: &BTreeSet<u64>) -> Result<(), CriuError> {
+        let Some(segments) = &self.segments else {
+            return Ok(());
+        };
+        segments
+            .name(device, inodes)
+            .map_err(|source| CriuError::Socket {
+                action: self.action,
+                source,
+            })
     }
 
     /// Whether CRIU still runs, and so has held what it holds without a break.

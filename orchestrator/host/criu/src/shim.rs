@@ -6,11 +6,11 @@
 //! without a name, so that neither a missing file, nor another release's, nor
 //! a tmpfs mounted `noexec` stands in its way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -45,6 +45,9 @@ const NAME: &str = "migrate-shim";
 const KDAT: &str = "MIGRATE_SHIM_KDAT";
 /// Makes the library become the process that the self-check dumps.
 const PROBE: &str = "MIGRATE_SHIM_PROBE";
+
+/// Names a descriptor of the page that names segments.
+const SEGMENTS: &str = "MIGRATE_SHIM_SEGMENTS";
 
 /// `MFD_NOEXEC_SEAL` of `linux/memfd.h`, since Linux 6.3: it can be mapped
 /// and never run, which is all that a host may allow.
@@ -98,13 +101,59 @@ pub(crate) fn preload(command: &mut Command, version: CriuVersion) -> io::Result
     let fd = object()?;
     command
         .env("LD_PRELOAD", format!("/proc/self/fd/{fd}"))
-        .env_remove(PROBE);
+        .env_remove(PROBE)
+        .env_remove(SEGMENTS);
     match place() {
         Some(place) => command.env(KDAT, place.join(format!("criu-{version}.kdat"))),
         // Every start of CRIU then probes the kernel, which takes 30-60 ms.
         None => command.env_remove(KDAT),
     };
     Ok(fd)
+}
+
+/// The page by which the library learns which shared segments CRIU need not
+/// dump; its layout is that of `segments.rs` in migrate-shim.
+#[derive(Debug)]
+pub(crate) struct SegmentTable(File);
+
+impl SegmentTable {
+    /// Bytes of the page.
+    const BYTES: u64 = 4096;
+
+    /// Segments that it has room for, besides the two words at its start.
+    const SEGMENTS_MAX: usize = 510;
+
+    /// Makes one that names nothing, and has a command's library read it. Its
+    /// descriptor must stay open in the child, as [`preload`]'s.
+    pub(crate) fn preload(command: &mut Command) -> io::Result<Self> {
+        let name = c"migrate-segments";
+        // SAFETY: the name is a C string; the result is checked.
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a new descriptor that nobody else owns.
+        let file = File::from(above_standard(unsafe { OwnedFd::from_raw_fd(fd) })?);
+        file.set_len(Self::BYTES)?;
+        command.env(SEGMENTS, file.as_raw_fd().to_string());
+        Ok(Self(file))
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
+    /// Names segments; those that there is no room for are dumped.
+    pub(crate) fn name(&self, device: u64, inodes: &BTreeSet<u64>) -> io::Result<()> {
+        let inodes = inodes.iter().copied().take(Self::SEGMENTS_MAX);
+        let mut words = vec![0, device];
+        words.extend(inodes);
+        words[0] = (words.len() - 2) as u64;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let (count, rest) = bytes.split_at(size_of::<u64>());
+        self.0.write_all_at(rest, count.len() as u64)?;
+        self.0.write_all_at(count, 0)
+    }
 }
 
 /// Whether a process has loaded the library: the loader only warns when it
@@ -491,7 +540,8 @@ mod tests {
             OBJECT.windows(name.len()).any(|window| window == name)
         };
         for name in [
-            "ioctl", "read", "pread64", "open64", "openat64", "unlink", "rename",
+            "ioctl", "read", "pread64", "open64", "openat64", "unlink", "rename", "lseek",
+            "lseek64",
         ] {
             assert!(has(name), "{name} is exported");
         }

@@ -28,7 +28,7 @@ use crate::rpc::{
     Socket, kind,
 };
 use crate::session::Session;
-use crate::shim;
+use crate::shim::{self, SegmentTable};
 
 /// Limit for a new worker's first answer: loading it takes 5-10 ms.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
@@ -84,8 +84,8 @@ pub struct Worker {
     /// The number of CRIU's end of the page socket, inside the worker.
     page_fd: RawFd,
     inherited: Vec<RawFd>,
-    /// It has loaded the shim.
-    shim: bool,
+    /// It has loaded the shim, which reads this.
+    shim: Option<SegmentTable>,
 }
 
 /// The CRIU process and what it writes to its standard error.
@@ -343,7 +343,7 @@ impl Criu {
         }
         // Without it a kernel that knows soft-dirty pages gives its own answer,
         // which has nothing to do with the tracker's.
-        if worker.shim && !shim::loaded(worker.pid()) {
+        if worker.shim.is_some() && !shim::loaded(worker.pid()) {
             let stderr = worker.process.stderr();
             return Err(CriuError::ShimNotLoaded { stderr });
         }
@@ -400,8 +400,11 @@ fn start(criu: &Criu, options: WorkerOptions) -> io::Result<Worker> {
 
     let mut keep = inherited.clone();
     keep.extend([theirs.as_raw_fd(), page_fd]);
+    let mut segments = None;
     if options.shim {
-        keep.push(shim::preload(&mut command, criu.version)?);
+        let table = SegmentTable::preload(&mut command)?;
+        keep.extend([shim::preload(&mut command, criu.version)?, table.fd()]);
+        segments = Some(table);
     }
     let cgroup_fd = cgroup.as_ref().map(|file| file.as_raw_fd());
     let (new_session, small_pages) = (options.new_session, options.small_pages);
@@ -429,7 +432,7 @@ fn start(criu: &Criu, options: WorkerOptions) -> io::Result<Worker> {
         page_socket: UnixStream::from_std(pages_ours)?,
         page_fd,
         inherited,
-        shim: options.shim,
+        shim: segments,
     })
 }
 
@@ -563,7 +566,7 @@ impl Worker {
         let precopied = match &options.track {
             None => BTreeSet::new(),
             Some(track) => {
-                match (&track.marks, self.shim) {
+                match (&track.marks, self.shim.is_some()) {
                     (Marks::Tracker, true) => write_parent(&options.images, &uptime_now()?)?,
                     (Marks::Kernel { since }, false) => {
                         write_parent(&options.images, &inventory_of(since)?)?;
@@ -586,7 +589,7 @@ impl Worker {
     ///
     /// The order could not be sent, or the worker has loaded the shim.
     pub async fn pre_dump(self, options: &PreDumpOptions) -> Result<Session, CriuError> {
-        if self.shim {
+        if self.shim.is_some() {
             return Err(CriuError::Untracked { shim: true });
         }
         let opts = Options {
@@ -705,6 +708,7 @@ impl Worker {
             self.process,
             self.socket,
             page_socket,
+            self.shim,
             images.join(log_name(action)),
         ))
     }

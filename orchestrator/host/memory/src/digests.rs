@@ -9,6 +9,7 @@ use migrate_core::wire::{PageOwner, PageRun};
 
 use crate::PAGE;
 use crate::error::MemoryError;
+use crate::segments::FrozenSegments;
 use crate::store::MemoryDigest;
 
 /// Bytes read at once.
@@ -55,9 +56,9 @@ impl Listed {
     }
 }
 
-/// Digest of each task's memory as CRIU's final list names it, read from the
-/// frozen tree, without the areas of `masks`. Shared segments are left out:
-/// they come whole.
+/// Digest of each task's memory and of each of `segments` as the final list
+/// names it, read from the frozen tree; of tasks without the areas of `masks`.
+/// Other segments are left out: they come whole.
 ///
 /// Blocks for as long as it takes to read and hash all memory; ends early when
 /// `stop` is set.
@@ -68,16 +69,23 @@ impl Listed {
 pub fn digests(
     listed: Listed,
     masks: &[(u64, u32)],
+    segments: &FrozenSegments,
     stop: &AtomicBool,
-) -> Result<Vec<(u32, [u8; 32])>, MemoryError> {
-    let mut by_task: BTreeMap<u32, Vec<PageRun>> = BTreeMap::new();
+) -> Result<Vec<(PageOwner, [u8; 32])>, MemoryError> {
+    let mut by_owner: BTreeMap<PageOwner, Vec<PageRun>> = BTreeMap::new();
     for run in listed.sorted() {
-        if let PageOwner::Task(pid) = run.owner {
-            by_task.entry(pid).or_default().push(run);
-        }
+        by_owner.entry(run.owner).or_default().push(run);
     }
     let mut digests = Vec::new();
-    for (pid, runs) in by_task {
+    for (owner, runs) in by_owner {
+        let pid = match owner {
+            PageOwner::Task(pid) => pid,
+            PageOwner::Shared(id) => {
+                let digest = segments.digest(id, runs, stop)?;
+                digests.extend(digest.map(|digest| (owner, digest)));
+                continue;
+            }
+        };
         let path = format!("/proc/{pid}/mem");
         let failed = |source| MemoryError::Proc {
             path: path.clone(),
@@ -99,7 +107,7 @@ pub fn digests(
                 at += bytes as u64;
             }
         }
-        digests.push((pid, digest.finish()));
+        digests.push((owner, digest.finish()));
     }
     Ok(digests)
 }
@@ -150,11 +158,12 @@ mod tests {
         let vaddr = (page.as_ptr() as u64).next_multiple_of(PAGE);
         let mut listed = Listed::default();
         listed.add(run(std::process::id(), vaddr, 1)).unwrap();
+        let none = FrozenSegments::default();
         let stop = AtomicBool::new(false);
-        assert_eq!(digests(listed.clone(), &[], &stop).unwrap().len(), 1);
+        assert_eq!(digests(listed.clone(), &[], &none, &stop).unwrap().len(), 1);
         stop.store(true, Ordering::Relaxed);
         assert!(matches!(
-            digests(listed, &[], &stop),
+            digests(listed, &[], &none, &stop),
             Err(MemoryError::Stopped)
         ));
     }

@@ -23,6 +23,8 @@
 //! marks, as CRIU does through our shim, can trust every page it finds clean
 //! to have been handed on with the content it still has.
 //!
+//! Shared segments have no such account: they are compared by content.
+//!
 //! Known exception: a device that writes to pages pinned earlier leaves no
 //! mark. Processes that show signs of that are not tracked at all
 //! ([`UntrackedReason::Pinned`]).
@@ -36,21 +38,24 @@ mod inject;
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "inject_unsupported.rs"]
 mod inject;
+mod known;
 mod lazy;
 mod maps;
 mod probe;
 mod process;
 mod rounds;
+mod segments;
 mod store;
 mod sys;
 #[cfg(target_arch = "x86_64")]
 mod trace;
 mod tree;
 
-pub use content::{ContentPrecopy, alike};
+pub use content::ContentPrecopy;
 pub use digests::{Listed, digests};
 pub use error::{MemoryError, RoundError, StoreError, Unsupported, UntrackedReason};
 pub use inject::Injection;
+pub use known::alike;
 pub use lazy::{
     Keeper, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing, keep, probe_lazy,
 };
@@ -59,6 +64,7 @@ pub use rounds::{
     Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState, markable,
     runs,
 };
+pub use segments::{FrozenRun, FrozenSegments};
 pub use store::{Content, Held, Holding, MemoryDigest, PageStore, Piece};
 
 /// The size of a page.

@@ -12,6 +12,8 @@ pub(crate) struct Vma {
     pub(crate) range: Range<u64>,
     pub(crate) readable: bool,
     pub(crate) shared: bool,
+    /// Major and minor number of the file system.
+    pub(crate) device: (u32, u32),
     pub(crate) inode: u64,
     pub(crate) name: String,
 }
@@ -29,7 +31,8 @@ impl Vma {
     ///    (`MADV_DONTNEED`), the kernel keeps a mark in its place that looks like
     ///    a swapped page, and CRIU would ask for content long outdated. They are
     ///    small as a rule. Huge pages and AIO rings are of this kind, too;
-    ///  - shared memory, which has no owner among the processes.
+    ///  - shared memory, which has no owner among the processes: see
+    ///    [`crate::segments`].
     pub(crate) fn trackable(&self) -> bool {
         self.readable && self.anonymous()
     }
@@ -94,7 +97,12 @@ fn parse(line: &str) -> Option<Vma> {
     let [read, _, _, share] = *field().as_bytes() else {
         return None;
     };
-    let (_offset, _device) = (field(), field());
+    let _offset = field();
+    let (major, minor) = field().split_once(':')?;
+    let device = (
+        u32::from_str_radix(major, 16).ok()?,
+        u32::from_str_radix(minor, 16).ok()?,
+    );
     let inode = field().parse().ok()?;
     let range = u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?;
     let whole = range.start < range.end
@@ -104,6 +112,7 @@ fn parse(line: &str) -> Option<Vma> {
         range,
         readable: read == b'r',
         shared: share == b's',
+        device,
         inode,
         name: rest.trim_start().to_owned(),
     })
@@ -120,6 +129,9 @@ mod tests {
             .unwrap();
         assert_eq!(heap.range, 0x5581_a000..0x5583_b000);
         assert_eq!(heap.bytes(), 0x21000);
+        assert_eq!(heap.device, (0, 0));
+        let file = parse("7000-8000 rw-s 00000000 fe:1a 7    /lib/x").unwrap();
+        assert_eq!(file.device, (0xfe, 0x1a));
         assert!(heap.trackable());
         for (line, trackable) in [
             ("7f00-8000 rw-p 00000000 00:00 0", None),

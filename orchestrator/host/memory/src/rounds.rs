@@ -6,6 +6,7 @@
 //!                mappings now, each:  not watched -> register; all of it is new
 //!                    PAGEMAP_SCAN marks written pages clean and names them
 //!                    process_vm_readv, PageSink
+//!         segments that they share: read, compared by content, PageSink
 //! ```
 //!
 //! First marked, then read: a write after the mark marks the page again, so
@@ -25,6 +26,7 @@ use crate::inject::{InjectError, Injection};
 use crate::maps::{self, Vma};
 use crate::probe::{Support, probe};
 use crate::process::{self, Unwatched, Watch};
+use crate::segments::{FrozenSegments, Segments};
 use crate::sys;
 use crate::tree::{self, Member};
 use crate::{PAGE, ZERO_PAGE};
@@ -92,6 +94,9 @@ pub struct RoundStats {
     /// Populated private pages that are not tracked: they move while the tree
     /// is frozen, however many rounds there are.
     pub pages_untracked: u64,
+    /// Those of `pages_scanned` in shared segments. They are read and compared,
+    /// in every round and of the frozen tree.
+    pub pages_shared: u64,
     /// Bytes of page data handed on.
     pub bytes: u64,
     /// Processes in the tree.
@@ -179,6 +184,7 @@ pub struct Precopy {
     limits: Limits,
     support: Support,
     processes: BTreeMap<i32, Process>,
+    segments: Segments,
     last_start: Option<Instant>,
     buffer: BytesMut,
 }
@@ -196,6 +202,7 @@ impl Precopy {
             limits,
             support,
             processes: BTreeMap::new(),
+            segments: Segments::default(),
             last_start: None,
             buffer: BytesMut::new(),
         })
@@ -207,6 +214,15 @@ impl Precopy {
             pid,
             state: &process.state,
         })
+    }
+
+    /// The shared segments of the tree, which stands still.
+    ///
+    /// # Errors
+    ///
+    /// The tree cannot be looked at.
+    pub fn frozen_segments(&self) -> Result<FrozenSegments, MemoryError> {
+        self.segments.frozen(self.root, self.limits.processes)
     }
 
     /// Hands on what has changed since the last round; everything in the first.
@@ -232,6 +248,7 @@ impl Precopy {
             let done = self.copy(member, sink, &mut stats).await;
             unless_gone(done, self.root)?;
         }
+        self.segments.round(&members, sink, &mut stats).await?;
         stats.processes = members.len() as u64;
         stats.took_us = micros(start.elapsed());
         Ok(stats)
@@ -511,11 +528,12 @@ impl<S: PageSink> Pass<'_, S> {
         data: &Bytes,
     ) -> Result<(), RoundError<S::Error>> {
         let waiting = Instant::now();
+        let owner = PageOwner::Task(self.pid.unsigned_abs());
         let mut at = 0usize;
         for piece in pieces {
             let bytes = usize::try_from(piece.end - piece.start).unwrap_or(usize::MAX);
             let end = data.len().min(at.saturating_add(bytes));
-            for (run, content) in runs(self.pid, piece.start, &data.slice(at..end)) {
+            for (run, content) in runs(owner, piece.start, &data.slice(at..end)) {
                 if run.flags == PageRun::ZERO {
                     self.stats.zero_pages += run.pages;
                 }
@@ -534,8 +552,7 @@ impl<S: PageSink> Pass<'_, S> {
 
 /// Splits pages side by side into runs of zeros and runs of content, for a
 /// [`PageSink`].
-pub fn runs(pid: i32, vaddr: u64, data: &Bytes) -> impl Iterator<Item = (PageRun, Bytes)> {
-    let owner = PageOwner::Task(pid.unsigned_abs());
+pub fn runs(owner: PageOwner, vaddr: u64, data: &Bytes) -> impl Iterator<Item = (PageRun, Bytes)> {
     let mut at = 0;
     std::iter::from_fn(move || {
         let rest = &data[at..];

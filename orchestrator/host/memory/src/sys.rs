@@ -272,6 +272,52 @@ pub(crate) fn read_pages(
     Ok(read)
 }
 
+/// Finds data (`SEEK_DATA`) or a hole (`SEEK_HOLE`) of a file from `at` on; none
+/// up to its end.
+pub(crate) fn seek(file: &File, at: u64, whence: i32) -> io::Result<Option<u64>> {
+    let at = i64::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the call takes no pointer.
+    let found = unsafe { libc::lseek64(file.as_raw_fd(), at, whence) };
+    match u64::try_from(found) {
+        Ok(found) => Ok(Some(found)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
+/// Reads the page of a file at `at`, what lies behind the file's end included.
+/// An error when the file does not reach into that page.
+pub(crate) fn read_last_page(file: &File, at: u64, into: &mut BytesMut) -> io::Result<()> {
+    let at = i64::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let page = unsafe {
+        libc::mmap64(
+            std::ptr::null_mut(),
+            PAGE_BYTES,
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            at,
+        )
+    };
+    if page == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let start = page.expose_provenance() as u64;
+    let range = start..start + PAGE;
+    // Not by a pointer: a page behind the end would be a signal.
+    let own = std::process::id().cast_signed();
+    let read = read_pages(own, std::slice::from_ref(&range), into);
+    // SAFETY: made above, and not used after this.
+    unsafe { libc::munmap(page, PAGE_BYTES) };
+    match read? {
+        PAGE_BYTES => Ok(()),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
 /// Fetches a descriptor of a thread of another process.
 pub(crate) fn fetch_descriptor(tid: i32, fd: i32) -> io::Result<OwnedFd> {
     // A thread may have a descriptor table of its own; kernels before 6.9 know

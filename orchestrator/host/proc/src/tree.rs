@@ -1,12 +1,14 @@
 //! The process tree to be moved, read until it stands still.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use migrate_core::facts::{ProcessFacts, TreeFacts};
 
 use crate::error::ProcError;
+use crate::files::MappedFile;
 use crate::{cgroup, parse, read};
 
 /// How often the tree is read to see the same twice. A read takes a few
@@ -237,6 +239,8 @@ fn look(root: i32) -> Result<Option<(Sight, BTreeSet<i32>)>, ProcError> {
 /// Memory that has to be carried: each page shared within the tree once.
 fn resident(sight: &Sight) -> Result<u64, ProcError> {
     let mut sum = 0_u64;
+    let mut mapped_shared = 0_u64;
+    let mut segments = BTreeMap::new();
     for process in &sight.processes {
         if sight.ended.contains(&process.pid) {
             continue;
@@ -244,13 +248,43 @@ fn resident(sight: &Sight) -> Result<u64, ProcError> {
         // `Pss` splits a shared page among its holders.
         let rollup = read::text_if_there(read::of(process.pid, "smaps_rollup"));
         let bytes = match rollup.ok().flatten() {
-            Some(text) => parse::kilobytes(&text, "Pss"),
+            Some(text) => {
+                let shared = parse::kilobytes(&text, "Pss_Shmem").unwrap_or(0);
+                mapped_shared = mapped_shared.saturating_add(shared);
+                parse::kilobytes(&text, "Pss")
+            }
             None => read::text_if_there(read::of(process.pid, "status"))?
                 .and_then(|text| parse::kilobytes(&text, "VmRSS")),
         };
         sum = sum.saturating_add(bytes.unwrap_or(0));
+        add_segments(process.pid, &mut segments)?;
     }
-    Ok(sum)
+    // What no living process has touched is in nobody's share.
+    let in_segments: u64 = segments.values().sum();
+    Ok(sum.saturating_add(in_segments.saturating_sub(mapped_shared)))
+}
+
+/// Notes the memory of the shared segments that a process has mapped, in bytes
+/// by inode.
+fn add_segments(pid: i32, segments: &mut BTreeMap<u64, u64>) -> Result<(), ProcError> {
+    /// What they are called in `/proc/PID/maps`.
+    const NAMES: [&str; 3] = ["/dev/zero (deleted)", "/memfd:", "/SYSV"];
+    /// Of `st_blocks`.
+    const BLOCK_BYTES: u64 = 512;
+    let text = read::text_if_there(read::of(pid, "maps"))?.unwrap_or_default();
+    for mapping in text.lines().filter_map(parse::mapping) {
+        if segments.contains_key(&mapping.inode)
+            || !NAMES.iter().any(|name| mapping.path.starts_with(name))
+        {
+            continue;
+        }
+        let file = MappedFile { pid, mapping };
+        // Unmapped since it was listed, where it fails.
+        if let Ok(meta) = std::fs::metadata(file.link()) {
+            segments.insert(file.mapping.inode, meta.blocks() * BLOCK_BYTES);
+        }
+    }
+    Ok(())
 }
 
 impl Tree {

@@ -89,50 +89,28 @@ impl Memory {
         if let Some(listed) = &mut self.listed {
             listed.add(run)?;
         }
-        if data.is_empty() {
-            images.gap(run)?;
-        } else {
+        if !data.is_empty() {
             images.pages(run, data)?;
+            return Ok(());
+        }
+        images.gap(run)?;
+        // The source still compares and dumps; later everybody would wait.
+        if let PageOwner::Shared(id) = run.owner {
+            images.fill_segment(id, &mut filler(&self.store))?;
         }
         Ok(())
     }
 
     /// Puts the pages in store where the final list names them.
     pub(crate) fn fill(&self, images: &mut ImageDir) -> Result<(), Error> {
-        let store = &self.store;
-        images.fill(
-            &mut |owner, vaddr: u64, pages: u64, out: &mut dyn io::Write| {
-                let end = vaddr + pages * PAGE_BYTES as u64;
-                let mut at = vaddr;
-                for piece in store.range(owner, vaddr..end) {
-                    if piece.vaddr != at {
-                        break;
-                    }
-                    match piece.content {
-                        Content::Data(data) => out.write_all(data)?,
-                        Content::Zero(pages) => {
-                            for _ in 0..pages {
-                                out.write_all(&[0; PAGE_BYTES])?;
-                            }
-                        }
-                    }
-                    at += piece.content.pages() * PAGE_BYTES as u64;
-                }
-                if at == end {
-                    Ok(())
-                } else {
-                    Err(io::Error::new(io::ErrorKind::NotFound, "not in store"))
-                }
-            },
-        )?;
-        Ok(())
+        Ok(images.fill(&mut filler(&self.store))?)
     }
 
     /// Compares with what the frozen tree's memory amounts to. Hashing all of it
     /// takes a while, and must not be in the way of a cancellation.
     pub(crate) async fn verified(
         mut self,
-        digests: Vec<(u32, [u8; 32])>,
+        digests: Vec<(PageOwner, [u8; 32])>,
         masks: Vec<(u64, u32)>,
     ) -> Result<Self, Error> {
         let Some(listed) = self.listed.take() else {
@@ -151,18 +129,50 @@ impl Memory {
     fn verify(
         &mut self,
         listed: &[PageRun],
-        digests: &[(u32, [u8; 32])],
+        digests: &[(PageOwner, [u8; 32])],
         masks: &[(u64, u32)],
     ) -> Result<(), Error> {
-        for &(pid, digest) in digests {
-            let owner = PageOwner::Task(pid);
+        for &(owner, digest) in digests {
             self.store.retain(owner, listed);
+            let masks = match owner {
+                PageOwner::Task(_) => masks,
+                PageOwner::Shared(_) => &[],
+            };
             if self.store.digest(owner, masks) != digest {
-                return Err(Error::NotTheSame { pid });
+                return Err(Error::NotTheSame { owner });
             }
         }
-        tracing::info!(tasks = digests.len(), "the copy's memory is the tree's");
+        tracing::info!(owners = digests.len(), "the copy's memory is the tree's");
         Ok(())
+    }
+}
+
+/// Gives an image directory what is in store.
+fn filler(
+    store: &PageStore,
+) -> impl FnMut(PageOwner, u64, u64, &mut dyn io::Write) -> io::Result<()> {
+    move |owner, vaddr, pages, out| {
+        let end = vaddr + pages * PAGE_BYTES as u64;
+        let mut at = vaddr;
+        for piece in store.range(owner, vaddr..end) {
+            if piece.vaddr != at {
+                break;
+            }
+            match piece.content {
+                Content::Data(data) => out.write_all(data)?,
+                Content::Zero(pages) => {
+                    for _ in 0..pages {
+                        out.write_all(&[0; PAGE_BYTES])?;
+                    }
+                }
+            }
+            at += piece.content.pages() * PAGE_BYTES as u64;
+        }
+        if at == end {
+            Ok(())
+        } else {
+            Err(io::Error::new(io::ErrorKind::NotFound, "not in store"))
+        }
     }
 }
 
@@ -218,7 +228,7 @@ impl Destination {
         &mut self,
         limit: Duration,
         memory: &mut Memory,
-    ) -> Result<(Announced, Vec<(u32, [u8; 32])>, Vec<(u64, u32)>), Error> {
+    ) -> Result<(Announced, Vec<(PageOwner, [u8; 32])>, Vec<(u64, u32)>), Error> {
         const AWAITED: &str = "pages and images";
         loop {
             let Incoming::Frames(receiver) = &mut self.incoming else {

@@ -9,9 +9,10 @@ use migrate_channel::{ChannelError, Sender};
 use migrate_core::report::counted;
 use migrate_core::wire::{ImagePiece, Message, NetworkLock, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::{CriuError, DumpOptions, Notice, PARENT, PageSink, PageStats, serve_pages};
-use migrate_memory::{ContentPrecopy, Listed, MemoryError};
+use migrate_memory::{ContentPrecopy, FrozenSegments, Listed, MemoryError};
 
 use super::preflight::{externals, survey};
+use super::segments::SegmentDump;
 use super::{Engine, Migration, Target, not_yet};
 use crate::error::Error;
 
@@ -92,6 +93,7 @@ impl Migration {
             self.gate_closed_in = Some(closed_in);
         }
         self.moments.frozen = Some(Instant::now());
+        self.compare_segments()?;
         self.last_look().await
     }
 
@@ -168,6 +170,7 @@ impl Migration {
 
         let mut sink = Outgoing::new(&mut link.sender);
         sink.content = self.content.as_ref();
+        sink.segments = self.segments.as_mut();
         sink.listed = self.request.choices.verify.then(Listed::default);
         let dumped = {
             let pages = serve_pages(socket, version, &mut sink, DUMP_LIMIT);
@@ -204,6 +207,8 @@ impl Migration {
         self.pages = sink.pages;
         self.in_store = sink.in_store;
         let listed = sink.listed.take();
+        drop(sink);
+        let segments = self.segments.take().map(|dump| dump.segments);
         dumped?;
         self.moments.dumped = Some(Instant::now());
         // The tree stands still, so its memory is what the copy's has to be.
@@ -212,7 +217,8 @@ impl Migration {
                 let directory = self.images.as_ref();
                 let directory = directory.ok_or_else(|| not_yet("the image directory"))?;
                 let masks = migrate_criu::rseq_areas(directory)?;
-                (hashed(listed, masks.clone()).await?, masks)
+                let segments = segments.unwrap_or_default();
+                (hashed(listed, masks.clone(), segments).await?, masks)
             }
             None => Default::default(),
         };
@@ -322,8 +328,8 @@ pub(super) fn out_of_order(notice: &Notice, awaited: &'static str) -> Error {
     }
 }
 
-/// Digests of tasks, and areas that do not count for them.
-type Digests = (Vec<(u32, [u8; 32])>, Vec<(u64, u32)>);
+/// Digests of tasks and segments, and areas that do not count for tasks.
+type Digests = (Vec<(PageOwner, [u8; 32])>, Vec<(u64, u32)>);
 
 /// Pages on their way to the destination.
 pub(super) struct Outgoing<'a> {
@@ -332,6 +338,8 @@ pub(super) struct Outgoing<'a> {
     in_store: u64,
     /// What rounds have sent, where CRIU cannot leave it out by itself.
     content: Option<&'a ContentPrecopy>,
+    /// Segments that do not come from CRIU.
+    pub(super) segments: Option<&'a mut SegmentDump>,
     /// What CRIU has listed, when somebody wants to compare.
     listed: Option<Listed>,
 }
@@ -343,6 +351,7 @@ impl<'a> Outgoing<'a> {
             pages: 0,
             in_store: 0,
             content: None,
+            segments: None,
             listed: None,
         }
     }
@@ -356,12 +365,17 @@ impl<'a> Outgoing<'a> {
         self.sender.pages(&run, data).await
     }
 
+    /// Keeps what is listed, when somebody wants to compare.
+    pub(super) fn list(&mut self, run: PageRun) -> Result<(), MemoryError> {
+        self.listed
+            .as_mut()
+            .map_or(Ok(()), |listed| listed.add(run))
+    }
+
     /// Sends what CRIU has listed; pages that are as a round has sent them go
     /// without their content.
     async fn send_listed(&mut self, run: PageRun, data: &[u8]) -> Result<(), DumpSinkError> {
-        if let Some(listed) = &mut self.listed {
-            listed.add(run)?;
-        }
+        self.list(run)?;
         let (Some(content), PageOwner::Task(pid)) = (self.content, run.owner) else {
             return Ok(self.send(run, data).await?);
         };
@@ -403,11 +417,16 @@ pub(super) enum DumpSinkError {
 
 /// What the frozen tree's memory amounts to. Hashing all of it takes a while,
 /// and must not be in the way of a cancellation.
-async fn hashed(listed: Listed, masks: Vec<(u64, u32)>) -> Result<Vec<(u32, [u8; 32])>, Error> {
+async fn hashed(
+    listed: Listed,
+    masks: Vec<(u64, u32)>,
+    segments: FrozenSegments,
+) -> Result<Vec<(PageOwner, [u8; 32])>, Error> {
     let stop = Stop::default();
-    let flag = Arc::clone(&stop.0);
-    let hashing =
-        tokio::task::spawn_blocking(move || migrate_memory::digests(listed, &masks, &flag));
+    let flag = stop.flag();
+    let hashing = tokio::task::spawn_blocking(move || {
+        migrate_memory::digests(listed, &masks, &segments, &flag)
+    });
     match hashing.await {
         Ok(digests) => Ok(digests?),
         Err(error) => Err(Error::Changed(format!("hashing memory failed: {error}"))),
@@ -416,7 +435,14 @@ async fn hashed(listed: Listed, masks: Vec<(u64, u32)>) -> Result<Vec<(u32, [u8;
 
 /// Tells a thread that its result is not wanted any more.
 #[derive(Default)]
-struct Stop(Arc<AtomicBool>);
+pub(super) struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// What the thread looks at now and then.
+    pub(super) fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.0)
+    }
+}
 
 impl Drop for Stop {
     fn drop(&mut self) {
@@ -428,10 +454,18 @@ impl PageSink for Outgoing<'_> {
     type Error = DumpSinkError;
 
     async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), DumpSinkError> {
-        self.send_listed(run, &data).await
+        if !self
+            .segments
+            .as_ref()
+            .is_some_and(|segments| segments.has(run.owner))
+        {
+            self.send_listed(run, &data).await?;
+        }
+        self.send_compared().await
     }
 
     async fn close(&mut self, _stats: PageStats) -> Result<(), DumpSinkError> {
+        self.send_all_compared().await?;
         Ok(self.sender.flush().await?)
     }
 }

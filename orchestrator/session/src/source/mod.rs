@@ -12,6 +12,7 @@ mod look;
 mod precopy;
 mod preflight;
 mod prepare;
+mod segments;
 mod settle;
 mod soft_dirty;
 mod tracking;
@@ -42,6 +43,7 @@ use migrate_proc::{Fence, FenceWatch, HoldDown, Supervisor, TcpSockets, Tree};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use self::segments::SegmentDump;
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::guard::Guard;
@@ -364,6 +366,8 @@ struct Migration {
     content: Option<ContentPrecopy>,
     /// Rounds by CRIU; one that was given up may still hold the tree.
     soft_dirty: Option<SoftDirty>,
+    /// The frozen tree's shared segments, on their way.
+    segments: Option<SegmentDump>,
     engine: Engine,
     /// Closes the fence when CRIU dies with the tree in its hands.
     watch: Option<FenceWatch>,
@@ -426,6 +430,7 @@ impl Migration {
             precopy: None,
             content: None,
             soft_dirty: None,
+            segments: None,
             engine: Engine::None,
             watch: None,
             withdrawn: Vec::new(),
@@ -633,6 +638,7 @@ impl Migration {
         }
         note("remove CRIU's network lock", self.clear_lock());
         self.precopy = None;
+        self.segments = None;
         if let Some(lease) = self.lease.take() {
             lease.abort();
             // The renewer holds the gate until it has ended.

@@ -178,7 +178,7 @@ impl PageSink for Round<'_, '_> {
         }
         self.stats.pages_written += run.pages;
         let waiting = Instant::now();
-        for (run, content) in migrate_memory::runs(pid.cast_signed(), run.vaddr, &data) {
+        for (run, content) in migrate_memory::runs(run.owner, run.vaddr, &data) {
             if run.flags == PageRun::ZERO {
                 self.stats.zero_pages += run.pages;
             }
