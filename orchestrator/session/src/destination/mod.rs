@@ -143,7 +143,7 @@ struct Wanted {
 /// is held.
 enum Engine {
     None,
-    Parked(Box<ParkedRestore>),
+    Parked(ParkedRestore),
     Held(Session),
 }
 

@@ -116,7 +116,7 @@ impl Destination {
         let (worker, options) = self.worker(self.lazy.is_prepared()).await?;
         let images = self.images.as_mut().ok_or_else(no_order)?;
         let parked = worker.park(options, images).await?;
-        self.engine = Engine::Parked(Box::new(parked));
+        self.engine = Engine::Parked(parked);
         self.join_streams(connections).await
     }
 
