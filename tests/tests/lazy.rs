@@ -11,17 +11,19 @@ use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Once;
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use migrate_core::late::LateRuns;
 use migrate_core::wire::{ImagePiece, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::{
     Criu, DumpOptions, ImageDir, Notice, Outcome, PARENT, PageSink, PageStats, RestoreOptions,
     Session, WorkerOptions, locate, serve_pages, small_images,
 };
 use migrate_memory::{
-    Content, Keeper, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing, PageStore,
+    Content, Keeper, LatePages, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing,
+    PageStore,
 };
 
 /// Limit for any single step.
@@ -515,6 +517,7 @@ fn serve_apart(dumped: &Dumped, keeper: Keeper) -> (LazyServing, io::PipeReader)
                 piece_bytes: 64 << 10,
                 ..LazyOptions::default()
             },
+            (Arc::new(LatePages::new(0).unwrap()), &LateRuns::default()),
             Some(hold.into()),
         )
         .unwrap();

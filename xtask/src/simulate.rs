@@ -33,10 +33,11 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
             moved,
             stayed,
             undecided,
+            lost,
         }) => {
             println!(
                 "{runs} runs from seed {seed} in {:.1} s: {moved} moved, {stayed} stayed, \
-                 {undecided} undecided, no rule broken",
+                 {undecided} undecided, {lost} lost after --postcopy, no rule broken",
                 begun.elapsed().as_secs_f64()
             );
             Ok(())

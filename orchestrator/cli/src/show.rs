@@ -257,6 +257,11 @@ impl Show {
                 "process {pid} runs on {}, as before",
                 migrate_session::hostname()
             ));
+        } else if failure.outcome == Phase::Lost {
+            say(&format!(
+                "process {pid} is not on {} any more; where all its memory had arrived it runs on the destination, else it is lost",
+                migrate_session::hostname()
+            ));
         } else if !runs_here {
             say(&format!(
                 "process {pid} is fenced on {} and may run on the destination",
@@ -286,6 +291,7 @@ fn block(report: &Report) -> String {
         frozen_pages,
         rounds,
         lazy_pages,
+        postcopy,
         bytes,
         frozen_us,
         blackout,
@@ -316,6 +322,16 @@ fn block(report: &Report) -> String {
         pages => format!(
             "\n  memory       {} pages put in place while it runs again",
             thousands(*pages)
+        ),
+    };
+    let restored = match postcopy {
+        None => restored,
+        Some(late) => format!(
+            "{restored}\n  postcopy     {} pages, {} after the commit, in {}; {} faults waited",
+            thousands(late.pages),
+            mib(late.bytes),
+            ms(late.took_us),
+            thousands(late.waited_faults)
         ),
     };
     format!(
@@ -437,6 +453,7 @@ mod tests {
             pages: 5_387,
             frozen_pages: 87,
             lazy_pages: 0,
+            postcopy: None,
             rounds: 3,
             bytes: 22_020_096,
             frozen_us: 196_500,

@@ -37,11 +37,13 @@ pub enum Phase {
     RolledBack,
     /// `Go` was sent and no answer came: only `recover` may decide.
     Undecided,
+    /// The copy ran and ended for want of memory that the source still had.
+    Lost,
 }
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Preflight,
         Self::Track,
         Self::Prepare,
@@ -55,6 +57,7 @@ impl Phase {
         Self::Committed,
         Self::RolledBack,
         Self::Undecided,
+        Self::Lost,
     ];
 
     /// The phase's place in [`Self::ALL`].
@@ -86,6 +89,7 @@ impl Phase {
             Self::Committed => "committed",
             Self::RolledBack => "rolled back",
             Self::Undecided => "undecided",
+            Self::Lost => "lost",
         }
     }
 }
@@ -105,6 +109,6 @@ mod tests {
         for phase in Phase::ALL {
             assert_eq!(Phase::from_number(phase.number()), Some(phase));
         }
-        assert_eq!(Phase::from_number(13), None);
+        assert_eq!(Phase::from_number(14), None);
     }
 }

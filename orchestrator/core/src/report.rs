@@ -242,7 +242,10 @@ pub struct Report {
     /// Pages that were put in place while the copy already ran.
     #[serde(default)]
     pub lazy_pages: u64,
-    /// Bytes sent over the channel, pages and images together.
+    /// What came after the commit; none where nothing was to.
+    #[serde(default)]
+    pub postcopy: Option<Postcopy>,
+    /// Bytes sent over the channel up to the commit, pages and images together.
     pub bytes: u64,
     /// How long the tree did not run, in microseconds.
     pub frozen_us: u64,
@@ -265,6 +268,21 @@ pub struct Report {
     pub total_us: u64,
     /// What peers noticed; none without a gate.
     pub continuity: Option<Continuity>,
+}
+
+/// Memory that was still on the source when the copy began to run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Postcopy {
+    /// Pages that came after the commit.
+    pub pages: u64,
+    /// Bytes of them, frames included.
+    pub bytes: u64,
+    /// Faults of the copy that had to wait for one of them.
+    pub waited_faults: u64,
+    /// From the word that the destination owns the tree to its word that all
+    /// pages have come, in microseconds: for so long the tree depended on both
+    /// hosts.
+    pub took_us: u64,
 }
 
 /// A number of things in words: `1 process`, `2 processes`, `0 connections`.

@@ -30,6 +30,14 @@
 //!   (end)            ------------------>
 //!                    <------------------  Seen
 //! ```
+//! With `--postcopy` one more connection joins, and from `Owned` on:
+//!
+//! ```text
+//! source                              destination
+//!                    <------------------  Want    what the copy waits for
+//!   Pages ...        ------------------>  that first, then all others
+//!                    <------------------  Arrived
+//! ```
 //! At any time before `Go`: `Abort` from the source, `Failed` from the
 //! destination, or the end of the connection; each of them undoes everything
 //! on the destination.
@@ -191,6 +199,8 @@ pub enum Message {
         /// What keeps packets from the tree; the destination's gate holds them
         /// only for its own kind.
         lock: NetworkLock,
+        /// Pages may come after `Go`, over a further connection of their own.
+        postcopy: bool,
     },
     /// Gate closed, address staged, CRIU warm.
     Prepared,
@@ -228,6 +238,10 @@ pub enum Message {
         /// Areas that do not count for them, as address and length in bytes:
         /// the kernel writes there while CRIU is at work.
         masks: Vec<(u64, u32)>,
+        /// Pages that were named and come after `Go`; they are among `pages`.
+        late: u64,
+        /// What they amount to, as `digests`, in which they do not count.
+        late_digests: Vec<(PageOwner, [u8; 32])>,
     },
     /// The copy is complete and has not run.
     Restored {
@@ -271,6 +285,21 @@ pub enum Message {
     /// The destination's last word, once the source has closed its half: what
     /// its gate has seen of each connection, at most [`FLOWS_SEEN_MAX`].
     Seen(Vec<FlowSeen>),
+    /// The copy waits for these pages, as first number and count
+    /// ([`crate::late::LateRuns`]); at most [`crate::late::WANTED_RANGES_MAX`].
+    Want {
+        /// The pages.
+        pages: Vec<(u64, u64)>,
+        /// How many pages have come over this connection so far; the source
+        /// keeps no more than a few hundred on their way, so that what is wanted
+        /// need not queue behind others.
+        came: u64,
+    },
+    /// Every page that was to come has come: the source is not needed any more.
+    Arrived {
+        /// Faults of the copy that had to wait for a page still on the source.
+        waited: u64,
+    },
 }
 
 /// Connections in one [`Message::Seen`]: with their longest addresses they fit
@@ -423,6 +452,14 @@ impl PageRun {
     /// Pages hold nothing but zeros; no data follows. Not a flag of CRIU, whose
     /// flags have 16 bits on the wire.
     pub const ZERO: u32 = 1 << 16;
+
+    /// Pages have data that comes after `Go`, with `--postcopy`; none follows
+    /// here.
+    pub const LATE: u32 = 1 << 17;
+
+    /// `PE_LAZY` of CRIU's `include/pagemap.h`: the page may come after the
+    /// restore.
+    pub const LAZY: u32 = 1 << 1;
 
     /// Bytes of data that follow.
     #[must_use]

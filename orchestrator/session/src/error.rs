@@ -198,6 +198,20 @@ pub enum Error {
     /// `Go` was sent and nothing proves what became of it.
     #[error("the destination may or may not run the tree")]
     Undecided(#[source] Box<Error>),
+    /// With `--postcopy`: nothing proves that the copy got the memory that was
+    /// still here.
+    #[error(
+        "{peer} runs the tree and has not said that it has all {pages} pages that were still here; a copy that lacks any is killed there, and the tree is lost"
+    )]
+    LostMemory {
+        /// The other host.
+        peer: String,
+        /// Pages that were to go over after the commit.
+        pages: u64,
+        /// What happened to the connection.
+        #[source]
+        source: Box<Error>,
+    },
     /// The destination owned the tree and could not run it.
     #[error("the destination took the tree over and then failed")]
     LostAfterCommit(#[source] Box<Error>),
@@ -235,6 +249,7 @@ impl Error {
                 Some("this is a defect of migrate: please report it with the output of `migrate -vv`".to_owned())
             }
             Self::Undecided(_) => Some("the source is fenced and does not run; `migrate recover` asks the destination again and does what follows from its answer".to_owned()),
+            Self::LostMemory { peer, .. } => Some(format!("see on {peer} whether it runs (`migrate status`, and the log in /run/migrate/log); where it does not, start the workload anew")),
             Self::LostAfterCommit(_) => Some("the tree's last state is kept on the source, fenced; `migrate recover` there asks again who owns it".to_owned()),
             Self::Refused(_) | Self::Cancelled | Self::Stopped | Self::Aborted(_) | Self::Disowned | Self::File { .. } => None,
         }

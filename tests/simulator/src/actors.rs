@@ -7,7 +7,7 @@ use migrate_core::protocol::{destination, follow, source};
 
 use crate::Breach;
 use crate::ops::{self, DestinationOp, SourceOp};
-use crate::world::{Copy, Gate, Link, Message, World};
+use crate::world::{Copy, Gate, Late, Link, Message, World};
 
 /// Times a question is asked (`VERDICT_TRIES`, `TRIES`).
 const TRIES: u32 = 5;
@@ -66,7 +66,8 @@ impl Driver {
     pub(crate) fn was_right(&self, world: &World<'_>) -> Result<(), Breach> {
         let ran = world.destination.ran || world.destination.let_go_in_vain;
         let right = match self.step {
-            source::Step::Committed => ran,
+            source::Step::Committed => ran && !world.destination.starved,
+            source::Step::Lost => ran && !world.source.alive,
             source::Step::RolledBack => world.source.alive && !world.destination.ran,
             _ => true,
         };
@@ -80,7 +81,10 @@ impl Driver {
 
 fn is_end(step: source::Step) -> bool {
     use source::Step;
-    matches!(step, Step::Committed | Step::RolledBack | Step::Undecided)
+    matches!(
+        step,
+        Step::Committed | Step::RolledBack | Step::Undecided | Step::Lost
+    )
 }
 
 /// The agent's part of one connection.
@@ -275,6 +279,13 @@ impl World<'_> {
                 self.driver.at = 0;
                 self.driver.step =
                     follow(&self.rules.source, step, event).map_err(|_| Breach::Illegal)?;
+                if self.driver.step == source::Step::Undecided
+                    && self.late == Late::Missing
+                    && self.random.one_in(2)
+                {
+                    // It sends what it has all the same before it ends.
+                    self.late = Late::None;
+                }
             }
         }
         Ok(())
@@ -311,6 +322,9 @@ impl World<'_> {
                 self.source.dumped = true;
             }
             SourceOp::SendDumped => {
+                if self.random.one_in(4) {
+                    self.late = Late::Missing;
+                }
                 return done(
                     self.send(self.driver.link, true, Message::Pages)
                         && self.send(self.driver.link, true, Message::Dumped),
@@ -339,6 +353,12 @@ impl World<'_> {
             SourceOp::AwaitRunning => {
                 return self.await_message(self.driver.link, Message::Running, Event::Failed);
             }
+            SourceOp::Deliver => match self.late {
+                Late::None => {}
+                Late::Lost => return failed,
+                Late::Missing if self.random.one_in(4) => self.late = Late::None,
+                Late::Missing => return Came::Waits,
+            },
             SourceOp::CloseLink => {
                 if let Some(link) = self.driver.link.take() {
                     self.links[link].closed_by_source = true;
@@ -353,6 +373,7 @@ impl World<'_> {
             }
             SourceOp::AwaitVerdict => return self.await_verdict(),
             SourceOp::WriteUndone => {
+                self.lose_late();
                 if self.driver.wrote == Some(Stage::HandedOver) {
                     self.driver_writes(Stage::Undone);
                 }

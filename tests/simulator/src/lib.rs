@@ -102,6 +102,8 @@ pub enum Ending {
     Stayed,
     /// The copy was let go and died: nothing may run, and `recover` says so.
     Undecided,
+    /// The copy ran and was killed for want of memory: `--postcopy` alone.
+    Lost,
 }
 
 /// A broken rule and where to find it again.
@@ -146,6 +148,8 @@ pub struct Tally {
     pub stayed: u64,
     /// As [`Ending::Undecided`].
     pub undecided: u64,
+    /// As [`Ending::Lost`].
+    pub lost: u64,
 }
 
 /// Runs `runs` seeds from `first` on.
@@ -160,6 +164,7 @@ pub fn run_many(first: u64, runs: u64, rules: &Rules) -> Result<Tally, Failure> 
             Ok(Ending::Moved) => tally.moved += 1,
             Ok(Ending::Stayed) => tally.stayed += 1,
             Ok(Ending::Undecided) => tally.undecided += 1,
+            Ok(Ending::Lost) => tally.lost += 1,
             Err(failure) => return Err(replay(seed, rules).err().unwrap_or(failure)),
         }
     }

@@ -28,6 +28,8 @@ pub(crate) enum SourceOp {
     AwaitVerdict,
     AwaitRunning,
     KillTree,
+    /// Sends what the copy lacks, and waits for the word that it has everything.
+    Deliver,
     WriteUndone,
     PutAddressBack,
     OpenFence,
@@ -63,6 +65,7 @@ pub(crate) fn of_source(step: source::Step) -> &'static [SourceOp] {
         Step::AskOwner | Step::AskRunner => &[S::CloseLink, S::Ask, S::AwaitVerdict],
         Step::Await => &[S::AwaitRunning],
         Step::Remove => &[S::KillTree, S::CloseLink, S::DetachGate, S::Discard],
+        Step::Deliver => &[S::Deliver],
         Step::TakeBack => &[
             S::WriteUndone,
             S::CloseLink,
@@ -72,7 +75,7 @@ pub(crate) fn of_source(step: source::Step) -> &'static [SourceOp] {
             S::DetachGate,
             S::Discard,
         ],
-        Step::Precopy | Step::Committed | Step::RolledBack | Step::Undecided => &[],
+        Step::Precopy | Step::Committed | Step::RolledBack | Step::Undecided | Step::Lost => &[],
     }
 }
 

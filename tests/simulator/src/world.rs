@@ -88,6 +88,17 @@ pub(crate) enum Copy {
     Running,
 }
 
+/// Memory that goes over after the commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Late {
+    /// None is to, or all of it has.
+    None,
+    /// The copy cannot do without it.
+    Missing,
+    /// It never will: the copy is killed.
+    Lost,
+}
+
 /// The destination host.
 #[derive(Debug, Clone)]
 pub(crate) struct Destination {
@@ -96,6 +107,8 @@ pub(crate) struct Destination {
     pub(crate) ran: bool,
     /// It has run or died after it was let go.
     pub(crate) let_go_in_vain: bool,
+    /// It was killed for want of memory.
+    pub(crate) starved: bool,
     pub(crate) criu: bool,
     pub(crate) gate: Gate,
     /// The address is here, silently.
@@ -114,6 +127,7 @@ pub(crate) struct World<'a> {
     pub(crate) random: Random,
     pub(crate) source: Source,
     pub(crate) destination: Destination,
+    pub(crate) late: Late,
     pub(crate) links: Vec<Link>,
     pub(crate) driver: Driver,
     pub(crate) servers: Vec<Server>,
@@ -173,6 +187,7 @@ impl<'a> World<'a> {
                 copy: Copy::None,
                 ran: false,
                 let_go_in_vain: false,
+                starved: false,
                 criu: false,
                 gate: Gate::None,
                 staged: false,
@@ -182,6 +197,7 @@ impl<'a> World<'a> {
                 ownerless: false,
                 claimed: false,
             },
+            late: Late::None,
             links: Vec::new(),
             driver: Driver::new(),
             servers: Vec::new(),
@@ -257,6 +273,19 @@ impl<'a> World<'a> {
     fn nature_has_work(&self) -> bool {
         (!self.driver.is_at_work() && (self.source.criu || self.is_leased()))
             || (self.agent_is_dead() && self.destination.criu)
+            || (!self.driver.is_at_work() && self.late == Late::Missing)
+            || self.starves()
+    }
+
+    fn starves(&self) -> bool {
+        self.late == Late::Lost && self.destination.copy != Copy::None
+    }
+
+    /// Nobody brings it any more.
+    pub(crate) fn lose_late(&mut self) {
+        if self.late == Late::Missing {
+            self.late = Late::Lost;
+        }
     }
 
     fn is_leased(&self) -> bool {
@@ -272,7 +301,17 @@ impl<'a> World<'a> {
     /// What kernels and CRIU do by themselves when their owner is dead.
     fn nature(&mut self) {
         self.down = self.down.saturating_sub(1);
-        if !self.driver.is_at_work() && self.source.criu && self.random.one_in(2) {
+        if !self.driver.is_at_work() {
+            self.lose_late();
+        }
+        if self.starves() && self.random.one_in(2) {
+            self.note(|| "the copy is killed for want of memory".to_owned());
+            let host = &mut self.destination;
+            host.starved |= host.copy == Copy::Running;
+            host.let_go_in_vain |= host.copy == Copy::Live || host.noted;
+            host.copy = Copy::None;
+            host.criu = false;
+        } else if !self.driver.is_at_work() && self.source.criu && self.random.one_in(2) {
             self.note(|| "CRIU lets go of the tree".to_owned());
             self.source.criu = false;
             self.source.seized = false;
@@ -309,6 +348,7 @@ impl<'a> World<'a> {
             0 if self.driver.is_at_work() => {
                 self.note(|| "!! the driver dies".to_owned());
                 self.driver.alive = false;
+                self.lose_late();
                 for link in self.driver.links() {
                     self.links[link].closed_by_source = true;
                 }
@@ -320,6 +360,8 @@ impl<'a> World<'a> {
             1 => {
                 self.note(|| "!! the agent dies".to_owned());
                 let with_guard = self.random.one_in(2);
+                // The keeper sees to it.
+                self.lose_late();
                 for server in self.servers.iter_mut().filter(|one| one.is_at_work()) {
                     server.alive = false;
                     self.links[server.link].closed_by_destination = true;
@@ -341,6 +383,7 @@ impl<'a> World<'a> {
             }
             4 => {
                 self.note(|| "!! the network is cut".to_owned());
+                self.lose_late();
                 self.down = u32::try_from(self.random.below(DOWN_MAX)).unwrap_or(0);
                 for link in &mut self.links {
                     link.cut = true;
@@ -399,6 +442,7 @@ impl<'a> World<'a> {
         let copy_runs = destination.copy == Copy::Running;
         self.driver.was_right(self)?;
         match (source.runs(), copy_runs) {
+            (false, false) if destination.starved => Ok(Ending::Lost),
             (true, false) => {
                 if source.answers() && !destination.announced {
                     Ok(Ending::Stayed)

@@ -21,6 +21,7 @@ fn no_seed_breaks_a_rule() {
     };
     // Not all of one kind, which would show that little is tried.
     assert!(tally.moved > RUNS / 10 && tally.stayed > RUNS / 10 && tally.undecided > 0);
+    assert!(tally.lost > 0);
 }
 
 /// Seeds within which a wrong rule has to be found out.
@@ -56,6 +57,9 @@ fn a_wrong_arrow_of_the_source_is_found_out() {
         (Step::AskRunner, Event::SaysRuns, Step::TakeBack),
         (Step::AskRunner, Event::Failed, Step::TakeBack),
         (Step::AskRunner, Event::Failed, Step::Remove),
+        (Step::Remove, Event::Done, Step::Committed),
+        (Step::Deliver, Event::Failed, Step::Committed),
+        (Step::Deliver, Event::Failed, Step::TakeBack),
     ] {
         let mut rules = Rules::default();
         let row = rules.source.iter_mut();

@@ -49,6 +49,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
         stream: StreamOptions::default(),
         verify: false,
         restore: RestoreChoice::default(),
+        postcopy: false,
         lock: args.tree.network_lock.into(),
         ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
         in_place: false,

@@ -75,8 +75,9 @@ pub struct RoundArgs {
     /// At most so many seconds of rounds
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<f64>,
-    /// When rounds end without their goal: freeze all the same, or cancel
-    #[arg(long, value_name = "freeze|cancel", value_enum, default_value_t = OnTimeoutName::Freeze)]
+    /// When rounds end without their goal: freeze all the same, cancel, or hand over before
+    /// all memory has gone over (see --postcopy)
+    #[arg(long, value_name = "freeze|cancel|postcopy", value_enum, default_value_t = OnTimeoutName::Freeze)]
     pub on_timeout: OnTimeoutName,
     /// Connections that carry pages; one a core and at most four by default
     #[arg(long, value_name = "N", default_value_t = Choices::default_streams(), value_parser = clap::value_parser!(u32).range(1..=i64::from(STREAMS_MAX)))]
@@ -85,13 +86,20 @@ pub struct RoundArgs {
     #[arg(long, value_name = "auto|none|lz4", value_enum, default_value_t = CompressName::Auto)]
     pub compress: CompressName,
     /// Use at most so much of the network in rounds: bytes a second (100M, 1.5G), or bits
-    /// (800Mbit). The frozen tree is not held to it
+    /// (800Mbit). The frozen tree is not held to it, nor is what the copy waits for after
+    /// --postcopy
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub bandwidth: Option<u64>,
     /// When the copy gets its memory: all of it before it runs (eager), while it runs, what it
     /// touches first (lazy), or lazy for one process with 32 MiB or more (auto)
     #[arg(long, value_name = "auto|eager|lazy", value_enum, default_value_t = RestoreName::Auto)]
     pub restore: RestoreName,
+    /// Hand over before the frozen tree's memory has gone over, and send it while the copy runs,
+    /// what it touches first. The blackout no longer depends on how fast memory changes, but until
+    /// everything has arrived the tree needs both hosts: if the source, `migrate` there, or the
+    /// network between them fails in that time, the tree is LOST
+    #[arg(long, conflicts_with = "on_timeout")]
+    pub postcopy: bool,
     /// Compare the copy's memory with the frozen tree's before the commit; takes its time
     #[arg(long)]
     pub verify: bool,
@@ -120,6 +128,7 @@ impl RoundArgs {
             on_timeout: match self.on_timeout {
                 OnTimeoutName::Freeze => OnTimeout::Freeze,
                 OnTimeoutName::Cancel => OnTimeout::Cancel,
+                OnTimeoutName::Postcopy => OnTimeout::Postcopy,
             },
         }
     }
@@ -212,6 +221,8 @@ pub enum OnTimeoutName {
     Freeze,
     /// Give up; the tree runs on.
     Cancel,
+    /// Freeze, and hand over before all memory has gone over.
+    Postcopy,
 }
 
 /// What to do about a supervisor that cannot be told to wait.
@@ -307,6 +318,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
             stream: args.rounds.stream(),
             verify: args.rounds.verify,
             restore: args.rounds.restore.into(),
+            postcopy: args.rounds.postcopy,
             lock: args.tree.network_lock.into(),
             ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
             in_place: false,

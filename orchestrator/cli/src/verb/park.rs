@@ -185,6 +185,7 @@ async fn park(
             },
             verify: false,
             restore: RestoreChoice::Eager,
+            postcopy: false,
             ignore_supervisor: how.supervisor == SupervisorChoice::Ignore,
             lock: NetworkLock::Gate,
             in_place: true,

@@ -43,6 +43,9 @@ named! {
         AskRunner = "ask_runner",
         /// Removes the frozen tree without a word to its peers.
         Remove = "remove",
+        /// Sends the pages that the copy still lacks, and waits for the word that
+        /// it has them all; nothing to do without `--postcopy`.
+        Deliver = "deliver",
         /// Undoes everything, newest first.
         TakeBack = "take_back",
         /// The tree runs on the destination.
@@ -51,6 +54,9 @@ named! {
         RolledBack = "rolled_back",
         /// `Go` was sent and no answer came: only `recover` may decide.
         Undecided = "undecided",
+        /// The copy has run, and was killed for want of pages that did not reach
+        /// it: nobody runs the tree any more.
+        Lost = "lost",
     }
 }
 
@@ -114,7 +120,11 @@ impl Machine for Step {
         AskRunner + SaysNever => TakeBack;
         AskRunner + Failed => Undecided;
         // What cannot be removed changes nothing about where the tree runs.
-        Remove + Done => Committed;
+        Remove + Done => Deliver;
+        Deliver + Done => Committed;
+        // Its word that it has them may be what was lost; a copy that lacks any
+        // ends on its own.
+        Deliver + Failed => Lost;
         TakeBack + Done => RolledBack;
     };
 
@@ -153,10 +163,11 @@ impl Step {
             | Self::Go
             | Self::AskOwner => Phase::HandedOver,
             Self::Await | Self::AskRunner => Phase::Takeover,
-            Self::Remove => Phase::Finish,
+            Self::Remove | Self::Deliver => Phase::Finish,
             Self::Committed => Phase::Committed,
             Self::TakeBack | Self::RolledBack => Phase::RolledBack,
             Self::Undecided => Phase::Undecided,
+            Self::Lost => Phase::Lost,
         }
     }
 }

@@ -139,6 +139,18 @@ pub struct Connection {
 pub struct Sender(FrameWriter<WriteHalf<Stream>>);
 
 impl Sender {
+    /// Over a connection that has joined.
+    pub(crate) fn over(
+        write: WriteHalf<Stream>,
+        read: ReadHalf<Stream>,
+        peer: &str,
+    ) -> (Self, Receiver) {
+        (
+            Self(FrameWriter::new(write, peer.to_owned())),
+            Receiver(FrameReader::new(read, peer.to_owned())),
+        )
+    }
+
     /// Sends a message at once, with everything gathered before it.
     ///
     /// # Errors

@@ -31,7 +31,7 @@ use zeroize::Zeroizing;
 use crate::{
     agent::Door,
     connect::encrypt,
-    connection::{Encrypted, Stream, remaining},
+    connection::{Encrypted, Receiver, Sender, Stream, remaining},
     error::ChannelError,
     frame::{FrameReader, FrameWriter},
 };
@@ -51,6 +51,15 @@ pub struct Lane {
 impl fmt::Debug for Lane {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Lane")
+    }
+}
+
+impl Lane {
+    /// Both halves of the connection, for frames of its own in place of its part
+    /// of the page stream. `peer` is for messages.
+    #[must_use]
+    pub fn into_ends(self, peer: &str) -> (Sender, Receiver) {
+        Sender::over(self.write, self.read, peer)
     }
 }
 

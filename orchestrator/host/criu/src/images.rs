@@ -34,8 +34,8 @@ const MM_MAGIC: u32 = 0x5749_2820;
 /// `CORE_MAGIC`, for a task or thread.
 const CORE_MAGIC: u32 = 0x5505_3847;
 
-/// `PE_LAZY` of CRIU's `include/pagemap.h`: the page may come after the restore.
-const LAZY: u32 = 1 << 1;
+/// The page may come after the restore.
+const LAZY: u32 = PageRun::LAZY;
 
 /// Tasks and segments whose memory is accepted.
 const OWNERS_MAX: usize = 1 << 16;
@@ -635,6 +635,24 @@ impl ImageDir {
         let (file, path) = self.pages_file(run.owner)?;
         file.write_all_at(data, at * PAGE_BYTES as u64)
             .map_err(|source| CriuError::image("write", path, source))
+    }
+
+    /// Notes a run of pages whose data comes when the copy already runs:
+    /// [`leaves_out`](Self::leaves_out) is true of it, and nobody will have it to
+    /// [`fill`](Self::fill) a gap with.
+    ///
+    /// # Errors
+    ///
+    /// The run cannot wait, or is not above the last one of its owner.
+    pub fn later(&mut self, run: PageRun) -> Result<(), CriuError> {
+        self.still_open()?;
+        if !self.leaves_out(&run) || run.flags & (PageRun::PRESENT | PARENT) != 0 {
+            return Err(malformed("a run of pages that cannot wait", run));
+        }
+        let flags = run.flags & !PageRun::LATE | PageRun::PRESENT;
+        self.append(PageRun { flags, ..run })?;
+        self.stats.pages += run.pages;
+        Ok(())
     }
 
     /// Takes a run of pages without data, with the flag [`PARENT`]: their
@@ -1634,7 +1652,22 @@ mod tests {
         assert!(images.leaves_out(&lazy(task, 0x1000, 2)));
         assert!(!images.leaves_out(&run(task, 0x1000, 2)));
         assert!(!images.leaves_out(&lazy(shared, 0x1000, 2)));
-        images.pages(lazy(task, 0x1000, 2), &filled(2, 1)).unwrap();
+        images.pages(lazy(task, 0x1000, 1), &filled(1, 1)).unwrap();
+        let late = |owner, vaddr| PageRun {
+            flags: PageRun::LATE | LAZY,
+            ..run(owner, vaddr, 1)
+        };
+        for wrong in [
+            late(shared, 0x2000),
+            lazy(task, 0x2000, 1),
+            PageRun {
+                flags: PageRun::LATE,
+                ..run(task, 0x2000, 1)
+            },
+        ] {
+            assert!(images.later(wrong).is_err(), "{wrong:?}");
+        }
+        images.later(late(task, 0x2000)).unwrap();
         images.pages(run(task, 0x3000, 1), &filled(1, 2)).unwrap();
         // Over the end of one mapping, a hole and the start of another.
         images.gap(gap(task, 0x4000, 8)).unwrap();

@@ -57,7 +57,8 @@ pub use error::{MemoryError, RoundError, StoreError, Unsupported, UntrackedReaso
 pub use inject::Injection;
 pub use known::alike;
 pub use lazy::{
-    Keeper, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing, keep, probe_lazy,
+    Keeper, LATE_LIMIT, LatePages, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing,
+    keep, probe_lazy,
 };
 pub use probe::{Support, probe};
 pub use rounds::{

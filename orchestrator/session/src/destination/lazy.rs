@@ -3,16 +3,23 @@
 
 use std::ops::Range;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
+use migrate_channel::{Receiver, Sender};
 use migrate_core::facts::TreeFacts;
+use migrate_core::late::LateRuns;
 use migrate_core::wire::{PAGE_BYTES, PageOwner, RestoreChoice};
 use migrate_criu::ImageDir;
 use migrate_memory::{
-    Keeper, LazyError, LazyOptions, LazyServer, LazyServing, PageStore, keep, probe_lazy,
+    Keeper, LatePages, LazyError, LazyOptions, LazyServer, LazyServing, PageStore, keep, probe_lazy,
 };
 use migrate_proc::Home;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
+use super::fetch::{Expected, Fetch};
+use super::receive::nothing;
 use crate::error::Error;
 use crate::state::{Arriving, State};
 
@@ -30,13 +37,65 @@ pub(super) struct Memory {
     arriving: Option<Arriving>,
     keeper: Option<Keeper>,
     serving: Option<LazyServing>,
+    /// The connection for what comes after the commit, until that is known.
+    link: Option<(Sender, Receiver)>,
+    late: Option<Late>,
     pages: u64,
     /// For the end of a copy that cannot have its memory.
     home: String,
     pids: Vec<i32>,
 }
 
+/// Memory that comes after the commit.
+#[derive(Debug)]
+struct Late {
+    pages: Arc<LatePages>,
+    owned: watch::Sender<bool>,
+    fetching: JoinHandle<Result<(), Error>>,
+}
+
+impl Drop for Late {
+    fn drop(&mut self) {
+        self.fetching.abort();
+        if self.pages.missing() > 0 {
+            // Nobody brings it any more.
+            self.pages.lose();
+        }
+    }
+}
+
 impl Memory {
+    /// What comes after the commit comes over this connection.
+    pub(super) fn comes_over(&mut self, link: (Sender, Receiver)) {
+        self.link = Some(link);
+    }
+
+    /// Nothing has ended the way to memory that is still to come.
+    pub(super) fn is_coming(&self) -> Result<(), Error> {
+        match &self.late {
+            Some(late) if late.pages.is_lost() => Err(Error::Changed(
+                "the connection for memory that is to follow has ended".to_owned(),
+            )),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// The tree is this host's: what does not come now is lost.
+    pub(super) fn is_owned(&self) {
+        if let Some(late) = &self.late {
+            late.owned.send_replace(true);
+        }
+    }
+
+    /// A copy that was given up, and may run all the same.
+    pub(super) async fn abandoned(self) -> Result<(), Error> {
+        if self.late.is_some() {
+            return self.complete().await;
+        }
+        // The keeper does its work alone.
+        Ok(())
+    }
+
     /// Starts the keeper, if there is to be one, and tells the image directory.
     pub(super) fn prepare(
         &mut self,
@@ -77,10 +136,14 @@ impl Memory {
     /// Gives the keeper its order, once all pages have come. `hot` comes first.
     pub(super) fn serve(
         &mut self,
+        peer: &str,
         images: &ImageDir,
         store: &PageStore,
         hot: Vec<(PageOwner, Range<u64>)>,
+        late: LateRuns,
+        expected: Expected,
     ) -> Result<(), Error> {
+        let link = self.link.take();
         let (Some(keeper), Some(arriving)) = (self.keeper.take(), &self.arriving) else {
             return Ok(());
         };
@@ -99,7 +162,28 @@ impl Memory {
             ..LazyOptions::default()
         };
         let server = LazyServer::bind(images.path())?;
-        self.serving = Some(keeper.serve(server, store, &plan, options, Some(hold))?);
+        let pages = LatePages::new(late.pages());
+        let pages = Arc::new(pages.map_err(Error::file("make room for", "memory to come"))?);
+        let shared = (Arc::clone(&pages), &late);
+        self.serving = Some(keeper.serve(server, store, &plan, options, shared, Some(hold))?);
+        if late.pages() > 0 {
+            let link = link.ok_or_else(|| nothing("the connection for memory to come"))?;
+            let (owned, is_owned) = watch::channel(false);
+            let fetch = Fetch {
+                peer: peer.to_owned(),
+                pages: Arc::clone(&pages),
+                runs: late,
+                link,
+                expected,
+                owned: is_owned,
+            };
+            let fetching = fetched(fetch, self.home.clone(), self.pids.clone());
+            self.late = Some(Late {
+                pages,
+                owned,
+                fetching: tokio::spawn(fetching),
+            });
+        }
         self.pages = bytes / PAGE_BYTES as u64;
         Ok(())
     }
@@ -135,6 +219,12 @@ impl Memory {
             self.give_up();
             return Ok(());
         };
+        let fetched = match &mut self.late {
+            Some(late) => (&mut late.fetching)
+                .await
+                .unwrap_or_else(|_| Err(nothing("whoever brings memory"))),
+            None => Ok(()),
+        };
         // The limit of the fill itself is shorter.
         let limit = LazyOptions::default().limit.saturating_mul(2);
         let (serving, end) = blocking(move || {
@@ -142,7 +232,7 @@ impl Memory {
             (serving, end)
         })
         .await?;
-        match end {
+        match fetched.and(end.map_err(Error::from)) {
             Ok(report) => {
                 tracing::info!(
                     faults = report.faults,
@@ -158,16 +248,16 @@ impl Memory {
                     );
                 }
             }
-            Err(error @ LazyError::Unguarded) => {
+            Err(Error::Lazy(error @ LazyError::Unguarded)) => {
                 tracing::warn!(error = %crate::error::chain(&error), "memory is still arriving");
                 // The record lasts for as long as the keeper does.
                 return Ok(());
             }
             Err(error) => {
-                end_copy(&self.home, &self.pids, &error);
+                end_copy(&self.home, &self.pids, &error.chain());
                 drop(serving);
                 self.give_up();
-                return Err(error.into());
+                return Err(error);
             }
         }
         self.give_up();
@@ -176,12 +266,32 @@ impl Memory {
 
     /// Nothing is missing, or nobody is left to miss it.
     pub(super) fn give_up(mut self) {
+        self.late = None;
         self.serving = None;
         self.keeper = None;
         if let Some(arriving) = self.arriving.take() {
             arriving.done();
         }
     }
+}
+
+/// Brings all pages. Without them the copy cannot go on, and nobody waits with its
+/// end until somebody asks.
+async fn fetched(fetch: Fetch, home: String, pids: Vec<i32>) -> Result<(), Error> {
+    let (pages, owned) = (Arc::clone(&fetch.pages), fetch.owned.clone());
+    let brought = fetch.run().await;
+    if let Err(error) = &brought {
+        pages.lose();
+        // Before that the migration rolls back, and removes the copy itself.
+        if *owned.borrow() {
+            let error = error.chain();
+            let ended = tokio::task::spawn_blocking(move || end_copy(&home, &pids, &error)).await;
+            if let Err(error) = ended {
+                tracing::error!(%error, "the tree could not be killed");
+            }
+        }
+    }
+    brought
 }
 
 async fn blocking<T: Send + 'static>(
@@ -205,16 +315,16 @@ pub fn keep_memory(home: &str, pids: &[i32]) -> bool {
             true
         }
         Err(error) => {
-            end_copy(home, pids, &error);
+            end_copy(home, pids, &crate::error::chain(&error));
             false
         }
     }
 }
 
 /// Kills a copy whose memory cannot be had.
-fn end_copy(home: &str, pids: &[i32], error: &LazyError) {
+fn end_copy(home: &str, pids: &[i32], error: &str) {
     tracing::error!(
-        error = %crate::error::chain(error),
+        error,
         ?pids,
         "the tree is killed: its memory cannot be put in place"
     );

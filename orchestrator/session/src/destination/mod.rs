@@ -4,6 +4,7 @@
 //! step by step. Until `Owned` is on record everything is undone when the
 //! connection ends, whatever the reason; after it nothing is.
 
+mod fetch;
 mod lazy;
 mod preflight;
 mod prepare;
@@ -137,6 +138,8 @@ struct Wanted {
     streams: u32,
     restore: RestoreChoice,
     lock: NetworkLock,
+    /// Memory may come after the commit.
+    postcopy: bool,
 }
 
 /// CRIU's part, which changes from a restore that waits for images to one that
@@ -247,18 +250,20 @@ impl Destination {
                     streams,
                     restore,
                     lock,
+                    postcopy,
                     ..
                 } = self.wanted()?;
-                self.prepare(streams, restore, lock).await?;
+                self.prepare(streams, restore, lock, postcopy).await?;
                 crate::pause::at("prepared");
             }
             Step::Receive => {
                 let Wanted {
                     blackout_limit,
                     verify,
+                    postcopy,
                     ..
                 } = self.wanted()?;
-                self.receive(blackout_limit, verify).await?;
+                self.receive(blackout_limit, verify, postcopy).await?;
                 crate::pause::at("received");
             }
             Step::Restore => {
@@ -281,6 +286,10 @@ impl Destination {
                 // stays as it is.
                 self.engine = Engine::None;
                 crate::recover::abandoned(&self.migration_id).await;
+                // Should it run all the same, it needs all its memory.
+                if let Err(error) = std::mem::take(&mut self.lazy).abandoned().await {
+                    tracing::error!(error = %error.chain(), "the copy's memory has not come");
+                }
             }
             Step::Answered | Step::Running | Step::Undone | Step::Abandoned => {}
         }
@@ -336,6 +345,7 @@ impl Destination {
                     streams,
                     restore,
                     lock,
+                    postcopy,
                 } => {
                     self.wanted = Some(Wanted {
                         blackout_limit: Duration::from_millis(blackout_limit_ms),
@@ -343,6 +353,7 @@ impl Destination {
                         streams,
                         restore,
                         lock,
+                        postcopy,
                     });
                     return Ok(Event::Done);
                 }

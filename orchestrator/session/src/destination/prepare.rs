@@ -35,6 +35,7 @@ impl Destination {
         connections: u32,
         restore: RestoreChoice,
         lock: NetworkLock,
+        postcopy: bool,
     ) -> Result<(), Error> {
         // From here on this process has something to undo, so it must not go
         // down with the login that started it.
@@ -117,7 +118,7 @@ impl Destination {
         let images = self.images.as_mut().ok_or_else(no_order)?;
         let parked = worker.park(options, images).await?;
         self.engine = Engine::Parked(parked);
-        self.join_streams(connections).await
+        self.join_streams(connections, postcopy).await
     }
 
     /// Starts CRIU for this tree, with what its order will be.
@@ -157,7 +158,7 @@ impl Destination {
     const JOIN_LIMIT: Duration = Duration::from_secs(5);
 
     /// Says that all is ready and takes the further connections.
-    async fn join_streams(&mut self, connections: u32) -> Result<(), Error> {
+    async fn join_streams(&mut self, connections: u32, postcopy: bool) -> Result<(), Error> {
         const AWAITED: &str = "the page stream";
         let peer = self.peer.clone();
         let broken = |source| Error::Channel {
@@ -166,7 +167,7 @@ impl Destination {
         };
         let further = self.further.take().ok_or_else(no_order)?;
         let expected = further
-            .expect(connections.saturating_sub(1))
+            .expect(connections.saturating_sub(1) + u32::from(postcopy))
             .map_err(broken)?;
         self.send(&Message::Prepared).await?;
         match self.message(AWAITED, SILENCE).await? {
@@ -174,7 +175,11 @@ impl Destination {
             Message::Abort { reason } => return Err(Error::Aborted(reason)),
             other => return Err(self.unexpected(&other, AWAITED)),
         }
-        let lanes = expected.all(Self::JOIN_LIMIT).await.map_err(broken)?;
+        let mut lanes = expected.all(Self::JOIN_LIMIT).await.map_err(broken)?;
+        // The last one is no part of the page stream.
+        if postcopy && let Some(lane) = lanes.pop() {
+            self.lazy.comes_over(lane.into_ends(&peer));
+        }
         match &mut self.incoming {
             Incoming::Frames(receiver) => receiver.stripe(lanes).map_err(broken),
             Incoming::Messages(_) | Incoming::Closed => Err(no_order()),

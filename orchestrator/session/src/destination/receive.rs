@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 
 use migrate_channel::Frame;
 use migrate_core::Flow;
+use migrate_core::late::LateRuns;
 use migrate_core::policy::Policy;
 use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::{ImageDir, Notice, Session};
 use migrate_memory::{Content, Listed, PageStore};
 
+use super::fetch::Expected;
 use super::{Destination, Engine, Incoming, SILENCE};
 use crate::error::Error;
 use crate::inbox::Inbox;
@@ -22,6 +24,7 @@ struct Announced {
     pages: u64,
     in_store: u64,
     images: u32,
+    late: u64,
 }
 
 /// Memory that comes in.
@@ -36,6 +39,8 @@ pub(crate) struct Memory {
     hot: Vec<(PageOwner, Range<u64>)>,
     /// Bytes of the final list that may still come.
     room_bytes: u64,
+    /// What comes after the commit, where that was agreed.
+    late: Option<LateRuns>,
 }
 
 impl Memory {
@@ -57,7 +62,13 @@ impl Memory {
             frozen: false,
             listed: verify.then(Listed::default),
             hot: Vec::new(),
+            late: None,
         }
+    }
+
+    /// Pages may come after the commit.
+    pub(crate) fn postcopy(&mut self) {
+        self.late = Some(LateRuns::default());
     }
 
     /// The rounds are over.
@@ -71,6 +82,9 @@ impl Memory {
         run: PageRun,
         data: &[u8],
     ) -> Result<(), Error> {
+        if run.flags & PageRun::LATE != 0 {
+            return self.take_late(images, run);
+        }
         if !self.frozen {
             return Ok(self.store.put(run, data)?);
         }
@@ -98,6 +112,24 @@ impl Memory {
         if let PageOwner::Shared(id) = run.owner {
             images.fill_segment(id, &mut filler(&self.store))?;
         }
+        Ok(())
+    }
+
+    /// Notes pages that come after the commit. What a round has sent of them is
+    /// not what they hold now.
+    fn take_late(&mut self, images: &mut ImageDir, run: PageRun) -> Result<(), Error> {
+        let too_much = || Error::Changed("more memory has come than the tree had".to_owned());
+        let late = self.late.as_mut().filter(|_| self.frozen).ok_or_else(|| {
+            Error::Changed("pages are to come late that nobody has agreed to".to_owned())
+        })?;
+        let bytes = run.pages.checked_mul(PAGE_BYTES as u64);
+        let bytes = bytes.ok_or_else(too_much)?;
+        self.room_bytes = self.room_bytes.checked_sub(bytes).ok_or_else(too_much)?;
+        images.later(run)?;
+        late.add(&run)
+            .map_err(|error| Error::Changed(error.to_string()))?;
+        self.store
+            .drop_range(run.owner, run.vaddr..run.vaddr.saturating_add(bytes));
         Ok(())
     }
 
@@ -182,13 +214,17 @@ impl Destination {
         &mut self,
         blackout_limit: Duration,
         verify: bool,
+        postcopy: bool,
     ) -> Result<(), Error> {
         let resident_bytes = self
             .order
             .as_ref()
             .map_or(0, |order| order.tree.resident_bytes);
         let mut memory = Memory::new(resident_bytes, &self.policy, verify);
-        let (announced, digests, masks) = self
+        if postcopy {
+            memory.postcopy();
+        }
+        let (announced, digests, expected) = self
             .take_frames(SILENCE.max(blackout_limit), &mut memory)
             .await?;
         self.dumped_at = Some(Instant::now());
@@ -196,7 +232,7 @@ impl Destination {
             return Err(nothing("the image directory"));
         };
         memory.fill(images)?;
-        let memory = memory.verified(digests, masks).await?;
+        let memory = memory.verified(digests, expected.masks.clone()).await?;
         let stats = images.finish()?;
         // What the source says of its tree is its word; this is what CRIU obeys.
         for (name, credentials) in images.credentials()? {
@@ -206,6 +242,7 @@ impl Destination {
             pages: stats.pages,
             in_store: stats.pages_in_gaps,
             images: stats.images,
+            late: memory.late.as_ref().map_or(0, LateRuns::pages),
         };
         if came != announced {
             return Err(Error::Changed(format!(
@@ -218,7 +255,15 @@ impl Destination {
                 announced.images
             )));
         }
-        self.lazy.serve(images, &memory.store, memory.hot)?;
+        let late = memory.late.unwrap_or_default();
+        self.lazy.serve(
+            &self.peer,
+            images,
+            &memory.store,
+            memory.hot,
+            late,
+            expected,
+        )?;
         // Giving back the store's memory takes a while, and nothing waits for it.
         tokio::task::spawn_blocking(move || drop(memory.store));
         Ok(())
@@ -228,7 +273,7 @@ impl Destination {
         &mut self,
         limit: Duration,
         memory: &mut Memory,
-    ) -> Result<(Announced, Vec<(PageOwner, [u8; 32])>, Vec<(u64, u32)>), Error> {
+    ) -> Result<(Announced, Vec<(PageOwner, [u8; 32])>, Expected), Error> {
         const AWAITED: &str = "pages and images";
         loop {
             let Incoming::Frames(receiver) = &mut self.incoming else {
@@ -287,18 +332,25 @@ impl Destination {
                     images,
                     digests,
                     masks,
+                    late,
+                    late_digests,
                 }) => {
                     let announced = Announced {
                         pages,
                         in_store,
                         images,
+                        late,
+                    };
+                    let expected = Expected {
+                        digests: late_digests,
+                        masks,
                     };
                     let ended = receiver.unstripe(limit).await;
                     ended.map_err(|source| Error::Channel {
                         peer: self.peer.clone(),
                         source,
                     })?;
-                    return Ok((announced, digests, masks));
+                    return Ok((announced, digests, expected));
                 }
                 Frame::Control(Message::Abort { reason }) => return Err(Error::Aborted(reason)),
                 Frame::Control(other) => return Err(self.unexpected(&other, AWAITED)),

@@ -40,7 +40,8 @@ impl Destination {
             }
         }
         // Before anything is decided: a copy without its memory is none.
-        self.lazy.handed_over().await
+        self.lazy.handed_over().await?;
+        self.lazy.is_coming()
     }
 
     /// The commit of this side.
@@ -49,6 +50,7 @@ impl Destination {
         let journal = self.journal.as_mut().ok_or_else(|| nothing("the record"))?;
         // Fails when a question of the source has closed the record meanwhile.
         journal.stage(Stage::Owned)?;
+        self.lazy.is_owned();
         self.go_at = Some(Instant::now());
         crate::pause::at("owned");
         Ok(())

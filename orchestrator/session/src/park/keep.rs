@@ -226,6 +226,9 @@ impl Keeper {
                     images,
                     digests,
                     masks,
+                    // Nobody has agreed to any.
+                    late: _,
+                    late_digests: _,
                 }) => break ((pages, in_store, images), digests, masks),
                 Frame::Control(Message::Abort { reason }) => return Err(Error::Aborted(reason)),
                 Frame::Control(other) => return Err(self.unexpected(&other, AWAITED)),

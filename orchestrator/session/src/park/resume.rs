@@ -314,6 +314,7 @@ impl Feeder<'_> {
             streams: 1,
             restore: RestoreChoice::Eager,
             lock: NetworkLock::Gate,
+            postcopy: false,
         })
         .await?;
         match self.next("the word that all is ready").await? {
@@ -370,6 +371,8 @@ impl Feeder<'_> {
             images: u32::try_from(small.len()).unwrap_or(u32::MAX),
             digests: Vec::new(),
             masks: Vec::new(),
+            late: 0,
+            late_digests: Vec::new(),
         };
         self.send(&end).await?;
         let ended = self.sender.unstripe().await;

@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use migrate_channel::{ChannelError, Sender};
+use migrate_core::late::LateError;
 use migrate_core::report::counted;
 use migrate_core::wire::{ImagePiece, Message, NetworkLock, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::{CriuError, DumpOptions, Notice, PARENT, PageSink, PageStats, serve_pages};
 use migrate_memory::{ContentPrecopy, FrozenSegments, Listed, MemoryError};
 
+use super::deliver::{Delivery, Kept};
 use super::preflight::{externals, survey};
 use super::segments::SegmentDump;
 use super::{Engine, Migration, Target, not_yet};
@@ -156,6 +158,7 @@ impl Migration {
     /// images after them.
     pub(super) async fn dump(&mut self) -> Result<String, Error> {
         let version = self.criu()?.version;
+        let available_bytes = self.plan()?.host.memory_available_bytes;
         let Engine::Dumping(session) = &mut self.engine else {
             return Err(not_yet("CRIU's dump"));
         };
@@ -171,7 +174,11 @@ impl Migration {
         let mut sink = Outgoing::new(&mut link.sender);
         sink.content = self.content.as_ref();
         sink.segments = self.segments.as_mut();
-        sink.listed = self.request.choices.verify.then(Listed::default);
+        let verify = self.request.choices.verify;
+        sink.listed = verify.then(Listed::default);
+        sink.kept = self
+            .postcopies
+            .then(|| Kept::within(available_bytes, verify));
         let dumped = {
             let pages = serve_pages(socket, version, &mut sink, DUMP_LIMIT);
             tokio::pin!(pages);
@@ -207,6 +214,7 @@ impl Migration {
         self.pages = sink.pages;
         self.in_store = sink.in_store;
         let listed = sink.listed.take();
+        let mut kept = sink.kept.take().filter(|kept| kept.pages() > 0);
         drop(sink);
         let segments = self.segments.take().map(|dump| dump.segments);
         dumped?;
@@ -218,15 +226,30 @@ impl Migration {
                 let directory = directory.ok_or_else(|| not_yet("the image directory"))?;
                 let masks = migrate_criu::rseq_areas(directory)?;
                 let segments = segments.unwrap_or_default();
-                (hashed(listed, masks.clone(), segments).await?, masks)
+                let late = kept.as_mut().and_then(|kept| kept.listed.take());
+                let late = late.unwrap_or_default();
+                Digests {
+                    now: hashed(listed, masks.clone(), segments).await?,
+                    late: hashed(late, masks.clone(), FrozenSegments::default()).await?,
+                    masks,
+                }
             }
-            None => Default::default(),
+            None => Digests::default(),
         };
-        self.send_images(digests).await
+        let late = kept.as_ref().map_or(0, Kept::pages);
+        let detail = self.send_images(digests, late).await?;
+        let lane = self.late_lane.take();
+        if let Some(kept) = kept {
+            let lane = lane.ok_or_else(|| not_yet("the connection for late memory"))?;
+            let limit = self.request.choices.stream.limit_bytes_per_s;
+            let peer = self.link()?.peer.clone();
+            self.delivery = Some(Delivery::start(peer, kept, lane, limit));
+        }
+        Ok(detail)
     }
 
     /// Sends what CRIU has written to tmpfs beside the pages.
-    async fn send_images(&mut self, (digests, masks): Digests) -> Result<String, Error> {
+    async fn send_images(&mut self, digests: Digests, late: u64) -> Result<String, Error> {
         let directory = self
             .images
             .clone()
@@ -258,8 +281,10 @@ impl Migration {
         let end = Message::Dumped {
             pages,
             in_store,
-            digests,
-            masks,
+            digests: digests.now,
+            masks: digests.masks,
+            late,
+            late_digests: digests.late,
             images: u32::try_from(images.len()).unwrap_or(u32::MAX),
         };
         link.sender
@@ -269,8 +294,12 @@ impl Migration {
         link.sender.unstripe().await.map_err(broken(&link.peer))?;
         self.sent_bytes = link.sender.sent_bytes();
         self.moments.sent = Some(Instant::now());
+        let to_follow = match late {
+            0 => String::new(),
+            late => format!(" of which {late} follow"),
+        };
         Ok(format!(
-            "{pages} pages sent, {in_store} unchanged, {}",
+            "{pages} pages sent{to_follow}, {in_store} unchanged, {}",
             counted(images.len(), "image")
         ))
     }
@@ -328,8 +357,15 @@ pub(super) fn out_of_order(notice: &Notice, awaited: &'static str) -> Error {
     }
 }
 
-/// Digests of tasks and segments, and areas that do not count for tasks.
-type Digests = (Vec<(PageOwner, [u8; 32])>, Vec<(u64, u32)>);
+/// Digests of tasks and segments, and areas that do not count for them.
+#[derive(Debug, Default)]
+struct Digests {
+    /// Of what goes over before the commit.
+    now: Vec<(PageOwner, [u8; 32])>,
+    /// Of what follows.
+    late: Vec<(PageOwner, [u8; 32])>,
+    masks: Vec<(u64, u32)>,
+}
 
 /// Pages on their way to the destination.
 pub(super) struct Outgoing<'a> {
@@ -342,6 +378,8 @@ pub(super) struct Outgoing<'a> {
     pub(super) segments: Option<&'a mut SegmentDump>,
     /// What CRIU has listed, when somebody wants to compare.
     listed: Option<Listed>,
+    /// What goes over after the commit.
+    kept: Option<Kept>,
 }
 
 impl<'a> Outgoing<'a> {
@@ -353,6 +391,7 @@ impl<'a> Outgoing<'a> {
             content: None,
             segments: None,
             listed: None,
+            kept: None,
         }
     }
 
@@ -374,10 +413,9 @@ impl<'a> Outgoing<'a> {
 
     /// Sends what CRIU has listed; pages that are as a round has sent them go
     /// without their content.
-    async fn send_listed(&mut self, run: PageRun, data: &[u8]) -> Result<(), DumpSinkError> {
-        self.list(run)?;
+    async fn send_listed(&mut self, run: PageRun, data: &Bytes) -> Result<(), DumpSinkError> {
         let (Some(content), PageOwner::Task(pid)) = (self.content, run.owner) else {
-            return Ok(self.send(run, data).await?);
+            return self.send_or_keep(run, data).await;
         };
         let addresses = (run.vaddr..).step_by(PAGE_BYTES);
         let held: Vec<bool> = data
@@ -386,7 +424,7 @@ impl<'a> Outgoing<'a> {
             .map(|(page, vaddr)| content.holds(pid, vaddr, page))
             .collect();
         if held.is_empty() {
-            return Ok(self.send(run, data).await?);
+            return self.send_or_keep(run, data).await;
         }
         for (pages, held) in migrate_memory::alike(&held) {
             let part = PageRun {
@@ -396,13 +434,28 @@ impl<'a> Outgoing<'a> {
             };
             if held {
                 let flags = run.flags & !PageRun::PRESENT | PARENT;
-                self.send(PageRun { flags, ..part }, &[]).await?;
+                self.send_or_keep(PageRun { flags, ..part }, &Bytes::new())
+                    .await?;
             } else {
                 let bytes = pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
-                self.send(part, &data[bytes]).await?;
+                self.send_or_keep(part, &data.slice(bytes)).await?;
             }
         }
         Ok(())
+    }
+}
+
+impl Outgoing<'_> {
+    /// Sends a part of the list, or its head alone where its content follows.
+    async fn send_or_keep(&mut self, run: PageRun, data: &Bytes) -> Result<(), DumpSinkError> {
+        if let Some(kept) = &mut self.kept
+            && let Some(head) = kept.keep(&run, data)?
+        {
+            self.pages += run.pages;
+            return Ok(self.sender.pages(&head, &[]).await?);
+        }
+        self.list(run)?;
+        Ok(self.send(run, data).await?)
     }
 }
 
@@ -413,6 +466,8 @@ pub(super) enum DumpSinkError {
     Channel(#[from] ChannelError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Late(#[from] LateError),
 }
 
 /// What the frozen tree's memory amounts to. Hashing all of it takes a while,

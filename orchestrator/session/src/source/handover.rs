@@ -26,7 +26,7 @@ use migrate_core::wire::{Message, NetworkLock};
 use migrate_criu::{Notice, Session};
 use migrate_gate::Gate;
 
-use super::{Engine, Migration, STEP_LIMIT, Target, detach, micros, not_yet, verdict};
+use super::{Engine, Migration, STEP_LIMIT, Target, deliver, detach, micros, not_yet, verdict};
 use crate::cancel::Cancel;
 use crate::error::Error;
 
@@ -57,6 +57,15 @@ impl Migration {
         if !session.alive() {
             return Err(Error::Changed(
                 "CRIU has died, and the tree may have run since it was dumped".to_owned(),
+            ));
+        }
+        if self
+            .delivery
+            .as_ref()
+            .is_some_and(deliver::Delivery::is_over)
+        {
+            return Err(Error::Changed(
+                "the connection for memory that is to follow has ended".to_owned(),
             ));
         }
         if let Some(lease) = self.lease.take() {
@@ -122,7 +131,10 @@ impl Migration {
         self.moments.committed = Some(Instant::now());
         let limit = self.owned_limit();
         // A peer that takes nothing must not keep the tree in doubt.
-        match tokio::time::timeout(limit, self.send(&Message::Go)).await {
+        let sent = tokio::time::timeout(limit, self.send(&Message::Go)).await;
+        // Whatever came of that: it may have arrived.
+        self.begin_delivery();
+        match sent {
             Ok(sent) => sent?,
             Err(_) => return Err(self.silent(AWAITED, limit)),
         }

@@ -6,6 +6,7 @@
 //! [`Migration::roll_back`] undoes what is noted, newest first.
 
 mod carry;
+mod deliver;
 mod dump;
 mod handover;
 mod look;
@@ -24,15 +25,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migrate_channel::{Destination, Further, Sender, StreamOptions};
+use migrate_channel::{Destination, Further, Receiver, Sender, StreamOptions};
 use migrate_core::Flow;
-use migrate_core::convergence::Policy;
+use migrate_core::convergence::{OnTimeout, Policy};
 use migrate_core::facts::{HostFacts, TreeFacts};
 use migrate_core::journal::{Route, Stage};
 use migrate_core::phase::Phase;
 use migrate_core::protocol::source::{Event, Step};
 use migrate_core::protocol::{IllegalTransition, Machine as _};
-use migrate_core::report::{Blackout, Continuity, Report};
+use migrate_core::report::{Blackout, Continuity, Postcopy, Report};
 use migrate_core::tracked::Tracked;
 use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice};
 use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
@@ -107,6 +108,9 @@ pub struct Choices {
     pub verify: bool,
     /// When the copy gets its memory.
     pub restore: RestoreChoice,
+    /// Hand over before the frozen tree's memory has gone over, whatever rounds
+    /// came to. [`OnTimeout::Postcopy`] does where they missed their goal.
+    pub postcopy: bool,
     /// What keeps packets from the frozen tree. Other locks than the gate are
     /// there to be compared with it.
     pub lock: NetworkLock,
@@ -115,6 +119,23 @@ pub struct Choices {
 }
 
 impl Choices {
+    /// Whether memory may go over after the commit.
+    #[must_use]
+    pub fn may_postcopy(&self) -> bool {
+        self.postcopy || self.policy.on_timeout == OnTimeout::Postcopy
+    }
+
+    /// When the copy gets its memory: what comes after the commit can only come
+    /// while it runs.
+    #[must_use]
+    pub fn effective_restore(&self) -> RestoreChoice {
+        if self.may_postcopy() {
+            RestoreChoice::Lazy
+        } else {
+            self.restore
+        }
+    }
+
     /// The default of `--max-blackout`: what a peer with default timeouts of
     /// popular client libraries still bears.
     pub const MAX_BLACKOUT: Duration = Duration::from_secs(5);
@@ -143,7 +164,7 @@ const STEP_LIMIT: Duration = Duration::from_secs(30);
 pub struct Failure {
     /// The phase in which it failed.
     pub phase: Phase,
-    /// [`Phase::RolledBack`] or [`Phase::Undecided`].
+    /// [`Phase::RolledBack`], [`Phase::Undecided`] or [`Phase::Lost`].
     pub outcome: Phase,
     /// Why.
     pub error: Error,
@@ -227,7 +248,9 @@ pub async fn migrate(
     let outcome = match migration.step.phase() {
         Phase::Committed => return Ok(migration.report()),
         Phase::RolledBack => Phase::RolledBack,
+        Phase::Lost => Phase::Lost,
         _ => {
+            migration.deliver_in_doubt().await;
             migration.leave_fenced();
             Phase::Undecided
         }
@@ -331,6 +354,10 @@ struct Migration {
     was_quiet: bool,
     /// What peers noticed.
     continuity: Option<Continuity>,
+    /// What the copy lacks goes over after the commit.
+    postcopies: bool,
+    /// What came of that.
+    postcopy: Option<Postcopy>,
     /// The destination has put on record that it never will run the tree.
     disowned: bool,
     /// What could not be undone.
@@ -369,6 +396,10 @@ struct Migration {
     /// The frozen tree's shared segments, on their way.
     segments: Option<SegmentDump>,
     engine: Engine,
+    /// A connection for what goes over after the commit.
+    late_lane: Option<(Sender, Receiver)>,
+    /// Its sending.
+    delivery: Option<deliver::Delivery>,
     /// Closes the fence when CRIU dies with the tree in its hands.
     watch: Option<FenceWatch>,
     withdrawn: Vec<Withdrawn>,
@@ -408,6 +439,8 @@ impl Migration {
             gate_closed_in: None,
             was_quiet: false,
             continuity: None,
+            postcopies: false,
+            postcopy: None,
             disowned: false,
             leftovers: Vec::new(),
             _lock: lock,
@@ -432,6 +465,8 @@ impl Migration {
             soft_dirty: None,
             segments: None,
             engine: Engine::None,
+            late_lane: None,
+            delivery: None,
             watch: None,
             withdrawn: Vec::new(),
         })
@@ -466,11 +501,12 @@ impl Migration {
             }
             Step::Await => self.await_running().await?,
             Step::Remove => self.remove().await,
+            Step::Deliver => self.deliver().await?,
             Step::TakeBack => {
                 self.leftovers = self.roll_back().await;
                 String::new()
             }
-            Step::Committed | Step::RolledBack | Step::Undecided => String::new(),
+            Step::Committed | Step::RolledBack | Step::Undecided | Step::Lost => String::new(),
         };
         Ok((Event::Done, detail))
     }
@@ -550,6 +586,8 @@ impl Migration {
     /// Undoes everything, newest first, and collects what could not be undone.
     async fn roll_back(&mut self) -> Vec<String> {
         let mut leftovers = Vec::new();
+        self.delivery = None;
+        self.late_lane = None;
         let mut note = |what: &str, result: Result<(), String>| {
             if let Err(why) = result {
                 leftovers.push(format!("could not {what}: {why}"));
@@ -755,6 +793,7 @@ impl Migration {
             frozen_pages: self.pages,
             rounds: self.rounds,
             lazy_pages: self.running.lazy_pages,
+            postcopy: self.postcopy,
             bytes: self.sent_bytes,
             frozen_us: span(m.frozen, m.running),
             blackout: Blackout {

@@ -246,7 +246,8 @@ impl Migration {
                 } if reason != StopReason::Converged => {
                     return Err(Error::NotConverged { reason });
                 }
-                Decision::Stop { reason, .. } => {
+                Decision::Stop { reason, then } => {
+                    self.postcopies = self.request.choices.postcopy || then == OnTimeout::Postcopy;
                     return Ok(summary(verdict.iteration, reason, &stats));
                 }
             }

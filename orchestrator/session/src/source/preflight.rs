@@ -7,7 +7,7 @@ use migrate_channel::{Connection, Destination};
 use migrate_core::facts::{HostFacts, SocketFacts, StdioFacts, StdioKind, TreeFacts};
 use migrate_core::preflight::{Finding, Severity};
 use migrate_core::report::counted;
-use migrate_core::wire::{Message, StdioChoice};
+use migrate_core::wire::{Message, RestoreChoice, StdioChoice};
 use migrate_net::{Net, SurveyOptions, TreeSockets};
 use migrate_proc::Tree;
 
@@ -224,6 +224,7 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
         shell_job: tree.shell_job(),
         cgroup: tree.cgroup().to_owned(),
     };
+    findings.extend(judge_postcopy(choices, facts.processes.len()));
     let engine = match &criu {
         Some(criu) => {
             let (engine, finding) = choose(choices.engine, criu).await;
@@ -257,6 +258,35 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
         findings,
         sockets: sockets.sockets,
     })
+}
+
+/// What it means that memory may go over after the commit.
+fn judge_postcopy(choices: &Choices, processes: usize) -> Option<Finding> {
+    let subject = "postcopy";
+    if !choices.may_postcopy() {
+        return None;
+    }
+    if choices.restore == RestoreChoice::Eager {
+        return Some(Finding::refused(
+            subject,
+            "an eager restore needs all memory before the copy runs",
+            "leave out --restore eager, or postcopy",
+        ));
+    }
+    if processes > 1 && choices.restore != RestoreChoice::Lazy {
+        return Some(Finding::refused(
+            subject,
+            format!(
+                "memory that comes late gives each of the {processes} processes pages of its own, also where they have some in common"
+            ),
+            "leave postcopy out, or accept that with --restore lazy",
+        ));
+    }
+    Some(Finding::note(
+        subject,
+        "from the handover until all memory has arrived the tree needs both hosts: if this one or the network between them fails in that time, the tree is lost",
+        "",
+    ))
 }
 
 /// A stream that leads out of the tree cannot be carried as it is.

@@ -104,8 +104,9 @@ impl Migration {
                 .unwrap_or(u64::MAX),
             verify: self.request.choices.verify,
             streams: self.request.choices.streams,
-            restore: self.request.choices.restore,
+            restore: self.request.choices.effective_restore(),
             lock: self.request.choices.lock,
+            postcopy: self.request.choices.may_postcopy(),
         };
         self.send(&prepare).await?;
 
@@ -165,6 +166,7 @@ impl Migration {
     /// them, up to `Dumped`.
     async fn open_streams(&mut self) -> Result<(), Error> {
         let (streams, options) = (self.request.choices.streams, self.request.choices.stream);
+        let may_postcopy = self.request.choices.may_postcopy();
         let link = self.link()?;
         let broken = |source| Error::Channel {
             peer: link.peer.clone(),
@@ -174,13 +176,21 @@ impl Migration {
             .further
             .take()
             .ok_or_else(|| not_yet("the way to further connections"))?;
-        let lanes = further
-            .open(streams.saturating_sub(1), CONNECT_LIMIT)
-            .await
-            .map_err(broken)?;
+        let count = streams.saturating_sub(1) + u32::from(may_postcopy);
+        let mut lanes = further.open(count, CONNECT_LIMIT).await.map_err(broken)?;
+        // The last one is no part of the page stream.
+        let late_lane = match lanes.pop() {
+            Some(lane) if may_postcopy => Some(lane.into_ends(&link.peer)),
+            last => {
+                lanes.extend(last);
+                None
+            }
+        };
         let sender = &mut link.sender;
         sender.control(&Message::Streams).await.map_err(broken)?;
-        sender.stripe(lanes, options).await.map_err(broken)
+        sender.stripe(lanes, options).await.map_err(broken)?;
+        self.late_lane = late_lane;
+        Ok(())
     }
 
     fn record(&self) -> Result<Record, Error> {

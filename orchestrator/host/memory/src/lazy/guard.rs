@@ -13,8 +13,10 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use migrate_core::late::LateRuns;
 use migrate_core::wire::PageOwner;
 
+use super::late::{LATE_FROM, LatePages};
 use super::partner::{self, Heard, ORDER_FDS, Partner, Said, Slate};
 use super::plan::Plan;
 use super::serve::{Replica, Server, Task, plans};
@@ -33,6 +35,7 @@ struct Order {
     threads: usize,
     piece_bytes: u64,
     limit: Duration,
+    late_pages: u64,
 }
 
 impl Order {
@@ -46,6 +49,7 @@ impl Order {
             self.threads as u64,
             self.piece_bytes,
             u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX),
+            self.late_pages,
             self.lacking.len() as u64,
             self.first.len() as u64,
         ];
@@ -82,6 +86,7 @@ impl Order {
             threads: usize::try_from(next()?).map_err(io::Error::other)?,
             piece_bytes: next()?,
             limit: Duration::from_millis(next()?),
+            late_pages: next()?,
             lacking: Vec::new(),
             first: Vec::new(),
         };
@@ -141,8 +146,10 @@ impl Keeper {
         pid.cast_signed()
     }
 
-    /// Gives it its order; see [`LazyServer::start`]. `hold` is a descriptor
-    /// that stays open until all memory is in place, whoever sees to that.
+    /// Gives it its order; see [`LazyServer::start`]. `late` are pages that are
+    /// not on this host yet: while some are, the keeper gives up when this process
+    /// ends. `hold` is a descriptor that stays open until all memory is in place,
+    /// whoever sees to that.
     ///
     /// # Errors
     ///
@@ -153,11 +160,13 @@ impl Keeper {
         pages: &PageStore,
         plan: &[(PageOwner, Range<u64>)],
         options: LazyOptions,
+        (late, late_runs): (Arc<LatePages>, &LateRuns),
         hold: Option<OwnedFd>,
     ) -> Result<LazyServing, LazyError> {
         let failed = |source| LazyError::Start { source };
         let order = Order {
-            lacking: lacking(pages, plan)?,
+            late_pages: late.pages(),
+            lacking: lacking(pages, late_runs, plan)?,
             first: options.first,
             threads: options.threads,
             piece_bytes: options.piece_bytes,
@@ -175,11 +184,15 @@ impl Keeper {
             Some(hold) => hold,
             None => File::open("/dev/null").map_err(failed)?.into(),
         };
+        let [late_file, arrived, wanted] = late.fds();
         let fds: [_; ORDER_FDS] = [
             server.listener.as_fd(),
             file.as_fd(),
             order_file.as_fd(),
             slate_file.as_fd(),
+            late_file,
+            arrived,
+            wanted,
             hold.as_fd(),
         ];
         partner::say(self.socket.as_fd(), &Said::Order, &fds).map_err(failed)?;
@@ -191,6 +204,8 @@ impl Keeper {
             socket,
             slate,
             file,
+            late_places: late_places(&order.lacking),
+            late,
             _hold: hold,
             threads: order.threads,
             piece_bytes: order.piece_bytes,
@@ -231,6 +246,8 @@ struct Guard {
     socket: OwnedFd,
     slate: Slate,
     file: OwnedFd,
+    late: Arc<LatePages>,
+    late_places: Vec<(PageOwner, Range<u64>, u64)>,
     _hold: OwnedFd,
     threads: usize,
     piece_bytes: u64,
@@ -347,6 +364,8 @@ impl Guard {
         let failed = |source| LazyError::Start { source };
         let server = Server::new(Task {
             pages: Arc::new(Mapping::of(self.file.as_fd()).map_err(failed)?),
+            late: Arc::clone(&self.late),
+            late_places: std::mem::take(&mut self.late_places),
             plans: BTreeMap::new(),
             threads: self.threads,
             piece_bytes: self.piece_bytes,
@@ -359,6 +378,17 @@ impl Guard {
         let replicas = std::mem::take(&mut self.replicas);
         server.take_over(replicas.into_values().collect())
     }
+}
+
+/// The parts of a plan that are not on this host yet, by their numbers.
+fn late_places(lacking: &[(PageOwner, Range<u64>, u64)]) -> Vec<(PageOwner, Range<u64>, u64)> {
+    let mut places: Vec<_> = lacking
+        .iter()
+        .filter(|(_, _, from)| *from >= LATE_FROM)
+        .cloned()
+        .collect();
+    places.sort_by_key(|(_, _, from)| *from);
+    places
 }
 
 /// Ignored by the keeper: it ends when its work is done.
@@ -397,14 +427,21 @@ pub fn keep() -> Result<LazyReport, LazyError> {
         Heard::Gone => return Err(LazyError::RestoreEnded),
         Heard::Said(..) | Heard::Nothing => return Err(unknown),
     };
-    let (Some(listener), Some(pages), Some(order), Some(slate), Some(_hold)) =
-        (fds.next(), fds.next(), fds.next(), fds.next(), fds.next())
+    let mut next = || fds.next();
+    let (Some(listener), Some(pages), Some(order), Some(slate)) = (next(), next(), next(), next())
+    else {
+        return Err(unknown);
+    };
+    let (Some(late), Some(arrived), Some(wanted), Some(_hold)) = (next(), next(), next(), next())
     else {
         return Err(unknown);
     };
     let order = Order::read(File::from(order)).map_err(failed)?;
+    let late = LatePages::of(late, order.late_pages, [arrived, wanted]).map_err(failed)?;
     let server = Server::new(Task {
         pages: Arc::new(Mapping::of(pages.as_fd()).map_err(failed)?),
+        late: Arc::new(late),
+        late_places: late_places(&order.lacking),
         plans: plans(order.lacking, order.first),
         threads: order.threads,
         piece_bytes: order.piece_bytes,
@@ -433,13 +470,14 @@ mod tests {
             threads: 3,
             piece_bytes: 5,
             limit: Duration::from_millis(6),
+            late_pages: 8,
         };
         let read = Order::read(order.write().unwrap()).unwrap();
         assert_eq!(read.lacking, order.lacking);
         assert_eq!(read.first, order.first);
         assert_eq!(
-            (read.threads, read.piece_bytes, read.limit),
-            (3, 5, order.limit)
+            (read.threads, read.piece_bytes, read.limit, read.late_pages),
+            (3, 5, order.limit, 8)
         );
         let cut = order.write().unwrap();
         cut.set_len(60).unwrap();
@@ -453,6 +491,8 @@ mod tests {
             socket: ours,
             slate: Slate::new().unwrap().0,
             file: file(),
+            late: Arc::new(LatePages::new(0).unwrap()),
+            late_places: Vec::new(),
             _hold: file(),
             threads: 1,
             piece_bytes: 1,

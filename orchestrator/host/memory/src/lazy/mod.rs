@@ -53,12 +53,14 @@
 //! window is that between two system calls' last instructions.
 
 mod guard;
+mod late;
 mod partner;
 mod plan;
 mod serve;
 mod sys;
 
 pub use guard::{Keeper, keep};
+pub use late::LatePages;
 
 use std::io;
 use std::ops::Range;
@@ -68,6 +70,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
+use migrate_core::late::LateRuns;
 use migrate_core::wire::PageOwner;
 use thiserror::Error;
 
@@ -78,6 +81,11 @@ use crate::store::{Content, PageStore};
 /// Name of the socket in CRIU's working directory (`LAZY_PAGES_SOCK_NAME`,
 /// CRIU `uffd.c`).
 const SOCKET_NAME: &str = "lazy-pages.socket";
+
+/// How long nothing may come of what is still on the source before the copy is
+/// given up: longer than any network that recovers takes for a few segments sent
+/// again, shorter than peers wait for a tree that stands still.
+pub const LATE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Whether memory can be put in place here while a copy runs: the kernel has
 /// the userfaultfd that CRIU asks for, and this process may have one.
@@ -202,6 +210,12 @@ pub enum LazyError {
     /// Whoever serves has ended without a word.
     #[error("whoever puts the copy's memory in place has died")]
     Lost,
+    /// Pages that were still on the source will never come.
+    #[error("{missing} pages of memory have not come from the source")]
+    NeverCame {
+        /// How many.
+        missing: u64,
+    },
     /// The keeper has failed.
     #[error("the memory keeper has failed: {why}")]
     Keeper {
@@ -222,6 +236,7 @@ impl LazyError {
             Self::Memory { .. }
             | Self::Slow { .. }
             | Self::Lost
+            | Self::NeverCame { .. }
             | Self::PageMissing { .. }
             | Self::Keeper { .. } => {
                 Some("the copy waits where memory is missing and cannot go on: it has to be killed")
@@ -274,7 +289,7 @@ impl LazyServer {
         options: LazyOptions,
     ) -> Result<LazyServing, LazyError> {
         let failed = |source| LazyError::Start { source };
-        let lacking = lacking(pages, plan)?;
+        let lacking = lacking(pages, &LateRuns::default(), plan)?;
         let bell = Arc::new(sys::event_fd().map_err(failed)?);
         let file = match pages.file() {
             Ok(file) => file.try_clone_to_owned(),
@@ -285,6 +300,8 @@ impl LazyServer {
         let (teller, told) = mpsc::channel();
         let server = serve::Server::new(serve::Task {
             pages: Arc::new(Mapping::of(file.as_fd()).map_err(failed)?),
+            late: Arc::new(LatePages::new(0).map_err(failed)?),
+            late_places: Vec::new(),
             plans: serve::plans(lacking, options.first),
             threads: options.threads,
             piece_bytes: options.piece_bytes,
@@ -321,22 +338,38 @@ enum Told {
     End(Result<LazyReport, LazyError>, Vec<OwnedFd>),
 }
 
-/// The parts of the plan that have content, with their place in the store's
-/// file; the rest is zeros, which nobody has to put in place.
+/// The parts of the plan that have content, with their place in the store's file
+/// or, of what is not on this host yet, from [`late::LATE_FROM`] on; the rest is
+/// zeros, which nobody has to put in place.
 fn lacking(
     pages: &PageStore,
+    late_runs: &LateRuns,
     plan: &[(PageOwner, Range<u64>)],
 ) -> Result<Vec<(PageOwner, Range<u64>, u64)>, LazyError> {
     let mut lacking = Vec::new();
     for (owner, range) in plan {
+        let here = pages.range(*owner, range.clone()).map(|piece| {
+            let end = piece.vaddr + piece.content.pages() * PAGE;
+            let from = match piece.content {
+                Content::Data(data) => Some(pages.offset(data)),
+                Content::Zero(_) => None,
+            };
+            (piece.vaddr..end, from)
+        });
+        let there = late_runs.within(*owner, range.clone()).map(|run| {
+            let from = late::LATE_FROM + run.first * PAGE;
+            (run.range(), Some(from))
+        });
+        let mut parts: Vec<(Range<u64>, Option<u64>)> = here.chain(there).collect();
+        parts.sort_by_key(|(part, _)| part.start);
         let mut at = range.start;
-        for piece in pages.range(*owner, range.clone()) {
-            if piece.vaddr != at {
+        for (part, from) in parts {
+            if part.start != at {
                 break;
             }
-            at += piece.content.pages() * PAGE;
-            if let Content::Data(data) = piece.content {
-                lacking.push((*owner, piece.vaddr..at, pages.offset(data)));
+            at = part.end;
+            if let Some(from) = from {
+                lacking.push((*owner, part, from));
             }
         }
         if at < range.end {

@@ -22,8 +22,9 @@ const WORDS: usize = 8;
 const TEXT_BYTES_MAX: usize = 512;
 
 /// Descriptors that come with the order: CRIU's socket, the pages, the plan, the
-/// slate and whatever else has to stay open.
-pub(super) const ORDER_FDS: usize = 5;
+/// slate, three for what is not on this host yet, and whatever else has to stay
+/// open.
+pub(super) const ORDER_FDS: usize = 8;
 
 /// A message. Numbers are ids of address spaces unless another name is given.
 #[derive(Debug)]

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
+use super::late::LATE_FROM;
+
 /// Pages side by side that have not been put in place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Lack {
@@ -22,75 +24,63 @@ pub(super) struct Claim {
     pub(super) bytes: u64,
 }
 
+/// What is lacking, by the address where it belongs.
+#[derive(Debug, Clone, Default)]
+struct Lacks(BTreeMap<u64, Lack>);
+
 /// What one address space still lacks.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Plan {
-    lacks: BTreeMap<u64, Lack>,
+    /// What can be put in place.
+    lacks: Lacks,
+    /// What is not on this host yet; see [`LATE_FROM`].
+    late: Lacks,
     /// To come first, in this order.
     first: VecDeque<Range<u64>>,
     /// Where the last claim ended.
     at: u64,
 }
 
-impl Plan {
-    pub(super) fn is_empty(&self) -> bool {
-        self.lacks.is_empty()
-    }
-
-    pub(super) fn bytes(&self) -> u64 {
-        self.lacks.iter().map(|(at, lack)| lack.end - at).sum()
-    }
-
-    /// Adds pages that are in store at `from` and belong at `range`, in place
-    /// of whatever was to come there.
-    pub(super) fn insert(&mut self, range: Range<u64>, from: u64) {
-        if range.is_empty() {
-            return;
-        }
-        self.take(range.clone());
-        self.put(range.start, range.end, from);
+impl Lacks {
+    fn bytes(&self) -> u64 {
+        self.0.iter().map(|(at, lack)| lack.end - at).sum()
     }
 
     fn put(&mut self, start: u64, end: u64, from: u64) {
-        if let Some((&before, lack)) = self.lacks.range_mut(..start).next_back()
+        if let Some((&before, lack)) = self.0.range_mut(..start).next_back()
             && lack.end == start
             && lack.from + (start - before) == from
         {
             lack.end = end;
             return;
         }
-        self.lacks.insert(start, Lack { end, from });
-    }
-
-    /// These come first.
-    pub(super) fn hurry(&mut self, range: Range<u64>) {
-        self.first.push_back(range);
+        self.0.insert(start, Lack { end, from });
     }
 
     /// Forgets a range and returns what it lacked.
-    pub(super) fn take(&mut self, range: Range<u64>) -> Vec<Claim> {
+    fn take(&mut self, range: Range<u64>) -> Vec<Claim> {
         let mut taken = Vec::new();
         if range.is_empty() {
             return taken;
         }
         let first = self
-            .lacks
+            .0
             .range(..range.start)
             .next_back()
             .filter(|(_, lack)| lack.end > range.start)
             .map_or(range.start, |(&start, _)| start);
         let starts: Vec<u64> = self
-            .lacks
+            .0
             .range(first..range.end)
             .map(|(&start, _)| start)
             .collect();
         for start in starts {
-            let Some(lack) = self.lacks.remove(&start) else {
+            let Some(lack) = self.0.remove(&start) else {
                 continue;
             };
             let (from, to) = (start.max(range.start), lack.end.min(range.end));
             if start < from {
-                self.lacks.insert(
+                self.0.insert(
                     start,
                     Lack {
                         end: from,
@@ -99,7 +89,7 @@ impl Plan {
                 );
             }
             if to < lack.end {
-                self.lacks.insert(
+                self.0.insert(
                     to,
                     Lack {
                         end: lack.end,
@@ -116,37 +106,112 @@ impl Plan {
         taken
     }
 
-    /// The process has moved a range.
-    pub(super) fn shift(&mut self, from: u64, to: u64, bytes: u64) {
-        let moved = self.take(from..from.saturating_add(bytes));
-        self.take(to..to.saturating_add(bytes));
-        for claim in moved {
-            let at = to + (claim.to - from);
-            self.put(at, at + claim.bytes, claim.from);
-        }
-    }
-
     /// What is lacking from `address` on, without a gap, at most `bytes`.
-    pub(super) fn at(&self, address: u64, bytes: u64) -> Option<Claim> {
-        let (&start, lack) = self.lacks.range(..=address).next_back()?;
+    fn at(&self, address: u64, bytes: u64) -> Option<Claim> {
+        let (&start, lack) = self.0.range(..=address).next_back()?;
         (address < lack.end).then(|| Claim {
             to: address,
             from: lack.from + (address - start),
             bytes: bytes.min(lack.end - address),
         })
     }
+}
+
+impl Plan {
+    pub(super) fn is_empty(&self) -> bool {
+        self.lacks.0.is_empty() && self.late.0.is_empty()
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.lacks.bytes() + self.late.bytes()
+    }
+
+    /// Adds pages that are in store at `from` and belong at `range`, in place
+    /// of whatever was to come there.
+    pub(super) fn insert(&mut self, range: Range<u64>, from: u64) {
+        if range.is_empty() {
+            return;
+        }
+        self.take(range.clone());
+        self.put(range.start, range.end, from);
+    }
+
+    fn put(&mut self, start: u64, end: u64, from: u64) {
+        if from < LATE_FROM {
+            self.lacks.put(start, end, from);
+        } else {
+            self.late.put(start, end, from);
+        }
+    }
+
+    /// These come first.
+    pub(super) fn hurry(&mut self, range: Range<u64>) {
+        self.first.push_back(range);
+    }
+
+    /// Forgets a range and returns what it lacked.
+    pub(super) fn take(&mut self, range: Range<u64>) -> Vec<Claim> {
+        let mut taken = self.lacks.take(range.clone());
+        taken.append(&mut self.late.take(range));
+        taken
+    }
+
+    /// The process has moved a range.
+    pub(super) fn shift(&mut self, from: u64, to: u64, bytes: u64) {
+        let source = from..from.saturating_add(bytes);
+        let (moved, late) = (self.lacks.take(source.clone()), self.late.take(source));
+        self.take(to..to.saturating_add(bytes));
+        for (claims, lacks) in [(moved, &mut self.lacks), (late, &mut self.late)] {
+            for claim in claims {
+                let at = to + (claim.to - from);
+                lacks.put(at, at + claim.bytes, claim.from);
+            }
+        }
+    }
+
+    /// What is lacking from `address` on and can be put in place, without a
+    /// gap, at most `bytes`.
+    pub(super) fn at(&self, address: u64, bytes: u64) -> Option<Claim> {
+        self.lacks.at(address, bytes)
+    }
+
+    /// The same of what was not on this host when last heard of.
+    pub(super) fn late_at(&self, address: u64, bytes: u64) -> Option<Claim> {
+        self.late.at(address, bytes)
+    }
+
+    /// Pages that are in store at `from`, and had this place when the tree was
+    /// dumped, are on this host now. Those that have moved since are not found.
+    pub(super) fn arrive(&mut self, place: Range<u64>, from: Range<u64>) {
+        for claim in self.late.take(place) {
+            let came = claim.from >= from.start && claim.from + claim.bytes <= from.end;
+            let lacks = if came {
+                &mut self.lacks
+            } else {
+                &mut self.late
+            };
+            lacks.put(claim.to, claim.to + claim.bytes, claim.from);
+        }
+    }
+
+    /// Everything is on this host.
+    pub(super) fn arrive_all(&mut self) {
+        for (start, lack) in std::mem::take(&mut self.late.0) {
+            self.lacks.put(start, lack.end, lack.from);
+        }
+    }
 
     /// Takes out the next part to put in place, at most `bytes`.
     pub(super) fn claim(&mut self, bytes: u64) -> Option<Claim> {
         let next = self.next(bytes)?;
-        self.take(next.to..next.to + next.bytes);
+        self.lacks.take(next.to..next.to + next.bytes);
         Some(next)
     }
 
     fn next(&mut self, bytes: u64) -> Option<Claim> {
         while let Some(range) = self.first.pop_front() {
             let here = self.at(range.start, bytes).or_else(|| {
-                let (&start, _) = self.lacks.range(range.clone()).next()?;
+                let (&start, _) = self.lacks.0.range(range.clone()).next()?;
                 self.at(start, bytes)
             });
             if let Some(mut claim) = here.filter(|claim| claim.to < range.end) {
@@ -157,24 +222,28 @@ impl Plan {
         }
         let start = *self
             .lacks
+            .0
             .range(self.at..)
             .next()
-            .or_else(|| self.lacks.first_key_value())?
+            .or_else(|| self.lacks.0.first_key_value())?
             .0;
         let claim = self.at(start, bytes)?;
         self.at = start + claim.bytes;
         Some(claim)
     }
 
-    /// Puts back what could not be put in place.
+    /// Puts back what could not be put in place. It is on this host.
     pub(super) fn give_back(&mut self, claim: Claim) {
-        self.insert(claim.to..claim.to + claim.bytes, claim.from);
+        self.take(claim.to..claim.to + claim.bytes);
+        self.lacks.put(claim.to, claim.to + claim.bytes, claim.from);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     #[derive(Debug, Clone)]
@@ -184,6 +253,9 @@ mod tests {
         Shift(u64, u64, u64),
         Claim(u64, bool),
         Hurry(u64, u64),
+        InsertLate(u64, u64, u64),
+        Arrive(u64, u64, u64),
+        ArriveAll,
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -193,6 +265,9 @@ mod tests {
             (0u64..64, 0u64..64, 1u64..12).prop_map(|(a, b, n)| Step::Shift(a, b, n)),
             (1u64..9, any::<bool>()).prop_map(|(n, back)| Step::Claim(n, back)),
             (0u64..64, 1u64..12).prop_map(|(a, n)| Step::Hurry(a, n)),
+            (0u64..64, 1u64..12, 0u64..64).prop_map(|(a, n, f)| Step::InsertLate(a, n, f)),
+            (0u64..64, 1u64..12, 0u64..64).prop_map(|(a, n, f)| Step::Arrive(a, n, f)),
+            Just(Step::ArriveAll),
         ]
     }
 
@@ -202,13 +277,39 @@ mod tests {
         fn a_plan_is_a_table(steps in prop::collection::vec(step(), 1..60)) {
             let mut plan = Plan::default();
             let mut table: BTreeMap<u64, u64> = BTreeMap::new();
+            // Those of them that are on this host.
+            let mut here: BTreeSet<u64> = BTreeSet::new();
             for step in steps {
                 match step {
                     Step::Insert(at, count, from) => {
                         plan.insert(at..at + count, from);
                         for unit in 0..count {
                             table.insert(at + unit, from + unit);
+                            here.insert(at + unit);
                         }
+                    }
+                    Step::InsertLate(at, count, from) => {
+                        plan.insert(at..at + count, LATE_FROM + from);
+                        for unit in 0..count {
+                            table.insert(at + unit, LATE_FROM + from + unit);
+                            here.remove(&(at + unit));
+                        }
+                    }
+                    Step::Arrive(at, count, from) => {
+                        let came = LATE_FROM + from..LATE_FROM + from + count;
+                        let before = plan.clone();
+                        plan.arrive(at..at + count, came.clone());
+                        for unit in at..at + count {
+                            // Nothing that has not come, and all of a whole lack.
+                            if before.late_at(unit, 1).is_some() && plan.at(unit, 1).is_some() {
+                                prop_assert!(came.contains(&table[&unit]));
+                                here.insert(unit);
+                            }
+                        }
+                    }
+                    Step::ArriveAll => {
+                        plan.arrive_all();
+                        here.extend(table.keys());
                     }
                     Step::Take(at, count) => {
                         let taken: u64 = plan.take(at..at + count).iter().map(|claim| claim.bytes).sum();
@@ -220,12 +321,15 @@ mod tests {
                         plan.shift(from, to, count);
                         let moved: Vec<(u64, u64)> =
                             table.range(from..from + count).map(|(a, b)| (*a, *b)).collect();
+                        let came: Vec<u64> = here.range(from..from + count).copied().collect();
+                        here.retain(|unit| !(from..from + count).contains(unit) && !(to..to + count).contains(unit));
+                        here.extend(came.into_iter().map(|unit| unit - from + to));
                         table.retain(|unit, _| !(from..from + count).contains(unit) && !(to..to + count).contains(unit));
                         table.extend(moved.into_iter().map(|(unit, source)| (unit - from + to, source)));
                     }
                     Step::Claim(count, back) => {
                         let claim = plan.claim(count);
-                        prop_assert_eq!(claim.is_none(), table.is_empty());
+                        prop_assert_eq!(claim.is_none(), here.is_empty());
                         if let Some(claim) = claim {
                             prop_assert!(claim.bytes >= 1 && claim.bytes <= count);
                             for unit in 0..claim.bytes {
@@ -240,9 +344,13 @@ mod tests {
                     }
                     Step::Hurry(at, count) => plan.hurry(at..at + count),
                 }
+                here.retain(|unit| table.contains_key(unit));
                 prop_assert_eq!(plan.bytes(), table.len() as u64);
                 for unit in 0..140 {
-                    prop_assert_eq!(plan.at(unit, 1).map(|claim| claim.from), table.get(&unit).copied());
+                    let (now, late) = (plan.at(unit, 1), plan.late_at(unit, 1));
+                    prop_assert!(now.is_none() || late.is_none());
+                    prop_assert_eq!(now.is_some(), here.contains(&unit));
+                    prop_assert_eq!(now.or(late).map(|claim| claim.from), table.get(&unit).copied());
                 }
             }
         }

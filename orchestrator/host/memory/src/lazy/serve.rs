@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use migrate_core::wire::PageOwner;
 
+use super::late::{LATE_FROM, LatePages, Noted};
 use super::partner::{self, Heard, Partner, Said, Slate};
 use super::plan::{Claim, Plan};
 use super::sys::{self, Copied, Event};
-use super::{LazyError, LazyReport, Told};
+use super::{LATE_LIMIT, LazyError, LazyReport, Told};
 use crate::PAGE;
 use crate::arena::Mapping;
 
@@ -42,6 +43,10 @@ const AGAIN_MS: u64 = 1;
 /// it reports that looks the same, and another one that touches the new place
 /// meanwhile must not find zeros there.
 const STUCK_AFTER: Duration = Duration::from_secs(1);
+
+/// Longer than the agent waits for pages of the source ([`LATE_LIMIT`]), which
+/// then says so; this is for an agent that says nothing.
+const LATE_PATIENCE: Duration = LATE_LIMIT.saturating_mul(2);
 
 /// One address space.
 #[derive(Debug)]
@@ -73,6 +78,7 @@ struct State {
 #[derive(Debug)]
 struct Shared {
     pages: Arc<Mapping>,
+    late: Arc<LatePages>,
     piece_bytes: u64,
     state: Mutex<State>,
     changed: Condvar,
@@ -147,11 +153,7 @@ impl Space {
                 bytes: claim.bytes - done,
             };
             // Looked up before the start, and the pages do not change.
-            let data = usize::try_from(rest.from)
-                .ok()
-                .zip(usize::try_from(rest.bytes).ok())
-                .and_then(|(from, bytes)| shared.pages.bytes().get(from..from + bytes));
-            let Some(data) = data else {
+            let Some(data) = shared.content(&rest) else {
                 lock(&self.plan).give_back(rest);
                 return Err(LazyError::PageMissing {
                     owner: self.owner,
@@ -186,6 +188,18 @@ impl Space {
 }
 
 impl Shared {
+    /// What a claim is to be filled with.
+    fn content(&self, claim: &Claim) -> Option<&[u8]> {
+        if let Some(late) = claim.from.checked_sub(LATE_FROM) {
+            return self
+                .late
+                .content(late / PAGE..(late + claim.bytes).div_ceil(PAGE));
+        }
+        let from = usize::try_from(claim.from).ok()?;
+        let bytes = usize::try_from(claim.bytes).ok()?;
+        self.pages.bytes().get(from..from + bytes)
+    }
+
     fn change(&self, change: impl FnOnce(&mut State)) {
         let mut state = lock(&self.state);
         change(&mut state);
@@ -284,6 +298,10 @@ fn filler(shared: &Shared, index: usize) {
 /// What is served, and to whom it is told.
 pub(super) struct Task {
     pub(super) pages: Arc<Mapping>,
+    /// Pages that are not on this host yet.
+    pub(super) late: Arc<LatePages>,
+    /// Where they belong: their owner and addresses, by number.
+    pub(super) late_places: Vec<(PageOwner, Range<u64>, u64)>,
     /// What tasks lack that CRIU has not handed over yet.
     pub(super) plans: BTreeMap<PageOwner, Plan>,
     pub(super) threads: usize,
@@ -325,6 +343,8 @@ struct Served {
     space: Arc<Space>,
     fd: i32,
     waiting: Vec<u64>,
+    /// Those that wait for pages that are not on this host.
+    waiting_late: Vec<u64>,
     /// Since when they wait without an event.
     waiting_since: Option<Instant>,
     /// What became of the partner's duplicate.
@@ -352,14 +372,23 @@ pub(super) struct Server {
     limit: Duration,
     report: LazyReport,
     partner: Option<Partner>,
+    /// The agent, who would bring what is not on this host, has ended.
+    orphaned: bool,
     teller: Option<mpsc::Sender<Told>>,
+    late_places: Vec<(PageOwner, Range<u64>, u64)>,
+    noted: Noted,
+    /// When the last of them came.
+    last_late: Instant,
+    all_late: bool,
 }
 
 impl Server {
     /// Starts the threads that fill.
     pub(super) fn new(task: Task) -> io::Result<Self> {
+        let noted = Noted::new(&task.late);
         let shared = Arc::new(Shared {
             pages: task.pages,
+            late: task.late,
             piece_bytes: task.piece_bytes.clamp(64 << 10, 1 << 20),
             state: Mutex::new(State::default()),
             changed: Condvar::new(),
@@ -387,7 +416,12 @@ impl Server {
             limit: task.limit,
             report: LazyReport::default(),
             partner: task.partner,
+            orphaned: false,
             teller: task.teller,
+            late_places: task.late_places,
+            noted,
+            last_late: Instant::now(),
+            all_late: false,
         })
     }
 
@@ -412,6 +446,7 @@ impl Server {
             // SAFETY: held by the space that was just added.
             sys::wake_all(unsafe { BorrowedFd::borrow_raw(uffd) });
         }
+        self.late_arrived();
         self.shared.change(|state| state.filling = true);
         let end = self.fill_up(None);
         self.end(end)
@@ -469,7 +504,8 @@ impl Server {
                 _ if waiting => Some(AGAIN_MS),
                 None => None,
                 Some(since) => {
-                    let left = self.limit.saturating_sub(since.elapsed());
+                    let (since, limit) = self.until(since);
+                    let left = limit.saturating_sub(since.elapsed());
                     Some(u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1))
                 }
             };
@@ -479,12 +515,17 @@ impl Server {
                 bell.as_raw_fd(),
                 stream.map_or(-1, |stream| stream.as_raw_fd()),
                 self.partner.as_ref().map_or(-1, |p| p.socket.as_raw_fd()),
+                self.shared.late.arrived_bell().as_raw_fd(),
             ];
             let own = fds.len();
             fds.extend(self.spaces.iter().map(|served| served.fd));
             let ready = sys::poll(&fds, timeout_ms).map_err(failed)?;
             if ready[0] {
                 sys::hush(bell.as_fd());
+            }
+            if ready[3] {
+                self.shared.late.hush_arrived();
+                self.late_arrived();
             }
             for index in 0..fds.len() - own {
                 if ready[index + own] || !self.spaces[index].waiting.is_empty() {
@@ -502,6 +543,7 @@ impl Server {
             if let Some(error) = lock(&self.shared.state).failure.take() {
                 return Err(error);
             }
+            self.late_is_coming()?;
             if let Some(since) = self.finished {
                 self.let_go();
                 if self.spaces.is_empty() {
@@ -516,7 +558,8 @@ impl Server {
                     .iter()
                     .map(|served| lock(&served.space.plan).bytes())
                     .sum();
-                if since.elapsed() >= self.limit && missing_bytes > 0 {
+                let (since, limit) = self.until(since);
+                if since.elapsed() >= limit && missing_bytes > 0 {
                     return Err(LazyError::Slow {
                         missing_bytes,
                         limit: self.limit,
@@ -526,11 +569,85 @@ impl Server {
         }
     }
 
+    /// Since when, and for how long, the end may be waited for.
+    fn until(&self, finished: Instant) -> (Instant, Duration) {
+        if self.shared.late.missing() > 0 {
+            (self.last_late.max(finished), LATE_PATIENCE)
+        } else {
+            (self.last_late.max(finished), self.limit)
+        }
+    }
+
+    /// Notes what has come to this host.
+    fn late_arrived(&mut self) {
+        if self.all_late || self.shared.late.pages() == 0 {
+            return;
+        }
+        // Before the look: what comes after it rings again.
+        let all = self.shared.late.missing() == 0;
+        let fresh = self.noted.fresh(&self.shared.late);
+        if fresh.is_empty() && !all {
+            return;
+        }
+        self.last_late = Instant::now();
+        for numbers in &fresh {
+            let from = LATE_FROM + numbers.start * PAGE..LATE_FROM + numbers.end * PAGE;
+            let start = self.late_places.partition_point(|(_, place, first)| {
+                first + (place.end - place.start) <= from.start
+            });
+            for (owner, place, first) in &self.late_places[start..] {
+                if *first >= from.end {
+                    break;
+                }
+                let (low, high) = (
+                    from.start.max(*first),
+                    from.end.min(first + (place.end - place.start)),
+                );
+                let place = place.start + (low - first)..place.start + (high - first);
+                for served in self.spaces.iter().filter(|one| one.space.owner == *owner) {
+                    lock(&served.space.plan).arrive(place.clone(), low..high);
+                }
+                if let Some(plan) = self.plans.get_mut(owner) {
+                    plan.arrive(place, low..high);
+                }
+            }
+        }
+        if all {
+            self.all_late = true;
+            for served in &self.spaces {
+                lock(&served.space.plan).arrive_all();
+            }
+            for plan in self.plans.values_mut() {
+                plan.arrive_all();
+            }
+        }
+        for served in &mut self.spaces {
+            served.waiting.append(&mut served.waiting_late);
+        }
+        self.shared.change(|_| {});
+    }
+
+    /// What is not on this host must be on its way.
+    fn late_is_coming(&self) -> Result<(), LazyError> {
+        let missing = self.shared.late.missing();
+        if missing == 0 {
+            return Ok(());
+        }
+        let overdue = self
+            .finished
+            .is_some_and(|finished| self.last_late.max(finished).elapsed() >= LATE_PATIENCE);
+        if self.shared.late.is_lost() || self.orphaned || overdue {
+            return Err(LazyError::NeverCame { missing });
+        }
+        Ok(())
+    }
+
     /// Tells the partner; one who cannot be told any more is none.
     fn say(&mut self, said: &Said, fds: &[BorrowedFd<'_>]) {
         if let Some(partner) = &self.partner
-            && partner::say(partner.socket.as_fd(), said, fds).is_err()
+            && let Err(error) = partner::say(partner.socket.as_fd(), said, fds)
         {
+            self.orphaned |= error.kind() != io::ErrorKind::WouldBlock;
             self.alone();
         }
     }
@@ -555,7 +672,10 @@ impl Server {
                 }
                 Ok(Heard::Said(..)) => {}
                 Ok(Heard::Nothing) => return,
-                Ok(Heard::Gone) | Err(_) => self.alone(),
+                Ok(Heard::Gone) | Err(_) => {
+                    self.orphaned = true;
+                    self.alone();
+                }
             }
         }
     }
@@ -625,6 +745,7 @@ impl Server {
             space: Arc::clone(&space),
             fd,
             waiting: Vec::new(),
+            waiting_late: Vec::new(),
             waiting_since: None,
             duplicate: Duplicate::Open,
         });
@@ -682,6 +803,7 @@ impl Server {
         let mut guard = space.uffd.write().unwrap_or_else(PoisonError::into_inner);
         let Some(uffd) = guard.as_ref() else {
             served.waiting.clear();
+            served.waiting_late.clear();
             return Ok(());
         };
         let mut forks = Vec::new();
@@ -746,6 +868,8 @@ impl Server {
         if !noted.is_empty() {
             self.shared.change(|_| {});
             served.waiting_since = None;
+            // What they wait for may be elsewhere by now.
+            served.waiting.append(&mut served.waiting_late);
         }
         let stuck = served
             .waiting_since
@@ -761,7 +885,25 @@ impl Server {
         for address in std::mem::take(&mut served.waiting) {
             let claim = {
                 let mut plan = lock(&space.plan);
-                let claim = plan.at(address, around);
+                let mut claim = plan.at(address, around);
+                if claim.is_none()
+                    && let Some(late) = plan.late_at(address, around)
+                {
+                    let first = (late.from - LATE_FROM) / PAGE;
+                    if !self.shared.late.has(first) {
+                        if !served.waiting_late.contains(&address) {
+                            self.shared.late.note_fault();
+                            served.waiting_late.push(address);
+                        }
+                        self.shared.late.want(first..first + late.bytes / PAGE);
+                        continue;
+                    }
+                    // It has moved, or come just now.
+                    claim = Some(Claim {
+                        bytes: PAGE,
+                        ..late
+                    });
+                }
                 if let Some(claim) = claim {
                     plan.take(claim.to..claim.to + claim.bytes);
                 }
@@ -801,6 +943,7 @@ impl Server {
             *guard = None;
             served.fd = -1;
             served.waiting.clear();
+            served.waiting_late.clear();
         }
         Ok(())
     }
@@ -918,6 +1061,8 @@ mod tests {
         plan.insert(late..late + PAGE, PAGE);
         let server = Server::new(Task {
             pages,
+            late: Arc::new(LatePages::new(0).unwrap()),
+            late_places: Vec::new(),
             plans: BTreeMap::new(),
             threads: 1,
             piece_bytes: 64 << 10,
@@ -943,5 +1088,73 @@ mod tests {
         };
         assert_eq!([at(room), at(room + PAGE), at(room + 3 * PAGE)], [7, 0, 0]);
         assert_eq!(at(late), 9);
+    }
+
+    /// A page that is missing, one that is on its way to it, and a server for both.
+    fn late_page() -> Option<(u64, Arc<LatePages>, Server, Replica)> {
+        let uffd = sys::tests::userfaultfd()?;
+        let at = sys::tests::map(1);
+        sys::tests::register(&uffd, at);
+        let file = memory_file(c"test-pages").unwrap();
+        file.set_len(PAGE).unwrap();
+        let late = Arc::new(LatePages::new(1).unwrap());
+        let owner = PageOwner::Task(1);
+        let mut plan = Plan::default();
+        plan.insert(at..at + PAGE, LATE_FROM);
+        let server = Server::new(Task {
+            pages: Arc::new(Mapping::of(file.as_fd()).unwrap()),
+            late: Arc::clone(&late),
+            late_places: vec![(owner, at..at + PAGE, LATE_FROM)],
+            plans: BTreeMap::new(),
+            threads: 1,
+            piece_bytes: 64 << 10,
+            limit: Duration::from_secs(60),
+            bell: Arc::new(sys::event_fd().unwrap()),
+            partner: None,
+            teller: None,
+        })
+        .unwrap();
+        Some((at, late, server, Replica { owner, uffd, plan }))
+    }
+
+    fn reads(at: u64) -> thread::JoinHandle<u8> {
+        // SAFETY: a page of ours, which stays mapped.
+        thread::spawn(move || unsafe { (at as *const u8).read_volatile() })
+    }
+
+    #[test]
+    fn what_is_late_is_asked_for_and_waited_for() {
+        let Some((at, late, server, replica)) = late_page() else {
+            println!("SKIP what_is_late_is_asked_for_and_waited_for: no userfaultfd");
+            return;
+        };
+        let serving = thread::spawn(move || server.take_over(vec![replica]));
+        let reader = reads(at);
+        assert!(late.await_wanted(Duration::from_secs(60)).unwrap());
+        assert_eq!(late.take_wanted(1024), [(0, 1)]);
+        assert!(!reader.is_finished() && !serving.is_finished());
+        late.arrive(0, &[7; 4096]).unwrap();
+        assert_eq!(reader.join().unwrap(), 7);
+        let report = serving.join().unwrap().unwrap();
+        assert_eq!((report.filled_pages, late.waited_faults()), (1, 1));
+    }
+
+    #[test]
+    fn what_never_comes_is_not_taken_for_zeros() {
+        let Some((at, late, server, replica)) = late_page() else {
+            println!("SKIP what_never_comes_is_not_taken_for_zeros: no userfaultfd");
+            return;
+        };
+        let serving = thread::spawn(move || server.take_over(vec![replica]));
+        let reader = reads(at);
+        assert!(late.await_wanted(Duration::from_secs(60)).unwrap());
+        late.lose();
+        let end = serving.join().unwrap();
+        assert!(
+            matches!(end, Err(LazyError::NeverCame { missing: 1 })),
+            "{end:?}"
+        );
+        // For as long as this process lives.
+        assert!(!reader.is_finished());
     }
 }

@@ -1,0 +1,180 @@
+//! Memory that is still on the source when the copy begins to run: asked for as the
+//! copy waits for it, taken in as it comes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use migrate_channel::{Frame, Receiver, Sender};
+use migrate_core::late::{LateRuns, WANTED_RANGES_MAX};
+use migrate_core::wire::{Message, PageOwner};
+use migrate_memory::{LATE_LIMIT, LatePages, MemoryDigest};
+use tokio::sync::{mpsc, watch};
+
+use crate::error::Error;
+
+/// What this side waits for.
+const AWAITED: &str = "memory that is still on the source";
+
+/// Pages after which the source is told how many have come: well below what it
+/// lets be on their way.
+const TOLD_EVERY_PAGES: u64 = 64;
+
+/// Before the commit nothing is due; the steps of the migration have limits of
+/// their own.
+const BEFORE_LIMIT: Duration = Duration::from_secs(3600);
+
+/// How often a thread that listens for a bell looks whether anybody still wants to
+/// know.
+const LISTEN_AT_ONCE: Duration = Duration::from_millis(500);
+
+/// Hears when the copy waits for pages.
+fn listen(pages: Arc<LatePages>) -> mpsc::Receiver<()> {
+    let (rung, bell) = mpsc::channel(1);
+    tokio::task::spawn_blocking(move || {
+        while pages.missing() > 0 && !pages.is_lost() && !rung.is_closed() {
+            match pages.await_wanted(LISTEN_AT_ONCE) {
+                Ok(false) => {}
+                // Nobody may want to know.
+                Ok(true) if rung.blocking_send(()).is_ok() => {}
+                Ok(true) => return,
+                Err(error) => {
+                    tracing::error!(error = %crate::error::chain(&error), "cannot hear what the copy waits for");
+                    return;
+                }
+            }
+        }
+    });
+    bell
+}
+
+/// What somebody who wants to compare compares with.
+#[derive(Debug, Default)]
+pub(super) struct Expected {
+    /// Digest of each task's late pages.
+    pub(super) digests: Vec<(PageOwner, [u8; 32])>,
+    /// Areas that do not count.
+    pub(super) masks: Vec<(u64, u32)>,
+}
+
+/// The pages of one copy and the way to them.
+pub(super) struct Fetch {
+    pub(super) peer: String,
+    pub(super) pages: Arc<LatePages>,
+    pub(super) runs: LateRuns,
+    pub(super) link: (Sender, Receiver),
+    pub(super) expected: Expected,
+    /// The tree is this host's.
+    pub(super) owned: watch::Receiver<bool>,
+}
+
+impl Fetch {
+    /// Takes in all pages.
+    pub(super) async fn run(mut self) -> Result<(), Error> {
+        self.link.0.set_deadline(LATE_LIMIT);
+        let mut bell = listen(Arc::clone(&self.pages));
+        let (mut came, mut told) = (0, 0);
+        while self.pages.missing() > 0 {
+            let limit = if *self.owned.borrow_and_update() {
+                LATE_LIMIT
+            } else {
+                BEFORE_LIMIT
+            };
+            tokio::select! {
+                frame = self.link.1.next(limit) => {
+                    came += self.take(frame)?;
+                    if came - told >= TOLD_EVERY_PAGES {
+                        told = came;
+                        self.say(&Message::Want { pages: Vec::new(), came }).await?;
+                    }
+                }
+                rung = bell.recv() => {
+                    if rung.is_none() {
+                        return Err(super::receive::nothing("whoever hears what is awaited"));
+                    }
+                    let pages = self.pages.take_wanted(WANTED_RANGES_MAX);
+                    if !pages.is_empty() {
+                        told = came;
+                        self.say(&Message::Want { pages, came }).await?;
+                    }
+                }
+                changed = self.owned.changed() => {
+                    if changed.is_err() {
+                        return Err(super::receive::nothing("whoever wants this memory"));
+                    }
+                }
+            }
+        }
+        let waited = self.pages.waited_faults();
+        let mut this = self.compared().await?;
+        this.say(&Message::Arrived { waited }).await?;
+        // What is in the connection gets there before it ends.
+        let _ = this.link.0.close().await;
+        Ok(())
+    }
+
+    fn take(&self, frame: Result<Frame, migrate_channel::ChannelError>) -> Result<u64, Error> {
+        let unexpected = |got: String| Error::Unexpected {
+            peer: self.peer.clone(),
+            got,
+            awaited: AWAITED,
+        };
+        match frame {
+            Ok(Frame::Pages { run, data }) if !data.is_empty() => {
+                let number = self.runs.number_of(&run);
+                let number = number.map_err(|error| unexpected(error.to_string()))?;
+                self.pages
+                    .arrive(number, &data)
+                    .map_err(Error::file("keep", "memory that has come"))?;
+                Ok(run.pages)
+            }
+            Ok(Frame::Control(message)) => {
+                Err(crate::inbox::unexpected(&self.peer, &message, AWAITED))
+            }
+            Ok(_) => Err(unexpected("something else".to_owned())),
+            Err(error) if error.is_disconnect() => Err(Error::PeerGone {
+                peer: self.peer.clone(),
+                awaited: AWAITED,
+            }),
+            Err(source) => Err(Error::Channel {
+                peer: self.peer.clone(),
+                source,
+            }),
+        }
+    }
+
+    async fn say(&mut self, message: &Message) -> Result<(), Error> {
+        let said = self.link.0.control(message).await;
+        said.map_err(|source| Error::Channel {
+            peer: self.peer.clone(),
+            source,
+        })
+    }
+
+    /// Compares with what the frozen tree's memory amounted to, where somebody
+    /// has asked for that.
+    async fn compared(self) -> Result<Self, Error> {
+        let comparing = tokio::task::spawn_blocking(move || {
+            for (owner, expected) in &self.expected.digests {
+                let mut digest = MemoryDigest::without(&self.expected.masks);
+                for run in self.runs.within(*owner, 0..u64::MAX) {
+                    let content = self.pages.content(run.first..run.first + run.pages);
+                    digest.add(
+                        run.vaddr,
+                        content.ok_or_else(|| super::receive::nothing("a page that has come"))?,
+                    );
+                }
+                if digest.finish() != *expected {
+                    return Err(Error::NotTheSame { owner: *owner });
+                }
+            }
+            if !self.expected.digests.is_empty() {
+                tracing::info!("the memory that came late is the tree's");
+            }
+            Ok(self)
+        });
+        match comparing.await {
+            Ok(compared) => compared,
+            Err(error) => Err(Error::Changed(format!("hashing memory failed: {error}"))),
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! Pages that go over after the commit: kept by this side when CRIU has read them
+//! from the frozen tree, sent while the copy runs.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use migrate_channel::{Frame, Receiver, Sender};
+use migrate_core::late::{Deliveries, LateRun, LateRuns};
+use migrate_core::report::{Postcopy, counted};
+use migrate_core::stream::Bucket;
+use migrate_core::wire::{Message, PAGE_BYTES, PageOwner, PageRun};
+use migrate_memory::{LATE_LIMIT, Listed};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::dump::DumpSinkError;
+use super::{Migration, micros, not_yet};
+use crate::error::Error;
+
+/// What this side waits for once it has sent everything.
+const AWAITED: &str = "the word that all memory has arrived";
+
+/// Pages in one frame: small enough that what is wanted follows soon.
+const FRAME_PAGES: u64 = 32;
+
+/// Pages on their way at most: 1 MiB, which is 8 ms of a gigabit network, the time
+/// that a page which is wanted queues behind others.
+const WINDOW_PAGES: u64 = 256;
+
+/// Before the copy runs nothing is due; the steps of the migration have limits of
+/// their own.
+const BEFORE_LIMIT: Duration = Duration::from_secs(3600);
+
+/// What CRIU has written and the destination has not.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    runs: LateRuns,
+    /// Content of each run.
+    content: Vec<Bytes>,
+    bytes: u64,
+    /// What is beyond goes over before the commit.
+    room_bytes: u64,
+    /// What was kept, when somebody wants to compare.
+    pub(super) listed: Option<Listed>,
+}
+
+impl Kept {
+    /// Nothing yet; never more than half of what this host has to spare, so that
+    /// nobody is killed for want of memory.
+    pub(super) fn within(available_bytes: u64, verify: bool) -> Self {
+        Self {
+            room_bytes: available_bytes / 2,
+            listed: verify.then(Listed::default),
+            ..Self::default()
+        }
+    }
+
+    /// Keeps a run, if it may come late and there is room; its head, to be sent in
+    /// its place.
+    pub(super) fn keep(
+        &mut self,
+        run: &PageRun,
+        data: &Bytes,
+    ) -> Result<Option<PageRun>, DumpSinkError> {
+        let may_wait = run.flags & PageRun::LAZY != 0 && matches!(run.owner, PageOwner::Task(_));
+        let bytes = self.bytes.saturating_add(data.len() as u64);
+        if !may_wait || data.is_empty() || bytes > self.room_bytes {
+            return Ok(None);
+        }
+        self.runs.add(run)?;
+        if let Some(listed) = &mut self.listed {
+            listed.add(*run)?;
+        }
+        self.bytes = bytes;
+        self.content.push(data.clone());
+        let flags = run.flags & !PageRun::PRESENT | PageRun::LATE;
+        Ok(Some(PageRun { flags, ..*run }))
+    }
+
+    pub(super) fn pages(&self) -> u64 {
+        self.runs.pages()
+    }
+
+    /// The content of a part of one run.
+    fn content(&self, part: &LateRun) -> Option<&[u8]> {
+        let runs = self.runs.runs();
+        let place = runs.partition_point(|run| run.first + run.pages <= part.first);
+        let skipped = usize::try_from(part.first - runs.get(place)?.first).ok()? * PAGE_BYTES;
+        let bytes = usize::try_from(part.pages).ok()? * PAGE_BYTES;
+        self.content.get(place)?.get(skipped..skipped + bytes)
+    }
+}
+
+/// The sending, by a task of its own: it goes on whatever becomes of the first
+/// connection. Dropped, it ends, and with it a copy that lacks pages.
+#[derive(Debug)]
+pub(super) struct Delivery {
+    pages: u64,
+    begin: watch::Sender<bool>,
+    task: JoinHandle<Result<Postcopy, Error>>,
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Delivery {
+    /// Answers from now on for what is asked for, and sends the rest when told to.
+    pub(super) fn start(
+        peer: String,
+        kept: Kept,
+        (sender, receiver): (Sender, Receiver),
+        limit_bytes_per_s: Option<u64>,
+    ) -> Self {
+        let (begin, begun) = watch::channel(false);
+        let pages = kept.pages();
+        let work = Work {
+            peer,
+            left: Deliveries::of(pages),
+            kept,
+            sender,
+            receiver,
+            sent_pages: 0,
+            came_pages: 0,
+            limit_bytes_per_s,
+        };
+        Self {
+            pages,
+            begin,
+            task: tokio::spawn(work.deliver(begun)),
+        }
+    }
+
+    /// The copy may run: everything goes.
+    pub(super) fn begin(&self) {
+        self.begin.send_replace(true);
+    }
+
+    /// Whether it has come to an end, which before the commit is that of its
+    /// connection.
+    pub(super) fn is_over(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    async fn end(&mut self) -> Result<Postcopy, Error> {
+        match (&mut self.task).await {
+            Ok(end) => end,
+            Err(_) => Err(not_yet("the delivery of pages")),
+        }
+    }
+}
+
+struct Work {
+    peer: String,
+    kept: Kept,
+    left: Deliveries,
+    sender: Sender,
+    receiver: Receiver,
+    sent_pages: u64,
+    came_pages: u64,
+    /// Held to by what nobody waits for.
+    limit_bytes_per_s: Option<u64>,
+}
+
+impl Work {
+    async fn deliver(mut self, mut begun: watch::Receiver<bool>) -> Result<Postcopy, Error> {
+        self.sender.set_deadline(LATE_LIMIT);
+        let mut since: Option<Instant> = None;
+        let mut bucket = None;
+        let mut next_at = Instant::now();
+        loop {
+            let room = self.sent_pages - self.came_pages < WINDOW_PAGES;
+            let goes_on = since.is_some() && self.left.left_pages() > 0;
+            let limit = match since {
+                Some(_) => LATE_LIMIT,
+                None => BEFORE_LIMIT,
+            };
+            let wanted = room && self.left.is_wanted();
+            tokio::select! {
+                biased;
+                frame = self.receiver.next(limit) => {
+                    if let Some(waited_faults) = self.hear(frame)? {
+                        return Ok(Postcopy {
+                            pages: self.kept.pages(),
+                            bytes: self.sender.sent_bytes(),
+                            waited_faults,
+                            took_us: since.map_or(0, |since| micros(since.elapsed())),
+                        });
+                    }
+                }
+                () = std::future::ready(()), if wanted => {
+                    self.send(true).await?;
+                }
+                changed = begun.changed(), if since.is_none() => {
+                    if changed.is_err() {
+                        return Err(not_yet("the word that the copy may run"));
+                    }
+                    let now = Instant::now();
+                    since = Some(now);
+                    next_at = now;
+                    bucket = self.limit_bytes_per_s.map(|rate| Bucket::new(rate, 0));
+                }
+                () = tokio::time::sleep_until(next_at.into()), if room && goes_on => {
+                    let bytes = self.send(false).await?;
+                    if let (Some(bucket), Some(since)) = (&mut bucket, since) {
+                        let wait_us = bucket.take(bytes, micros(since.elapsed()));
+                        next_at = Instant::now() + Duration::from_micros(wait_us);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes in what the destination says; the faults that have waited, when it
+    /// has everything.
+    fn hear(
+        &mut self,
+        frame: Result<Frame, migrate_channel::ChannelError>,
+    ) -> Result<Option<u64>, Error> {
+        let frame = frame.map_err(|error| {
+            if error.is_disconnect() {
+                return Error::PeerGone {
+                    peer: self.peer.clone(),
+                    awaited: AWAITED,
+                };
+            }
+            Error::Channel {
+                peer: self.peer.clone(),
+                source: error,
+            }
+        })?;
+        match frame {
+            Frame::Control(Message::Want { pages, came }) if came <= self.sent_pages => {
+                self.came_pages = self.came_pages.max(came);
+                for (first, count) in pages {
+                    self.left.want(first..first.saturating_add(count));
+                }
+                Ok(None)
+            }
+            Frame::Control(Message::Arrived { waited }) if self.left.left_pages() == 0 => {
+                Ok(Some(waited))
+            }
+            Frame::Control(Message::Failed(error)) => Err(error.into()),
+            Frame::Control(other) => Err(crate::inbox::unexpected(&self.peer, &other, AWAITED)),
+            Frame::Pages { .. } | Frame::Image { .. } | Frame::Packet(_) => {
+                Err(Error::Unexpected {
+                    peer: self.peer.clone(),
+                    got: "pages, an image or a packet".to_owned(),
+                    awaited: AWAITED,
+                })
+            }
+        }
+    }
+
+    /// Sends the next pages; how many bytes.
+    async fn send(&mut self, only_wanted: bool) -> Result<usize, Error> {
+        let next = if only_wanted {
+            self.left.next_wanted(FRAME_PAGES)
+        } else {
+            self.left.next(FRAME_PAGES)
+        };
+        let Some(numbers) = next else { return Ok(0) };
+        let broken = |source| Error::Channel {
+            peer: self.peer.clone(),
+            source,
+        };
+        let mut bytes = 0;
+        for part in self.kept.runs.numbered(numbers) {
+            let data = self
+                .kept
+                .content(&part)
+                .ok_or_else(|| not_yet("a page that was kept"))?;
+            let run = PageRun {
+                owner: part.owner,
+                vaddr: part.vaddr,
+                pages: part.pages,
+                flags: PageRun::PRESENT | PageRun::LAZY,
+            };
+            self.sender.pages(&run, data).await.map_err(broken)?;
+            self.sent_pages += part.pages;
+            bytes += data.len();
+        }
+        self.sender.flush().await.map_err(broken)?;
+        Ok(bytes)
+    }
+}
+
+impl Migration {
+    /// The copy may run: what it lacks goes over.
+    pub(super) fn begin_delivery(&self) {
+        if let Some(delivery) = &self.delivery {
+            delivery.begin();
+        }
+    }
+
+    /// Waits until the copy has all its memory.
+    pub(super) async fn deliver(&mut self) -> Result<String, Error> {
+        let Some(mut delivery) = self.delivery.take() else {
+            return Ok(String::new());
+        };
+        delivery.begin();
+        let peer = self
+            .link
+            .as_ref()
+            .map_or_else(|| "the destination".to_owned(), |link| link.peer.clone());
+        match delivery.end().await {
+            Ok(postcopy) => {
+                let waited = usize::try_from(postcopy.waited_faults).unwrap_or(usize::MAX);
+                self.postcopy = Some(postcopy);
+                Ok(format!(
+                    "{} pages sent after the commit, {} waited for one",
+                    postcopy.pages,
+                    counted(waited, "fault")
+                ))
+            }
+            Err(error) => Err(Error::LostMemory {
+                peer,
+                pages: delivery.pages,
+                source: Box::new(error),
+            }),
+        }
+    }
+
+    /// An end without an answer must not be that of a copy which may run: what it
+    /// lacks goes over all the same.
+    pub(super) async fn deliver_in_doubt(&mut self) {
+        if let Err(error) = self.deliver().await {
+            self.reporter.warn(error.chain());
+        }
+    }
+}
