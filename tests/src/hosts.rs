@@ -46,6 +46,17 @@ pub fn process_name(host: &Host, pid: i32) -> String {
     name.trim_end().to_owned()
 }
 
+/// The process of this name on a host.
+#[must_use]
+pub fn named(host: &Host, name: &str) -> Option<i32> {
+    let entries = fs::read_dir(host.path("/proc")).ok()?;
+    entries.flatten().find_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let comm = fs::read_to_string(entry.path().join("comm")).ok()?;
+        (comm.trim_end() == name).then_some(pid)
+    })
+}
+
 /// Whether something listens on a TCP port of the host. Opens no connection:
 /// one of its own would be among those that move.
 #[must_use]

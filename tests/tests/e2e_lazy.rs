@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use migrate_test_hosts::{Host, HostName, Lab, LabGuard};
 use migrate_tests::client::program;
-use migrate_tests::hosts::{eventually, runs};
+use migrate_tests::hosts::{eventually, named, runs};
 use migrate_tests::migration::{
     Migration, arrives, migrate, moves, print_logs, serves_old_connections,
 };
@@ -155,16 +155,6 @@ fn memory_that_is_forked_moved_and_given_back_at_once_is_right() {
         assert!(eventually(SOON, || !said(&destination).is_empty()));
         assert_eq!(said(&destination), "ok", "{mode} {seed}");
     }
-}
-
-/// The process of this name on a host.
-fn named(host: &Host, name: &str) -> Option<i32> {
-    let entries = fs::read_dir(host.path("/proc")).ok()?;
-    entries.flatten().find_map(|entry| {
-        let pid = entry.file_name().to_str()?.parse().ok()?;
-        let comm = fs::read_to_string(entry.path().join("comm")).ok()?;
-        (comm.trim_end() == name).then_some(pid)
-    })
 }
 
 fn signal(host: &Host, signal: &str, pid: i32) {

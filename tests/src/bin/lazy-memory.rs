@@ -5,7 +5,9 @@
 //! to FILE. Modes: `check` reads everything three times, `threads` reads and
 //! writes with four threads, `churn` maps, moves, gives back and forks at
 //! random, `family` has a child from before that has changed a part, `hang`
-//! reads on for good, `wait` ends at once. Every byte is checked.
+//! reads on for good, `idle` touches nothing for good, `wait` ends at once,
+//! `patient` touches nothing until GO-now exists and then reads. `busy-MODE` writes to all of its memory
+//! again and again while it waits. Every byte is checked.
 
 use std::path::Path;
 use std::time::Duration;
@@ -31,10 +33,18 @@ fn main() -> io::Result<()> {
     if child != Some(0) {
         fs::write(file, "ready")?;
     }
+    let (mode, busy) = match mode.strip_prefix("busy-") {
+        Some(mode) => (mode, true),
+        None => (mode.as_str(), false),
+    };
     while !Path::new(go).exists() {
-        thread::sleep(Duration::from_millis(1));
+        if busy {
+            model.rewrite(Path::new(go));
+        } else {
+            thread::sleep(Duration::from_millis(1));
+        }
     }
-    let result = match mode.as_str() {
+    let result = match mode {
         "check" => (0..3).try_for_each(|_| model.check()),
         "threads" => model.threads(),
         "churn" => model.churn(4000),
@@ -50,6 +60,16 @@ fn main() -> io::Result<()> {
                 break Err(error);
             }
         },
+        "idle" => loop {
+            thread::park();
+        },
+        "patient" => {
+            let now = format!("{go}-now");
+            while !Path::new(&now).exists() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            model.check()
+        }
         "wait" => Ok(()),
         _ => Err("unknown mode".to_owned()),
     };
@@ -173,6 +193,21 @@ impl Model {
         }
         self.regions.push(region);
         Ok(())
+    }
+
+    /// Writes to every page, until `go` exists.
+    fn rewrite(&mut self, go: &Path) {
+        for index in 0..self.regions.len() {
+            if go.exists() {
+                return;
+            }
+            for page in 0..self.regions[index].pages.len() {
+                let pattern = self.pattern();
+                let region = &mut self.regions[index];
+                region.pages[page] = pattern;
+                fill(region.at + page * PAGE, pattern);
+            }
+        }
     }
 
     fn check(&self) -> Result<(), String> {

@@ -355,6 +355,10 @@ mod tests {
         let [file, arrived, wanted] = ours.fds().map(|fd| fd.try_clone_to_owned().unwrap());
         let theirs = LatePages::of(file, 130, [arrived, wanted]).unwrap();
         let mut noted = Noted::new(&theirs);
+        let mut fresh = || -> Vec<(u64, u64)> {
+            let ranges = noted.fresh(&theirs).into_iter();
+            ranges.map(|range| (range.start, range.end)).collect()
+        };
         assert_eq!(theirs.missing(), 130);
         assert!(theirs.content(0..1).is_none());
         assert_eq!(
@@ -362,11 +366,11 @@ mod tests {
                 .unwrap(),
             3
         );
-        assert_eq!(noted.fresh(&theirs), [62..65]);
-        assert_eq!(noted.fresh(&theirs), []);
+        assert_eq!(fresh(), [(62, 65)]);
+        assert_eq!(fresh(), []);
         // What has come stays.
         assert_eq!(ours.arrive(64, &[page(9), page(4)].concat()).unwrap(), 1);
-        assert_eq!(noted.fresh(&theirs), [65..66]);
+        assert_eq!(fresh(), [(65, 66)]);
         let content = theirs.content(62..66).unwrap();
         let first = |number: usize| content[number * PAGE_BYTES];
         assert_eq!([first(0), first(1), first(2), first(3)], [1, 2, 3, 4]);
