@@ -60,7 +60,8 @@ const COMPARED_PAGE_NS: u64 = 4000;
 
 /// What a populated page of a shared segment costs the frozen tree, in
 /// nanoseconds: it is read and compared on all cores (0.2 s a GiB), and CRIU
-/// reads it into the copy (0.4 s a GiB).
+/// reads it into the copy (0.4 s a GiB). An estimate, from
+/// [`COMPARED_PAGE_NS`]'s parts; the prediction alone depends on it.
 const SHARED_PAGE_NS: u64 = 2400;
 
 /// Chooses the engine and says why.
