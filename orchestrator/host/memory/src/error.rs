@@ -33,6 +33,16 @@ pub enum Unsupported {
         #[source]
         source: io::Error,
     },
+    /// The pagemap cannot be read.
+    #[error("/proc/self/pagemap cannot be read")]
+    Pagemap {
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel was built without these marks.
+    #[error("the kernel does not mark soft-dirty pages (CONFIG_MEM_SOFT_DIRTY)")]
+    NoSoftDirty,
     /// A trial on a page of our own gave something else than it must.
     #[error("dirty tracking of a page of our own went wrong: {what}")]
     Trial {

@@ -60,7 +60,7 @@ pub use lazy::{
     Keeper, LATE_LIMIT, LatePages, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing,
     keep, probe_lazy,
 };
-pub use probe::{Support, probe};
+pub use probe::{Support, probe, probe_soft_dirty};
 pub use rounds::{
     Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState, markable,
     runs,

@@ -1,7 +1,9 @@
 //! Whether this host can track memory: tried, not read off a version.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 
+use crate::PAGE;
 use crate::error::Unsupported;
 use crate::sys::{self, Region, ScanMode, TrialPage, Uffd};
 
@@ -69,4 +71,27 @@ pub fn probe() -> Result<Support, Unsupported> {
             what: "a page written to counts as clean",
         }),
     }
+}
+
+/// Whether the kernel marks pages that are written to, seen on one of our own.
+///
+/// # Errors
+///
+/// It does not, or its word cannot be read.
+pub fn probe_soft_dirty() -> Result<(), Unsupported> {
+    /// Bit of an entry (kernel: `Documentation/admin-guide/mm/soft-dirty.rst`).
+    const SOFT_DIRTY: u64 = 1 << 55;
+    let pagemap =
+        File::open("/proc/self/pagemap").map_err(|source| Unsupported::Pagemap { source })?;
+    let mut page = TrialPage::new().map_err(|source| Unsupported::Pagemap { source })?;
+    page.write(1);
+    let mut entry = [0; size_of::<u64>()];
+    let at = page.range().start / PAGE * entry.len() as u64;
+    pagemap
+        .read_exact_at(&mut entry, at)
+        .map_err(|source| Unsupported::Pagemap { source })?;
+    if u64::from_ne_bytes(entry) & SOFT_DIRTY == 0 {
+        return Err(Unsupported::NoSoftDirty);
+    }
+    Ok(())
 }

@@ -127,6 +127,9 @@ async fn uffd_works(criu: &Criu) -> Result<(), String> {
 }
 
 async fn soft_dirty_works(criu: &Criu) -> Result<(), String> {
+    // Most kernels without tracking have no marks either; no CRIU need be started
+    // to learn that.
+    migrate_memory::probe_soft_dirty().map_err(|error| crate::error::chain(&error))?;
     let checked = async {
         criu.worker(WorkerOptions::default())
             .await?
