@@ -9,6 +9,7 @@
 
 use std::fmt::Display;
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use migrate_core::journal::{Record, Route, Side, Stage};
@@ -508,6 +509,10 @@ impl Case<'_> {
         };
         let deadline = Instant::now() + CRIU_LIMIT;
         loop {
+            // It may have been on its way there a moment ago.
+            if let Some(images) = &self.record.images {
+                migrate_criu::dismiss_parked(Path::new(images));
+            }
             match home.named("criu") {
                 Ok(pids) if pids.is_empty() => break,
                 Ok(_) if Instant::now() < deadline => tokio::time::sleep(LOOK_INTERVAL).await,

@@ -82,7 +82,7 @@ pub use locate::{Criu, OVERRIDE, PRIVATE_PATH, locate};
 pub use lock::NetworkLock;
 pub use log::LogTail;
 pub use pages::{PARENT, PIECE_PAGES_MAX, PageSink, PageSocket, PageStats, serve_pages};
-pub use park::ParkedRestore;
+pub use park::{ParkedRestore, dismiss_parked};
 pub use rseq::rseq_areas;
 pub use session::{Notice, Outcome, Session};
 pub use worker::{

@@ -742,6 +742,20 @@ async fn a_parked_restore_that_is_given_up_ends() {
     assert!(!gone());
     drop(parked);
     eventually("CRIU ends", gone);
+
+    // Its owner has died, and somebody else clears up.
+    let mut images = Images::new(scratch.path(), "left");
+    let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+    let pid = worker.pid();
+    let order = RestoreOptions::new(images.destination.path());
+    let parked = worker.park(order, &mut images.destination).await.unwrap();
+    // Not before it waits there: somebody who clears up looks again.
+    let dismissed = || {
+        migrate_criu::dismiss_parked(images.destination.path());
+        !runs(pid)
+    };
+    eventually("CRIU ends", dismissed);
+    drop(parked);
 }
 
 /// A cgroup that is removed in the end.

@@ -167,13 +167,21 @@ impl Home {
             .collect())
     }
 
-    /// Kills those of `pids` that live here: a copy whose restore came to
-    /// nothing. Without a v2 hierarchy nothing tells the copy from others, and
-    /// nothing is killed.
+    /// Kills a copy whose restore came to nothing: everything in a cgroup that
+    /// was made here, for a CRIU that was killed early leaves children behind
+    /// which it had stopped (`kerndat_breakpoints` in CRIU's `criu/kerndat.c`),
+    /// and otherwise those of `pids` that live here. Without a v2 hierarchy
+    /// nothing tells the copy from others, and nothing is killed.
     ///
     /// # Errors
     /// When one cannot be killed.
     pub fn kill(&self, pids: &[i32]) -> Result<(), ProcError> {
+        let own = self.directory.as_ref().filter(|d| self.created.contains(d));
+        if let Some(own) = own
+            && std::fs::write(own.join("cgroup.kill"), "1").is_ok()
+        {
+            return Ok(());
+        }
         crate::kill_tree(&self.living(pids)?)
     }
 

@@ -247,6 +247,24 @@ fn a_home_goes_with_what_was_killed_in_it() {
 }
 
 #[test]
+fn all_that_was_born_in_a_home_goes_with_a_failed_copy() {
+    require!(root);
+    require!(cgroup2);
+    let running = Running::start(&["sleep", "1000"]);
+    let mut facts = running.tree().facts().unwrap();
+    facts.cgroup = "/".into();
+    let home = Home::create(&facts, &id("helper")).unwrap();
+    let directory = home.directory().unwrap().to_owned();
+    home.place(running.pid()).unwrap();
+    // As a helper of a CRIU that was killed: stopped, and none of the copy's.
+    let pid = nix::unistd::Pid::from_raw(running.pid());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    home.kill(&[]).unwrap();
+    home.remove().unwrap();
+    assert!(!directory.exists());
+}
+
+#[test]
 fn a_kept_home_serves_the_next_move_and_goes_with_its_fence() {
     require!(root);
     require!(cgroup2);
