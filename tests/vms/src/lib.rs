@@ -8,7 +8,7 @@
 //!
 //! ```text
 //!   ┌───────────┐ ┌───────────┐ ┌───────────┐
-//!   │ client    │ │ host1 6.1 │ │ host2 6.12│    QEMU, emulation unless /dev/kvm works
+//!   │ client    │ │ host1 6.1 │ │ host2 6.12│    QEMU, emulation unless MIGRATE_VM_KVM is set
 //!   └─┬───────┬─┘ └─┬───────┬─┘ └─┬───────┬─┘
 //!  frames   agent  ...     ...   ...     ...     datagram sockets; serial ports
 //!   ┌─┴─────────────┴─────────────┴─┐     │
