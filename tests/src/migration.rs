@@ -27,6 +27,8 @@ const SERVED_REQUESTS: u64 = 50;
 /// Time for them, beyond the worst blackout: a lost reply is sent again after
 /// the 3 s of a restored socket.
 const SERVED_WITHIN: Duration = Duration::from_secs(60);
+/// A large tree gives its memory back before it is gone.
+const GONE_WITHIN: Duration = Duration::from_secs(60);
 /// The source's end may outlast the command by a little.
 const SETTLE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -290,4 +292,35 @@ pub fn moves_in_time(
     no_gate_left(&source);
     no_gate_left(&destination);
     (report, noticeable)
+}
+
+/// Moves a tree that has no address of its own in rounds, with every page
+/// compared and further options of `migrate`.
+///
+/// # Panics
+///
+/// When the migration fails, there was no round, or the tree does not run there
+/// alone.
+#[track_caller]
+pub fn moves_in_rounds(
+    lab: &Lab,
+    pid: i32,
+    (from, to): (HostName, HostName),
+    options: &[&str],
+) -> Report {
+    let (source, destination) = (lab.host(from), lab.host(to));
+    let words = ["--verify", "--to", to.as_str(), &pid.to_string()];
+    let migration = match migrate(&source, [options, &words[..]].concat()) {
+        Ok(migration) => migration,
+        Err(error) => panic!("migrate {options:?} in {from}: {error}"),
+    };
+    if migration.code != Some(0) {
+        print_logs(&source);
+        print_logs(&destination);
+    }
+    let report = migration.expect_committed().clone();
+    assert!(report.rounds >= 1, "{report:?}");
+    assert!(runs(&destination, pid));
+    assert!(eventually(GONE_WITHIN, || !runs(&source, pid)));
+    report
 }

@@ -292,3 +292,26 @@ impl Workload {
         }
     }
 }
+
+/// What a script over keys of the lab's redis, which gets these two numbers,
+/// returns.
+///
+/// # Panics
+///
+/// When redis answers something else than a number.
+#[track_caller]
+pub fn redis_script(lab: &Lab, script: &str, first: u32, last: u32) -> u32 {
+    let address = Kind::Redis.address().ip().to_string();
+    let (first, last) = (first.to_string(), last.to_string());
+    let command = ["redis-cli", "-h", &address, "EVAL", script, "0"];
+    let words = command.into_iter().chain([first.as_str(), last.as_str()]);
+    let output = match lab.host(HostName::Client).exec(words) {
+        Ok(output) => output,
+        Err(error) => panic!("redis-cli: {error}"),
+    };
+    let said = String::from_utf8_lossy(&output.stdout);
+    match said.trim().parse() {
+        Ok(number) => number,
+        Err(_) => panic!("{said:?} {output:?}"),
+    }
+}

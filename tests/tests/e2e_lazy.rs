@@ -13,7 +13,7 @@ use migrate_tests::migration::{
     Migration, arrives, migrate, moves, print_logs, serves_old_connections,
 };
 use migrate_tests::require;
-use migrate_tests::workload::{Kind, Workload};
+use migrate_tests::workload::{Kind, Workload, redis_script};
 
 /// A lab that no other test has.
 fn lab(test: &str) -> LabGuard {
@@ -30,26 +30,11 @@ const SCRIPT_VALUES: u32 = 16 << 10;
 /// Lets a redis run a script over the values of so many MiB; the sum of what it
 /// returns.
 fn script(lab: &Lab, script: &str, mib: u32) -> u32 {
-    let address = Kind::Redis.address().ip().to_string();
-    let client = lab.host(HostName::Client);
     let starts = (1..=mib * 1024).step_by(usize::try_from(SCRIPT_VALUES).unwrap());
     starts
         .map(|first| {
             let last = (first + SCRIPT_VALUES - 1).min(mib * 1024);
-            let (first, last) = (first.to_string(), last.to_string());
-            let words = [
-                "redis-cli",
-                "-h",
-                &address,
-                "EVAL",
-                script,
-                "0",
-                &first,
-                &last,
-            ];
-            let output = client.exec(words).unwrap();
-            let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-            said.parse::<u32>().unwrap_or_else(|_| panic!("{said}"))
+            redis_script(lab, script, first, last)
         })
         .sum()
 }

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use migrate_core::report::Report;
 use migrate_test_hosts::{Host, HostName, Lab, LabGuard, WORKLOAD_V4};
 use migrate_tests::field::{Shared, contiguous, grows};
-use migrate_tests::hosts::{eventually, listens, runs};
-use migrate_tests::migration::{migrate, print_logs};
+use migrate_tests::hosts::{eventually, listens};
+use migrate_tests::migration::moves_in_rounds;
 use migrate_tests::require;
 
 /// For whatever a database does at once, on a busy machine.
@@ -34,20 +34,8 @@ fn lab(test: &str) -> LabGuard {
 
 /// Moves a tree from host1 to host2 in rounds, with every page compared.
 fn moves(lab: &Lab, pid: i32) -> Report {
-    let (source, destination) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
-    let pid_text = pid.to_string();
-    let arguments = ["--engine", "uffd", "--verify", "--max-blackout", "60"];
-    let arguments = [&arguments[..], &["--to", "host2", &pid_text]].concat();
-    let moved = migrate(&source, arguments).unwrap();
-    if moved.code != Some(0) {
-        print_logs(&source);
-        print_logs(&destination);
-    }
-    let report = moved.expect_committed().clone();
-    assert!(report.rounds >= 1, "{report:?}");
-    assert!(runs(&destination, pid));
-    assert!(eventually(SOON, || !runs(&source, pid)));
-    report
+    let options = ["--engine", "uffd", "--max-blackout", "60"];
+    moves_in_rounds(lab, pid, (HostName::Host1, HostName::Host2), &options)
 }
 
 /// Where Debian puts PostgreSQL's programs, the newest of them.

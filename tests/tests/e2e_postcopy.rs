@@ -15,7 +15,7 @@ use migrate_tests::hosts::{eventually, named, runs};
 use migrate_tests::migration::{Migration, arrives, migrate, print_logs, serves_old_connections};
 use migrate_tests::refusals::{REFUSED, UNDECIDED, driver, shell};
 use migrate_tests::require;
-use migrate_tests::workload::{Kind, Workload};
+use migrate_tests::workload::{Kind, Workload, redis_script};
 use nix::sys::signal::{Signal, kill};
 
 /// Limit for what takes a moment, and for the half minute in which nothing comes.
@@ -151,7 +151,7 @@ fn redis_serves_while_its_memory_follows() {
         const SET: &str = "for i=ARGV[1],ARGV[2] do \
                            redis.call('SET', 'more:'..i, string.rep(string.char(33 + i % 90), 1000)) end \
                            return 0";
-        eval(&lab, SET, first, last);
+        redis_script(&lab, SET, first, last);
     };
     for first in (0..64 << 10).step_by(8 << 10) {
         fill(first, first + (8 << 10) - 1);
@@ -192,29 +192,12 @@ fn redis_serves_while_its_memory_follows() {
                          if redis.call('GET', 'more:'..i) == string.rep(string.char(33 + i % 90), 1000) \
                          then right = right + 1 end end return right";
     for first in (0..64 << 10).step_by(8 << 10) {
-        assert_eq!(eval(&lab, RIGHT, first, first + (8 << 10) - 1), 8 << 10);
+        assert_eq!(
+            redis_script(&lab, RIGHT, first, first + (8 << 10) - 1),
+            8 << 10
+        );
     }
     assert!(client.stop().unwrap().is_clean());
-}
-
-/// What a script over keys of the moved redis returns.
-fn eval(lab: &Lab, script: &str, first: u32, last: u32) -> u32 {
-    let address = Kind::Redis.address().ip().to_string();
-    let (first, last) = (first.to_string(), last.to_string());
-    let words = [
-        "redis-cli",
-        "-h",
-        &address,
-        "EVAL",
-        script,
-        "0",
-        &first,
-        &last,
-    ];
-    let output = lab.host(HostName::Client).exec(words).unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    said.parse()
-        .unwrap_or_else(|_| panic!("{said:?} {output:?}"))
 }
 
 /// Where rounds reach their goal nothing follows.

@@ -10,8 +10,8 @@ use std::time::Duration;
 use migrate_core::report::Report;
 use migrate_test_hosts::{Host, HostName, Lab, LabGuard};
 use migrate_tests::field::{Shared, contiguous, grows};
-use migrate_tests::hosts::{eventually, runs};
-use migrate_tests::migration::{migrate, print_logs};
+use migrate_tests::hosts::eventually;
+use migrate_tests::migration::moves_in_rounds;
 use migrate_tests::require;
 
 /// For what a program does at once, on a busy machine.
@@ -24,21 +24,9 @@ fn lab(test: &str) -> LabGuard {
 
 /// Moves a tree from one host to the other in rounds, with every page compared.
 fn moves(lab: &Lab, pid: i32, from: HostName, to: HostName, engine: &str) -> Report {
-    let (source, destination) = (lab.host(from), lab.host(to));
-    let (pid_text, to) = (pid.to_string(), to.to_string());
-    let arguments = ["--engine", engine, "--verify", "--max-blackout", "120"];
+    let engine = ["--engine", engine, "--max-blackout", "120"];
     let rounds = ["--max-iterations", "3", "--goal", "100"];
-    let arguments = [&arguments[..], &rounds, &["--to", &to, &pid_text]].concat();
-    let moved = migrate(&source, arguments).unwrap();
-    if moved.code != Some(0) {
-        print_logs(&source);
-        print_logs(&destination);
-    }
-    let report = moved.expect_committed().clone();
-    assert!(report.rounds >= 1, "{report:?}");
-    assert!(runs(&destination, pid));
-    assert!(eventually(SOON, || !runs(&source, pid)));
-    report
+    moves_in_rounds(lab, pid, (from, to), &[engine, rounds].concat())
 }
 
 /// A parent and three children write at random to segments of every kind and

@@ -4,10 +4,12 @@
 
 mod common;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use common::{Running, await_running, cgroup2, eventually, require, stands_still};
+use migrate_core::facts::TreeFacts;
 use migrate_proc::{Fence, FenceKind, Home, ProcError};
+use nix::sys::signal::Signal;
 
 const BUSY: &[&str] = &["sh", "-c", "while :; do :; done"];
 
@@ -221,20 +223,24 @@ fn a_home_of_its_own_and_gone_when_dropped() {
     }
 }
 
+/// A home in which a process lives that has got a signal.
+fn home_of(running: &Running, test: &str, signal: Signal) -> (TreeFacts, Home, PathBuf) {
+    let mut facts = running.tree().facts().unwrap();
+    facts.cgroup = "/".into();
+    let home = Home::create(&facts, &id(test)).unwrap();
+    let directory = home.directory().unwrap().to_owned();
+    home.place(running.pid()).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(running.pid()), signal).unwrap();
+    (facts, home, directory)
+}
+
 #[test]
 fn a_home_goes_with_what_was_killed_in_it() {
     require!(root);
     require!(cgroup2);
     let running = Running::start(BUSY);
-    let tree = running.tree();
-    let mut facts = tree.facts().unwrap();
-    facts.cgroup = "/".into();
-    let home = Home::create(&facts, &id("killed")).unwrap();
-    let directory = home.directory().unwrap().to_owned();
-    home.place(running.pid()).unwrap();
     // Not waited for: it may still be there.
-    let pid = nix::unistd::Pid::from_raw(running.pid());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let (facts, home, directory) = home_of(&running, "killed", Signal::SIGKILL);
     home.remove().unwrap();
     assert!(!directory.exists());
 
@@ -251,14 +257,8 @@ fn all_that_was_born_in_a_home_goes_with_a_failed_copy() {
     require!(root);
     require!(cgroup2);
     let running = Running::start(&["sleep", "1000"]);
-    let mut facts = running.tree().facts().unwrap();
-    facts.cgroup = "/".into();
-    let home = Home::create(&facts, &id("helper")).unwrap();
-    let directory = home.directory().unwrap().to_owned();
-    home.place(running.pid()).unwrap();
     // As a helper of a CRIU that was killed: stopped, and none of the copy's.
-    let pid = nix::unistd::Pid::from_raw(running.pid());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    let (_, home, directory) = home_of(&running, "helper", Signal::SIGSTOP);
     home.kill(&[]).unwrap();
     home.remove().unwrap();
     assert!(!directory.exists());

@@ -1028,6 +1028,27 @@ mod tests {
     use super::*;
     use crate::arena::memory_file;
 
+    /// A server with one thread that nobody has an eye on.
+    fn server(
+        pages: Arc<Mapping>,
+        late: Arc<LatePages>,
+        late_places: Vec<(PageOwner, Range<u64>, u64)>,
+    ) -> Server {
+        let task = Task {
+            pages,
+            late,
+            late_places,
+            plans: BTreeMap::new(),
+            threads: 1,
+            piece_bytes: 64 << 10,
+            limit: Duration::from_secs(60),
+            bell: Arc::new(sys::event_fd().unwrap()),
+            partner: None,
+            teller: None,
+        };
+        Server::new(task).unwrap()
+    }
+
     /// Locked memory that grows elsewhere while other memory is still to come.
     #[test]
     fn locked_memory_that_grows_is_not_waited_for() {
@@ -1059,19 +1080,7 @@ mod tests {
         });
         let mut plan = Plan::default();
         plan.insert(late..late + PAGE, PAGE);
-        let server = Server::new(Task {
-            pages,
-            late: Arc::new(LatePages::new(0).unwrap()),
-            late_places: Vec::new(),
-            plans: BTreeMap::new(),
-            threads: 1,
-            piece_bytes: 64 << 10,
-            limit: Duration::from_secs(60),
-            bell: Arc::new(sys::event_fd().unwrap()),
-            partner: None,
-            teller: None,
-        })
-        .unwrap();
+        let server = server(pages, Arc::new(LatePages::new(0).unwrap()), Vec::new());
         // Its first fault, or nothing would be in the way.
         assert_eq!(
             sys::poll(&[uffd.as_raw_fd()], Some(60_000)).unwrap(),
@@ -1101,19 +1110,9 @@ mod tests {
         let owner = PageOwner::Task(1);
         let mut plan = Plan::default();
         plan.insert(at..at + PAGE, LATE_FROM);
-        let server = Server::new(Task {
-            pages: Arc::new(Mapping::of(file.as_fd()).unwrap()),
-            late: Arc::clone(&late),
-            late_places: vec![(owner, at..at + PAGE, LATE_FROM)],
-            plans: BTreeMap::new(),
-            threads: 1,
-            piece_bytes: 64 << 10,
-            limit: Duration::from_secs(60),
-            bell: Arc::new(sys::event_fd().unwrap()),
-            partner: None,
-            teller: None,
-        })
-        .unwrap();
+        let pages = Arc::new(Mapping::of(file.as_fd()).unwrap());
+        let places = vec![(owner, at..at + PAGE, LATE_FROM)];
+        let server = server(pages, Arc::clone(&late), places);
         Some((at, late, server, Replica { owner, uffd, plan }))
     }
 
