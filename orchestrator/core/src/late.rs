@@ -226,11 +226,16 @@ impl Deliveries {
     }
 
     /// Whether the next is one that the copy waits for.
+    /// What was wanted and is on its way by now is forgotten.
     #[must_use]
-    pub fn is_wanted(&self) -> bool {
-        self.wanted
-            .iter()
-            .any(|wanted| self.first_within(wanted).is_some())
+    pub fn is_wanted(&mut self) -> bool {
+        while let Some(wanted) = self.wanted.front() {
+            if self.first_within(wanted).is_some() {
+                return true;
+            }
+            self.wanted.pop_front();
+        }
+        false
     }
 
     /// The next that the copy waits for, at most so many.

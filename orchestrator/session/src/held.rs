@@ -52,6 +52,15 @@ pub(crate) fn drain(held: &mut Option<HeldPackets>) -> Vec<HeldPacket> {
     held.as_mut().map_or_else(Vec::new, HeldPackets::try_drain)
 }
 
+/// Packets on their way in, and those on their way out, each in order.
+pub(crate) fn parted(
+    packets: impl IntoIterator<Item = HeldPacket>,
+) -> (Vec<HeldPacket>, Vec<HeldPacket>) {
+    packets
+        .into_iter()
+        .partition(|packet| packet.direction == Direction::Ingress)
+}
+
 /// Gives packets back that were held on this host, in order, and returns how
 /// many. One that cannot be given back is a lost packet and no more: its sender
 /// sends it again.
@@ -89,9 +98,7 @@ pub(crate) fn release(
     let mut answers = Vec::new();
     for _ in 0..RELEASE_ROUNDS_MAX {
         waiting.extend(drain(held));
-        let (inward, outward): (Vec<_>, Vec<_>) = waiting
-            .drain(..)
-            .partition(|packet| packet.direction == Direction::Ingress);
+        let (inward, outward) = parted(waiting.drain(..));
         answers.extend(outward);
         give_back(gate, &inward);
         // Acknowledgements may overtake each other.
@@ -102,9 +109,7 @@ pub(crate) fn release(
     gate.open_ingress();
     // What goes out keeps its order, and is gone before anything may overtake it.
     for _ in 0..RELEASE_ROUNDS_MAX {
-        let (inward, outward): (Vec<_>, Vec<_>) = drain(held)
-            .into_iter()
-            .partition(|packet| packet.direction == Direction::Ingress);
+        let (inward, outward) = parted(drain(held));
         give_back(gate, &inward);
         answers.extend(outward);
         if answers.is_empty() {

@@ -64,10 +64,6 @@ impl Inbox {
     /// error. Packets that come before it are kept.
     pub(crate) async fn next(&mut self, awaited: &'static str) -> Result<Message, Error> {
         loop {
-            let gone = || Error::PeerGone {
-                peer: self.peer.clone(),
-                awaited,
-            };
             match self.frames.recv().await {
                 Some(Ok(Frame::Packet(packet))) => self.keep(packet),
                 Some(Ok(Frame::Control(Message::Failed(error)))) => return Err(error.into()),
@@ -82,14 +78,13 @@ impl Inbox {
                         awaited,
                     });
                 }
-                Some(Err(error)) if error.is_disconnect() => return Err(gone()),
-                Some(Err(source)) => {
-                    return Err(Error::Channel {
+                Some(Err(error)) => return Err(broken(&self.peer, error, awaited)),
+                None => {
+                    return Err(Error::PeerGone {
                         peer: self.peer.clone(),
-                        source,
+                        awaited,
                     });
                 }
-                None => return Err(gone()),
             }
         }
     }
@@ -155,6 +150,19 @@ impl Inbox {
     /// See [`unexpected`].
     pub(crate) fn unexpected(&self, message: &Message, awaited: &'static str) -> Error {
         unexpected(&self.peer, message, awaited)
+    }
+}
+
+/// The error for a connection on which no more frames come.
+pub(crate) fn broken(peer: &str, error: ChannelError, awaited: &'static str) -> Error {
+    let peer = peer.to_owned();
+    if error.is_disconnect() {
+        Error::PeerGone { peer, awaited }
+    } else {
+        Error::Channel {
+            peer,
+            source: error,
+        }
     }
 }
 

@@ -689,7 +689,11 @@ impl ImageDir {
         self.still_open()?;
         self.settle()?;
         for (owner, memory) in &mut self.owners {
-            memory.fill(&self.path, *owner, filler)?;
+            if memory.gaps.is_empty() {
+                continue;
+            }
+            let path = self.path.join(pages_name(memory.pages_id));
+            memory.fill(&open_pages(&path)?, &path, *owner, filler)?;
         }
         Ok(())
     }
@@ -703,9 +707,14 @@ impl ImageDir {
     pub fn fill_segment(&mut self, id: u64, filler: &mut dyn Filler) -> Result<(), CriuError> {
         self.still_open()?;
         let owner = PageOwner::Shared(id);
-        match self.owners.get_mut(&owner) {
-            Some(memory) => memory.fill(&self.path, owner, filler),
-            None => Ok(()),
+        if !self.owners.contains_key(&owner) {
+            return Ok(());
+        }
+        // The one that its pages with data go to; runs of both kinds take turns.
+        let (_, path) = self.pages_file(owner)?;
+        match (&self.open_pages, self.owners.get_mut(&owner)) {
+            (Some((_, file)), Some(memory)) => memory.fill(file, &path, owner, filler),
+            _ => Ok(()),
         }
     }
 
@@ -935,17 +944,13 @@ impl Memory {
     /// Writes the content of all gaps.
     fn fill(
         &mut self,
-        directory: &Path,
+        file: &File,
+        path: &Path,
         owner: PageOwner,
         filler: &mut dyn Filler,
     ) -> Result<(), CriuError> {
-        if self.gaps.is_empty() {
-            return Ok(());
-        }
-        let path = directory.join(pages_name(self.pages_id));
-        let file = open_pages(&path)?;
         for gap in &self.gaps {
-            fill_gap(&file, &path, owner, *gap, filler)?;
+            fill_gap(file, path, owner, *gap, filler)?;
         }
         self.gaps.clear();
         Ok(())

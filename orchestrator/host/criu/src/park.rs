@@ -75,14 +75,14 @@ impl ParkedRestore {
     /// worker can do it.
     pub async fn release(mut self, images: &ImageDir) -> Result<Session, CriuError> {
         let held = images.held_inventory();
-        let failed = |path: &Path, source| CriuError::image("read", path, source);
-        let inventory = fs::read(&held).map_err(|source| failed(&held, source))?;
+        let inventory =
+            fs::read(&held).map_err(|source| CriuError::image("read", &held, source))?;
         if inventory.len() > INVENTORY_BYTES_MAX {
             return Err(CriuError::ImageData {
                 what: format!("an inventory of {} bytes", inventory.len()),
             });
         }
-        let path = self.options.images.join(INVENTORY);
+        let path = images.path().join(INVENTORY);
         let ends_at = Instant::now() + OPEN_LIMIT;
         let mut fifo = loop {
             let opened = OpenOptions::new()

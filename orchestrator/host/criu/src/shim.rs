@@ -33,7 +33,7 @@ use crate::images::ImageDir;
 use crate::locate::Criu;
 use crate::pages::{PageSink, PageStats, serve_pages};
 use crate::session::{Notice, Outcome};
-use crate::worker::{DumpOptions, Track, WorkerOptions, above_standard, keep_open};
+use crate::worker::{DumpOptions, Track, WorkerOptions, above_standard, keep_open, memory_file};
 
 /// The shared object.
 static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/migrate_shim.so"));
@@ -126,14 +126,8 @@ impl SegmentTable {
     /// Makes one that names nothing, and has a command's library read it. Its
     /// descriptor must stay open in the child, as [`preload`]'s.
     pub(crate) fn preload(command: &mut Command) -> io::Result<Self> {
-        let name = c"migrate-segments";
-        // SAFETY: the name is a C string; the result is checked.
-        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a new descriptor that nobody else owns.
-        let file = File::from(above_standard(unsafe { OwnedFd::from_raw_fd(fd) })?);
+        let file = memory_file(c"migrate-segments")?;
+        let file = File::from(above_standard(file.into())?);
         file.set_len(Self::BYTES)?;
         command.env(SEGMENTS, file.as_raw_fd().to_string());
         Ok(Self(file))

@@ -1,6 +1,7 @@
 //! A CRIU that has started and waits for one order.
 
 use std::collections::BTreeSet;
+use std::ffi::CStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
@@ -273,7 +274,7 @@ impl DumpOptions {
 }
 
 /// What to restore and how.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct RestoreOptions {
     /// Directory with a complete set of images.
     pub images: PathBuf,
@@ -385,7 +386,7 @@ fn start(criu: &Criu, options: WorkerOptions) -> io::Result<Worker> {
                 .open(directory.join("cgroup.procs"))
         })
         .transpose()?;
-    let stderr = scratch()?;
+    let stderr = memory_file(c"criu-stderr")?;
 
     let mut command = Command::new(&criu.path);
     command
@@ -509,10 +510,10 @@ pub(crate) fn keep_open(command: &mut Command, fd: RawFd) {
     }
 }
 
-/// A file without a name for the worker's standard error.
-fn scratch() -> io::Result<File> {
-    // SAFETY: the name is a valid C string; the result is checked below.
-    let fd = unsafe { libc::memfd_create(c"criu-stderr".as_ptr(), libc::MFD_CLOEXEC) };
+/// A file in memory, without a name.
+pub(crate) fn memory_file(name: &CStr) -> io::Result<File> {
+    // SAFETY: the name is a C string; the result is checked below.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -1,10 +1,10 @@
 //! Rounds that compare content, for hosts that cannot track memory.
 //!
 //! Every round reads all memory of the running tree and hands on the pages whose
-//! digest is not that of what was handed on last for the same address. Nothing is marked and nothing injected; the price is a core that
-//! reads and hashes. The final dump asks [`ContentPrecopy::holds`] for each page
-//! of the frozen tree, so what a round has read half-written costs nothing but
-//! time.
+//! digest is not that of what was handed on last for the same address. Nothing is
+//! marked and nothing injected; the price is a core that reads and hashes. The
+//! final dump asks [`ContentPrecopy::holds`] for each page of the frozen tree, so
+//! what a round has read half-written costs nothing but time.
 
 use std::collections::VecDeque;
 use std::fs::File;

@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::time::Instant;
 
 use bytes::Bytes;
-use migrate_core::wire::{PAGE_BYTES, PageOwner, PageRun};
+use migrate_core::wire::{PAGE_BYTES, PageOwner};
 
 use crate::error::RoundError;
-use crate::rounds::{PageSink, RoundStats, micros, runs};
+use crate::rounds::{PageSink, RoundStats, hand_on};
 use crate::{PAGE, ZERO_PAGE};
 
 /// Pages whose digests lie together: 2 MiB of memory.
@@ -110,17 +109,9 @@ impl Known {
             stats.pages_written += count;
             let start = vaddr + pages.start as u64 * PAGE;
             let content = data.slice(pages.start * PAGE_BYTES..pages.end * PAGE_BYTES);
-            let waiting = Instant::now();
-            for (run, content) in runs(owner, start, &content) {
-                if run.flags == PageRun::ZERO {
-                    stats.zero_pages += run.pages;
-                }
-                stats.bytes += content.len() as u64;
-                sink.pages(run, content)
-                    .await
-                    .map_err(|source| RoundError::Sink { source })?;
-            }
-            stats.sink_us += micros(waiting.elapsed());
+            hand_on(owner, start, &content, sink, stats)
+                .await
+                .map_err(|source| RoundError::Sink { source })?;
         }
         Ok(())
     }

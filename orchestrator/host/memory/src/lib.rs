@@ -62,8 +62,8 @@ pub use lazy::{
 };
 pub use probe::{Support, probe, probe_soft_dirty};
 pub use rounds::{
-    Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState, markable,
-    runs,
+    Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState, hand_on,
+    markable,
 };
 pub use segments::{FrozenRun, FrozenSegments};
 pub use store::{Content, Held, Holding, MemoryDigest, PageStore, Piece};

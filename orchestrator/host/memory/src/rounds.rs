@@ -527,32 +527,47 @@ impl<S: PageSink> Pass<'_, S> {
         pieces: &[Range<u64>],
         data: &Bytes,
     ) -> Result<(), RoundError<S::Error>> {
-        let waiting = Instant::now();
         let owner = PageOwner::Task(self.pid.unsigned_abs());
         let mut at = 0usize;
         for piece in pieces {
             let bytes = usize::try_from(piece.end - piece.start).unwrap_or(usize::MAX);
             let end = data.len().min(at.saturating_add(bytes));
-            for (run, content) in runs(owner, piece.start, &data.slice(at..end)) {
-                if run.flags == PageRun::ZERO {
-                    self.stats.zero_pages += run.pages;
-                }
-                self.stats.bytes += content.len() as u64;
-                self.sink
-                    .pages(run, content)
-                    .await
-                    .map_err(|source| RoundError::Sink { source })?;
-            }
+            let content = data.slice(at..end);
+            hand_on(owner, piece.start, &content, self.sink, self.stats)
+                .await
+                .map_err(|source| RoundError::Sink { source })?;
             at = end;
         }
-        self.stats.sink_us += micros(waiting.elapsed());
         Ok(())
     }
 }
 
-/// Splits pages side by side into runs of zeros and runs of content, for a
-/// [`PageSink`].
-pub fn runs(owner: PageOwner, vaddr: u64, data: &Bytes) -> impl Iterator<Item = (PageRun, Bytes)> {
+/// Hands on pages side by side, zeros without data, and counts what goes out.
+///
+/// # Errors
+///
+/// The sink's.
+pub async fn hand_on<S: PageSink>(
+    owner: PageOwner,
+    vaddr: u64,
+    data: &Bytes,
+    sink: &mut S,
+    stats: &mut RoundStats,
+) -> Result<(), S::Error> {
+    let waiting = Instant::now();
+    for (run, content) in runs(owner, vaddr, data) {
+        if run.flags == PageRun::ZERO {
+            stats.zero_pages += run.pages;
+        }
+        stats.bytes += content.len() as u64;
+        sink.pages(run, content).await?;
+    }
+    stats.sink_us += micros(waiting.elapsed());
+    Ok(())
+}
+
+/// Splits pages side by side into runs of zeros and runs of content.
+fn runs(owner: PageOwner, vaddr: u64, data: &Bytes) -> impl Iterator<Item = (PageRun, Bytes)> {
     let mut at = 0;
     std::iter::from_fn(move || {
         let rest = &data[at..];

@@ -131,14 +131,7 @@ impl Fetch {
                 Err(crate::inbox::unexpected(&self.peer, &message, AWAITED))
             }
             Ok(_) => Err(unexpected("something else".to_owned())),
-            Err(error) if error.is_disconnect() => Err(Error::PeerGone {
-                peer: self.peer.clone(),
-                awaited: AWAITED,
-            }),
-            Err(source) => Err(Error::Channel {
-                peer: self.peer.clone(),
-                source,
-            }),
+            Err(error) => Err(crate::inbox::broken(&self.peer, error, AWAITED)),
         }
     }
 

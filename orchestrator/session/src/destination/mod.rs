@@ -400,17 +400,10 @@ impl Destination {
     /// The next message, whatever way messages come at the moment.
     async fn message(&mut self, awaited: &'static str, limit: Duration) -> Result<Message, Error> {
         match &mut self.incoming {
-            Incoming::Frames(receiver) => match receiver.control(limit).await {
-                Ok(message) => Ok(message),
-                Err(error) if error.is_disconnect() => Err(Error::PeerGone {
-                    peer: self.peer.clone(),
-                    awaited,
-                }),
-                Err(source) => Err(Error::Channel {
-                    peer: self.peer.clone(),
-                    source,
-                }),
-            },
+            Incoming::Frames(receiver) => {
+                let message = receiver.control(limit).await;
+                message.map_err(|error| crate::inbox::broken(&self.peer, error, awaited))
+            }
             Incoming::Messages(inbox) => inbox.next_within(awaited, limit).await,
             Incoming::Closed => Err(Error::PeerGone {
                 peer: self.peer.clone(),

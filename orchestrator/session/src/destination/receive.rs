@@ -16,7 +16,7 @@ use migrate_memory::{Content, Listed, PageStore};
 use super::fetch::Expected;
 use super::{Destination, Engine, Incoming, SILENCE};
 use crate::error::Error;
-use crate::inbox::Inbox;
+use crate::inbox::{Inbox, broken};
 
 /// What the source has counted and must have come.
 #[derive(PartialEq, Eq)]
@@ -282,21 +282,8 @@ impl Destination {
             let Some(images) = &mut self.images else {
                 return Err(nothing("the image directory"));
             };
-            let frame = match receiver.next(limit).await {
-                Ok(frame) => frame,
-                Err(error) if error.is_disconnect() => {
-                    return Err(Error::PeerGone {
-                        peer: self.peer.clone(),
-                        awaited: AWAITED,
-                    });
-                }
-                Err(source) => {
-                    return Err(Error::Channel {
-                        peer: self.peer.clone(),
-                        source,
-                    });
-                }
-            };
+            let frame = receiver.next(limit).await;
+            let frame = frame.map_err(|error| broken(&self.peer, error, AWAITED))?;
             match frame {
                 Frame::Pages { run, data } => memory.take(images, run, &data)?,
                 Frame::Image { name, last, data } => images.image_piece(&ImagePiece {

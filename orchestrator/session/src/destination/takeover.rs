@@ -12,7 +12,6 @@ use migrate_core::Flow;
 use migrate_core::journal::Stage;
 use migrate_core::wire::{Message, RunningReport};
 use migrate_criu::Notice;
-use migrate_ebpf_common::Direction;
 use migrate_net::Placement;
 use migrate_proc::Home;
 
@@ -85,9 +84,7 @@ impl Destination {
             tracing::warn!(error = %crate::error::chain(&error), "could not announce the address");
         }
         // What the sockets have said while they were built may go out now.
-        let (waiting, mut unsent): (Vec<_>, Vec<_>) = held::drain(&mut self.held)
-            .into_iter()
-            .partition(|packet| packet.direction == Direction::Ingress);
+        let (waiting, mut unsent) = held::parted(held::drain(&mut self.held));
         // A socket that is being built does not know its window yet.
         unsent.retain(|packet| !packet.is_bare());
         if let Some(gate) = gate {

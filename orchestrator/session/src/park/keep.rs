@@ -355,15 +355,7 @@ impl Keeper {
     }
 
     fn lost(&self, error: migrate_channel::ChannelError, awaited: &'static str) -> Error {
-        let peer = self.peer.clone();
-        if error.is_disconnect() {
-            Error::PeerGone { peer, awaited }
-        } else {
-            Error::Channel {
-                peer,
-                source: error,
-            }
-        }
+        crate::inbox::broken(&self.peer, error, awaited)
     }
 
     async fn send(&mut self, message: &Message) -> Result<(), Error> {

@@ -219,18 +219,7 @@ impl Work {
         &mut self,
         frame: Result<Frame, migrate_channel::ChannelError>,
     ) -> Result<Option<u64>, Error> {
-        let frame = frame.map_err(|error| {
-            if error.is_disconnect() {
-                return Error::PeerGone {
-                    peer: self.peer.clone(),
-                    awaited: AWAITED,
-                };
-            }
-            Error::Channel {
-                peer: self.peer.clone(),
-                source: error,
-            }
-        })?;
+        let frame = frame.map_err(|error| crate::inbox::broken(&self.peer, error, AWAITED))?;
         match frame {
             Frame::Control(Message::Want { pages, came }) if came <= self.sent_pages => {
                 self.came_pages = self.came_pages.max(came);

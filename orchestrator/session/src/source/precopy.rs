@@ -70,6 +70,7 @@ const SHARED_PAGE_NS: u64 = 2400;
 ///
 /// The finding, when the wanted engine does not work here.
 pub(super) async fn choose(wanted: EngineChoice, criu: &Criu) -> (Engine, Finding) {
+    const ANOTHER: &str = "use another --engine, or --engine auto";
     let subject = "memory engine";
     if wanted == EngineChoice::Only(Engine::Full) {
         let finding = Finding::ok(
@@ -86,8 +87,7 @@ pub(super) async fn choose(wanted: EngineChoice, criu: &Criu) -> (Engine, Findin
                 return (Engine::Uffd, finding);
             }
             Err(why) if wanted == EngineChoice::Only(Engine::Uffd) => {
-                let help = "use another --engine, or --engine auto";
-                return (Engine::Uffd, Finding::refused(subject, why, help));
+                return (Engine::Uffd, Finding::refused(subject, why, ANOTHER));
             }
             Err(why) => obstacles.push(format!("not uffd: {why}")),
         }
@@ -103,8 +103,7 @@ pub(super) async fn choose(wanted: EngineChoice, criu: &Criu) -> (Engine, Findin
             return (Engine::SoftDirty, finding);
         }
         (Err(why), EngineChoice::Only(_)) => {
-            let help = "use another --engine, or --engine auto";
-            return (Engine::SoftDirty, Finding::refused(subject, why, help));
+            return (Engine::SoftDirty, Finding::refused(subject, why, ANOTHER));
         }
         (Err(why), EngineChoice::Auto) => obstacles.push(format!("not soft-dirty: {why}")),
     }

@@ -179,13 +179,8 @@ impl Migration {
         let count = streams.saturating_sub(1) + u32::from(may_postcopy);
         let mut lanes = further.open(count, CONNECT_LIMIT).await.map_err(broken)?;
         // The last one is no part of the page stream.
-        let late_lane = match lanes.pop() {
-            Some(lane) if may_postcopy => Some(lane.into_ends(&link.peer)),
-            last => {
-                lanes.extend(last);
-                None
-            }
-        };
+        let late = may_postcopy.then(|| lanes.pop()).flatten();
+        let late_lane = late.map(|lane| lane.into_ends(&link.peer));
         let sender = &mut link.sender;
         sender.control(&Message::Streams).await.map_err(broken)?;
         sender.stripe(lanes, options).await.map_err(broken)?;

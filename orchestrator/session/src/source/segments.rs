@@ -131,10 +131,7 @@ impl Outgoing<'_> {
     }
 
     async fn send_segment(&mut self, (run, data): FrozenRun) -> Result<(), DumpSinkError> {
-        let flags = match data.is_empty() {
-            true => PARENT,
-            false => run.flags,
-        };
+        let flags = if data.is_empty() { PARENT } else { run.flags };
         let run = PageRun { flags, ..run };
         self.list(run)?;
         Ok(self.send(run, &data).await?)

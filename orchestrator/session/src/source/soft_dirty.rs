@@ -177,16 +177,7 @@ impl PageSink for Round<'_, '_> {
             return Ok(());
         }
         self.stats.pages_written += run.pages;
-        let waiting = Instant::now();
-        for (run, content) in migrate_memory::runs(run.owner, run.vaddr, &data) {
-            if run.flags == PageRun::ZERO {
-                self.stats.zero_pages += run.pages;
-            }
-            self.stats.bytes += content.len() as u64;
-            self.sink.send(run, &content).await?;
-        }
-        self.stats.sink_us += micros(waiting.elapsed());
-        Ok(())
+        migrate_memory::hand_on(run.owner, run.vaddr, &data, self.sink, &mut self.stats).await
     }
 
     async fn close(&mut self, _stats: PageStats) -> Result<(), ChannelError> {

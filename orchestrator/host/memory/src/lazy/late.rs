@@ -243,7 +243,7 @@ impl LatePages {
     /// call.
     #[must_use]
     pub fn take_wanted(&self, ranges_max: usize) -> Vec<(u64, u64)> {
-        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        let mut ranges = Vec::new();
         for index in 0..Self::bit_words(self.pages) {
             let word = self.wanted_word(index).load(Ordering::SeqCst);
             if word == 0 {
@@ -255,15 +255,10 @@ impl LatePages {
                 break;
             }
             let taken = self.wanted_word(index).swap(0, Ordering::SeqCst);
-            for bit in (0..BITS).filter(|bit| taken & (1 << bit) != 0) {
-                let number = index * BITS + bit;
-                match ranges.last_mut() {
-                    Some((first, count)) if *first + *count == number => *count += 1,
-                    _ => ranges.push((number, 1)),
-                }
-            }
+            add_numbers(&mut ranges, index, taken);
         }
-        ranges
+        let counted = |range: Range<u64>| (range.start, range.end - range.start);
+        ranges.into_iter().map(counted).collect()
     }
 
     /// Waits until [`take_wanted`](Self::take_wanted) may have something, at most
@@ -321,23 +316,29 @@ impl Noted {
 
     /// Numbers of pages that have come since the last call.
     pub(super) fn fresh(&mut self, pages: &LatePages) -> Vec<Range<u64>> {
-        let mut ranges: Vec<Range<u64>> = Vec::new();
+        let mut ranges = Vec::new();
         for (index, noted) in (0..).zip(&mut self.words) {
             let now = pages.arrived_word(index).load(Ordering::SeqCst);
             let fresh = now & !*noted;
             *noted = now;
-            if fresh == 0 {
-                continue;
-            }
-            for bit in (0..BITS).filter(|bit| fresh & (1 << bit) != 0) {
-                let number = index * BITS + bit;
-                match ranges.last_mut() {
-                    Some(last) if last.end == number => last.end += 1,
-                    _ => ranges.push(number..number + 1),
-                }
-            }
+            add_numbers(&mut ranges, index, fresh);
         }
         ranges
+    }
+}
+
+/// Adds the pages whose bits are set in a word, which comes behind the words that
+/// were added before.
+fn add_numbers(ranges: &mut Vec<Range<u64>>, index: u64, word: u64) {
+    if word == 0 {
+        return;
+    }
+    for bit in (0..BITS).filter(|bit| word & (1 << bit) != 0) {
+        let number = index * BITS + bit;
+        match ranges.last_mut() {
+            Some(last) if last.end == number => last.end += 1,
+            _ => ranges.push(number..number + 1),
+        }
     }
 }
 
