@@ -171,7 +171,18 @@ impl Migration {
 /// When it does not.
 #[track_caller]
 pub fn serves_old_connections(client: &mut StrictClient) {
-    match client.await_progress(SERVED_REQUESTS, SERVED_WITHIN) {
+    serves_old_connections_within(client, SERVED_WITHIN);
+}
+
+/// The same where peers have been kept waiting: a retransmission timer that has doubled all the
+/// while runs for as long again.
+///
+/// # Panics
+///
+/// When one does not.
+#[track_caller]
+pub fn serves_old_connections_within(client: &mut StrictClient, limit: Duration) {
+    match client.await_progress(SERVED_REQUESTS, limit) {
         Ok(snapshot) => assert_eq!(snapshot.errors, 0, "{snapshot:?}"),
         Err(error) => panic!("the old connections are not served: {error}"),
     }

@@ -1,6 +1,7 @@
 //! In virtual machines, on kernels of Debian: the gate's own tests, for the verifier takes the
-//! programs there, too, and they do what they do here; and whole migrations, from one kernel to
-//! another and by the kernel's soft-dirty marks, which the kernel of a test machine may not have.
+//! programs there, too, and they do what they do here; whole migrations, from one kernel to
+//! another and by the kernel's soft-dirty marks, which the kernel of a test machine may not have;
+//! and machines that get another kernel, by kexec and by a reset, with their trees parked on a disk.
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
@@ -9,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use migrate_core::report::Report;
 use migrate_test_hosts::{HostName, WORKLOAD_V4};
-use migrate_test_vms::{Kernel, Machine, Machines, Order, Program, scratch};
+use migrate_test_vms::{DISK, Kernel, Machine, Machines, Order, Program, Way, scratch};
 use migrate_tests::client::{StrictClient, program};
 use migrate_tests::hosts::gate_tests;
-use migrate_tests::migration::{Migration, serves_old_connections};
+use migrate_tests::migration::{Migration, serves_old_connections, serves_old_connections_within};
 use migrate_tests::require;
 
 /// They take a minute or two under emulation on an idle machine; this is for one with many others.
@@ -138,6 +139,40 @@ fn moves(from: &Machine, to: &Machine, pid: &str, options: &[&str]) -> (Report, 
     (report, engine)
 }
 
+/// What such a set of machines runs.
+fn moving() -> [Program; 2] {
+    ["migrate", "strict-client"].map(|name| Program {
+        path: program(name),
+        name: name.to_owned(),
+    })
+}
+
+/// A redis at the workload's address, and its PID.
+fn redis_on(machine: &Machine) -> String {
+    let address = WORKLOAD_V4.to_string();
+    let server = ["redis-server", "--bind", &address, "--save", ""];
+    let alone = ["--protected-mode", "no", "--daemonize", "yes"];
+    let pidfile = ["--pidfile", "/run/redis.pid"];
+    let argv = server.iter().chain(&alone).chain(&pidfile);
+    machine.succeed(argv, MOVES_WITHIN).unwrap();
+    let pid = "until test -s /run/redis.pid; do sleep 0.1; done; cat /run/redis.pid";
+    let pid = machine.succeed(["sh", "-c", pid], MOVES_WITHIN).unwrap();
+    pid.trim().to_owned()
+}
+
+/// Its strict client, which has been served.
+fn client_on(machine: &Machine) -> StrictClient {
+    let mut command = machine.command("strict-client");
+    command
+        .args(["redis", "--addr", &format!("{WORKLOAD_V4}:6379")])
+        .args(["--connections", "8", "--interval-us", "20000"])
+        .args(["--keys", "2000", "--populate", "--verify"])
+        .args(["--connect-wait-ms", "60000", "--reply-timeout-ms", "300000"]);
+    let mut client = StrictClient::spawn(command).unwrap();
+    serves_old_connections(&mut client);
+    client
+}
+
 /// By soft-dirty marks of their own accord on 6.1, which has nothing else, and because they are
 /// told to on 6.12, which has.
 #[test]
@@ -149,36 +184,18 @@ fn redis_moves_between_kernels_by_soft_dirty_marks() {
     let _alone = alone();
     let begun = Instant::now();
     let dir = scratch().unwrap();
-    let programs = ["migrate", "strict-client"].map(|name| Program {
-        path: program(name),
-        name: name.to_owned(),
-    });
     let orders = [
         Order::new(HostName::Host1, Kernel::V6_1),
         Order::new(HostName::Host2, Kernel::V6_12),
         Order::new(HostName::Client, Kernel::V6_12),
     ];
-    let machines = Machines::boot(dir.path(), &orders, &programs).unwrap();
+    let machines = Machines::boot(dir.path(), &orders, &moving()).unwrap();
     let [one, two, peer] = orders.map(|order| machines.get(order.host).unwrap());
     println!("up after {} s", begun.elapsed().as_secs());
 
-    let address = WORKLOAD_V4.to_string();
-    let server = ["redis-server", "--bind", &address, "--save", ""];
-    let alone = ["--protected-mode", "no", "--daemonize", "yes"];
-    let pidfile = ["--pidfile", "/run/redis.pid"];
-    let argv = server.iter().chain(&alone).chain(&pidfile);
-    one.succeed(argv, MOVES_WITHIN).unwrap();
-    let pid = "until test -s /run/redis.pid; do sleep 0.1; done; cat /run/redis.pid";
-    let pid = one.succeed(["sh", "-c", pid], MOVES_WITHIN).unwrap();
-    let pid = pid.trim();
-    let mut command = peer.command("strict-client");
-    command
-        .args(["redis", "--addr", &format!("{address}:6379")])
-        .args(["--connections", "8", "--interval-us", "20000"])
-        .args(["--keys", "2000", "--populate", "--verify"])
-        .args(["--connect-wait-ms", "60000", "--reply-timeout-ms", "300000"]);
-    let mut client = StrictClient::spawn(command).unwrap();
-    serves_old_connections(&mut client);
+    let pid = redis_on(one);
+    let pid = pid.as_str();
+    let mut client = client_on(peer);
 
     for (from, to, options) in [(one, two, &[][..]), (two, one, &["--engine", "soft-dirty"])] {
         let (report, engine) = moves(from, to, pid, options);
@@ -211,4 +228,92 @@ fn redis_moves_between_kernels_by_soft_dirty_marks() {
     }
     let verdict = client.stop().unwrap();
     assert!(verdict.is_clean(), "{verdict}");
+}
+
+/// What the boot does before there is a network, as `dist/migrate-guard.service`.
+const BEFORE_NETWORK: &str = "test ! -d /disk/parked || migrate guard-boot --dir /disk/parked";
+
+/// Peers that have waited for two minutes may wait for as long again until they ask.
+const ASKED_AGAIN_WITHIN: Duration = Duration::from_secs(300);
+
+/// Parks a tree, lets the machine have another kernel in one of the two ways, resumes it.
+fn redis_outlives_its_kernel(way: Way) {
+    let begun = Instant::now();
+    let dir = scratch().unwrap();
+    let orders = [
+        Order::new(HostName::Host1, Kernel::V6_1).with_disk(Kernel::V6_12),
+        Order::new(HostName::Client, Kernel::V6_12),
+    ];
+    let mut machines = Machines::boot(dir.path(), &orders, &moving()).unwrap();
+    println!("up after {} s", begun.elapsed().as_secs());
+    let [one, peer] = orders.map(|order| machines.get(order.host).unwrap());
+    let pid = redis_on(one);
+    let mut client = client_on(peer);
+    let prepare = format!(
+        "mkdir -m 700 {DISK}/parked; echo '{BEFORE_NETWORK}' >{DISK}/before-network; sync; uname -r"
+    );
+    let former = one.succeed(["sh", "-c", &prepare], MOVES_WITHIN).unwrap();
+    let reboot = match way {
+        Way::Kexec => {
+            // The digest of the images is what a crashed kernel needs, and takes seconds here.
+            let load = format!(
+                "kexec --load --no-checks --reuse-cmdline --initrd={DISK}/initrd {DISK}/vmlinuz"
+            );
+            one.succeed(["sh", "-c", &load], MOVES_WITHIN).unwrap();
+            "kexec --exec"
+        }
+        // At once, as a power switch.
+        Way::Reset => "echo b >/proc/sysrq-trigger",
+    };
+    let park = [
+        "migrate",
+        "maintenance",
+        &pid,
+        "--dir",
+        &format!("{DISK}/parked"),
+        "--name",
+        "cache",
+        "--reboot-cmd",
+        reboot,
+    ];
+    machines.leave_kernel(HostName::Host1, way, park).unwrap();
+    println!("on the next kernel after {} s", begun.elapsed().as_secs());
+
+    let one = machines.get(HostName::Host1).unwrap();
+    let latter = one.succeed(["uname", "-r"], MOVES_WITHIN).unwrap();
+    assert_ne!(former, latter);
+    assert_eq!(latter.trim(), Kernel::V6_12.find().unwrap().release);
+    let parked = format!("{DISK}/parked");
+    let list = ["migrate", "resume", "--list", "--dir", &parked];
+    let list = one.succeed(list, MOVES_WITHIN).unwrap();
+    assert!(list.contains(former.trim()), "{list}");
+    assert!(list.contains("8 connections"), "{list}");
+    assert!(list.contains("waits"), "{list}");
+    let resume = ["migrate", "resume", "--dir", &parked];
+    let resumed = one.succeed(resume, MOVES_WITHIN).unwrap();
+    println!("{resumed}back after {} s", begun.elapsed().as_secs());
+    assert!(resumed.contains("8 connections"), "{resumed}");
+    serves_old_connections_within(&mut client, ASKED_AGAIN_WITHIN);
+    let comm = one.read(&format!("/proc/{pid}/comm")).unwrap();
+    assert_eq!(comm.trim(), "redis-server");
+    // No connection was reset, and every key is as it was written.
+    let verdict = client.stop().unwrap();
+    assert!(verdict.is_clean(), "{verdict}");
+    println!("done after {} s", begun.elapsed().as_secs());
+}
+
+#[test]
+fn redis_outlives_a_kexec() {
+    require!(
+        "redis_outlives_a_kexec": vm, kernel_6_1, kernel_6_12, migrate, criu, redis, kexec
+    );
+    let _alone = alone();
+    redis_outlives_its_kernel(Way::Kexec);
+}
+
+#[test]
+fn redis_outlives_a_reset() {
+    require!("redis_outlives_a_reset": vm, kernel_6_1, kernel_6_12, migrate, criu, redis);
+    let _alone = alone();
+    redis_outlives_its_kernel(Way::Reset);
 }

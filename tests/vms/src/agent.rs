@@ -37,6 +37,10 @@ pub(crate) const FAILED: &str = "migrate-vm: failed: ";
 pub(crate) const SETUP_FILE: &str = "/etc/migrate-vm.json";
 /// Commands that run side by side in a guest.
 pub(crate) const PORTS: usize = 12;
+/// Where a guest that has a disk finds it.
+pub const DISK: &str = "/disk";
+/// On the disk: a script that is run while the guest has no address.
+pub(crate) const BEFORE_NETWORK: &str = "before-network";
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// The kernel tells of ports and interfaces within a second, under emulation.
@@ -53,6 +57,8 @@ pub(crate) struct Setup {
     pub(crate) network: String,
     pub(crate) last_pid: u32,
     pub(crate) sshd: bool,
+    /// Whether there is a disk.
+    pub(crate) disk: bool,
 }
 
 /// Runs as PID 1 and never returns.
@@ -105,6 +111,9 @@ fn start() -> Result<()> {
     // What the kernel does not have is missed by the test that needs it.
     let _ = command("modprobe").arg("-aq").args(&setup.modules).status();
     await_path("/sys/class/net/eth0")?;
+    if setup.disk {
+        mount_disk()?;
+    }
     for (key, value) in [("accept_dad", "0"), ("accept_ra", "0")] {
         let path = format!("/proc/sys/net/ipv6/conf/default/{key}");
         fs::write(&path, value).attempt(|| format!("write {path}"))?;
@@ -116,8 +125,7 @@ fn start() -> Result<()> {
     if setup.sshd {
         succeed(command("sshd").args(["-E", "/run/sshd.log"]))?;
     }
-    let pid = setup.last_pid.to_string();
-    fs::write("/proc/sys/kernel/ns_last_pid", pid).attempt(|| "set the next PID".to_owned())?;
+    start_pids_above(setup.last_pid)?;
     let ports = open_ports()?;
 
     // SAFETY: this process has one thread.
@@ -132,6 +140,36 @@ fn start() -> Result<()> {
             reap_until(child)
         }
     }
+}
+
+/// The disk, and what it says is to be done before there is a network.
+fn mount_disk() -> Result<()> {
+    const DEVICE: &str = "/dev/vda";
+    await_path(DEVICE)?;
+    make_dir(DISK)?;
+    mount(
+        Some(DEVICE),
+        DISK,
+        Some("ext4"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .attempt(|| format!("mount {DEVICE} on {DISK}"))?;
+    let script = Path::new(DISK).join(BEFORE_NETWORK);
+    if script.exists() {
+        succeed(command("sh").arg("-e").arg(script))?;
+    }
+    Ok(())
+}
+
+/// Higher ones may be wanted already, by whoever keeps those below free.
+fn start_pids_above(wanted: u32) -> Result<()> {
+    const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
+    let last = fs::read_to_string(LAST_PID).attempt(|| "read the last PID".to_owned())?;
+    if last.trim().parse().is_ok_and(|last: u32| last >= wanted) {
+        return Ok(());
+    }
+    fs::write(LAST_PID, wanted.to_string()).attempt(|| "set the next PID".to_owned())
 }
 
 fn mount_new(kind: &str, target: &str, options: &str) -> Result<()> {

@@ -39,6 +39,12 @@ pub enum Error {
         /// The end of what it said.
         message: String,
     },
+    /// There is nothing that the machine could go on with.
+    #[error("{host} has no disk with another kernel")]
+    NoDisk {
+        /// Which.
+        host: &'static str,
+    },
     /// A machine did not come up, or died.
     #[error("{host}, kernel {series}: {verdict}; its console is in {}", console.display())]
     Machine {
@@ -97,6 +103,7 @@ impl Error {
             Self::NoKernel { series, .. } => Some(format!("fetch it with `scripts/vms {series}`")),
             Self::UnknownKernel { .. } => Some("take 6.1, 6.12 or newest".to_owned()),
             Self::MissingProgram { .. } => Some("run scripts/setup".to_owned()),
+            Self::NoDisk { .. } => Some("order it with_disk".to_owned()),
             _ => None,
         }
     }

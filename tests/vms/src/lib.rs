@@ -23,6 +23,7 @@
 //! another name; as in `migrate_test_hosts`, they take over before `main`.
 
 mod agent;
+mod disk;
 mod error;
 mod exec;
 mod initramfs;
@@ -32,9 +33,10 @@ mod root;
 mod switch;
 mod wire;
 
+pub use agent::DISK;
 pub use error::{Error, Result};
 pub use kernels::{Fetched, Kernel};
-pub use machine::{Finished, Machine, Machines, Order, scratch};
+pub use machine::{Finished, Machine, Machines, Order, Way, scratch};
 pub use root::{Program, lacking};
 
 #[used]

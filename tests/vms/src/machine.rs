@@ -15,9 +15,10 @@ use migrate_test_hosts::HostName;
 use migrate_test_hosts::files::Keys;
 
 use crate::agent::{FAILED, PORTS, READY};
+use crate::disk;
 use crate::error::{Attempt, Error, Result};
 use crate::exec::{self, EXEC};
-use crate::kernels::Kernel;
+use crate::kernels::{Fetched, Kernel};
 use crate::root::{self, Program};
 use crate::switch::{self, Switch};
 
@@ -53,6 +54,8 @@ pub struct Order {
     pub kernel: Kernel,
     /// Its memory.
     pub memory_mib: u32,
+    /// A kernel to go on with, with everything that it boots, on a disk of the guest's.
+    pub next: Option<Kernel>,
 }
 
 impl Order {
@@ -63,8 +66,29 @@ impl Order {
             host,
             kernel,
             memory_mib: 768,
+            next: None,
         }
     }
+
+    /// With a disk at [`DISK`](crate::DISK), which outlives the kernel, and with what `kernel` boots on it, as
+    /// `vmlinuz` and `initrd`. If there is a script `before-network` on it, that is run at each
+    /// boot while there is no address.
+    #[must_use]
+    pub const fn with_disk(mut self, kernel: Kernel) -> Self {
+        self.next = Some(kernel);
+        // What kexec boots lies in memory beside what has been booted.
+        self.memory_mib = 1280;
+        self
+    }
+}
+
+/// How a guest gets another kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The kernel that runs starts the other one.
+    Kexec,
+    /// The machine is reset, and its firmware starts the other one.
+    Reset,
 }
 
 /// A directory for a set of guests, private and removed with the handle.
@@ -82,6 +106,8 @@ pub fn scratch() -> Result<tempfile::TempDir> {
 /// A set of guests that runs as long as this lives.
 #[derive(Debug)]
 pub struct Machines {
+    dir: PathBuf,
+    /// Both in the order of the orders.
     machines: Vec<Machine>,
     qemus: Vec<Child>,
     _switch: Switch,
@@ -104,35 +130,35 @@ impl Machines {
             .map(|order| (order.host.as_str(), hardware_address(order.host)))
             .collect();
         let mut machines = Self {
+            dir: dir.to_owned(),
             machines: Vec::new(),
             qemus: Vec::new(),
             _switch: Switch::start(dir, &ports)?,
         };
-        let accelerator = Accelerator::wanted();
         for order in orders {
-            let kernel = order.kernel.find()?;
-            let modules = dir.join(format!("{}.modules.cpio", order.kernel));
-            root::modules(&modules, &kernel)?;
             let own = dir.join(format!("{}.own.cpio", order.host));
-            root::own(&own, order.host, &keys)?;
-            let initrd = dir.join(format!("{}.initrd", order.host));
-            concatenate(&[&common, &modules, &own], &initrd)?;
-            let console = dir.join(format!("{}.console", order.host));
-            let mut command = qemu(dir, order, accelerator);
-            command.arg("-kernel").arg(&kernel.image);
-            command.arg("-initrd").arg(&initrd);
-            let (machine, child) = Machine::start(dir, order, &console, &mut command)?;
+            root::own(&own, order.host, &keys, order.next.is_some())?;
+            let initrd = |kernel: &Fetched, name: &Path| {
+                let modules = dir.join(format!("{}.modules.cpio", kernel.kernel));
+                root::modules(&modules, kernel)?;
+                concatenate(&[&common, &modules, &own], name)
+            };
+            let kernel = order.kernel.find()?;
+            let first = dir.join(format!("{}.initrd", order.host));
+            initrd(&kernel, &first)?;
+            if let Some(next) = order.next {
+                let kernel = next.find()?;
+                let initrd_of_next = next_initrd(dir, order.host);
+                initrd(&kernel, &initrd_of_next)?;
+                disk::make(&disk_file(dir, order.host), &kernel.image, &initrd_of_next)?;
+            }
+            let (machine, child) = Machine::start(dir, order, &kernel, &first)?;
             machines.qemus.push(child);
             machines.machines.push(machine);
         }
         let deadline = Instant::now() + UP_WITHIN;
         for machine in &machines.machines {
-            if let Err(error) = machine.await_up(deadline) {
-                // What comes behind the verdict tells why, and the file goes with the directory.
-                thread::sleep(DYING_WORDS);
-                eprint!("{}", machine.console());
-                return Err(error);
-            }
+            machine.await_up(deadline)?;
         }
         // QEMU has read them; whatever may end this process, little is left behind.
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -147,10 +173,49 @@ impl Machines {
         Ok(machines)
     }
 
+    /// Runs a command that ends the guest's kernel, and waits until the next one, that of
+    /// [`Order::with_disk`], is up.
+    ///
+    /// # Errors
+    ///
+    /// When the command fails or comes back, or the guest dies or does not come up in time.
+    pub fn leave_kernel<I>(&mut self, host: HostName, way: Way, argv: I) -> Result<()>
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
+        let is_it = |machine: &Machine| machine.host() == host;
+        let at = self.machines.iter().position(is_it);
+        let (Some(machine), Some(qemu)) = (
+            at.and_then(|at| self.machines.get_mut(at)),
+            at.and_then(|at| self.qemus.get_mut(at)),
+        ) else {
+            return Err(Error::NoDisk {
+                host: host.as_str(),
+            });
+        };
+        let kernel = machine.order.next.ok_or(Error::NoDisk {
+            host: host.as_str(),
+        })?;
+        let kernel = kernel.find()?;
+        let deadline = Instant::now() + UP_WITHIN;
+        // From here on it is the next one that is awaited.
+        machine.watch.begins_anew(way);
+        machine.run_until_left(argv, deadline)?;
+        machine.order.kernel = kernel.kernel;
+        if way == Way::Reset {
+            qemu.wait().attempt(|| "wait for QEMU".to_owned())?;
+            let initrd = next_initrd(&self.dir, host);
+            let order = machine.order;
+            (*machine, *qemu) = Machine::start(&self.dir, &order, &kernel, &initrd)?;
+        }
+        machine.await_up(deadline)
+    }
+
     /// One of them.
     #[must_use]
     pub fn get(&self, host: HostName) -> Option<&Machine> {
-        self.machines.iter().find(|machine| machine.host == host)
+        self.machines.iter().find(|machine| machine.host() == host)
     }
 
     /// All of them.
@@ -174,6 +239,16 @@ impl Drop for Machines {
 fn hardware_address(host: HostName) -> [u8; 6] {
     let [.., last] = host.ipv4().octets();
     [0x52, 0x54, 0, 0x77, 0, last]
+}
+
+/// A guest's disk, if it has one.
+fn disk_file(dir: &Path, host: HostName) -> PathBuf {
+    dir.join(format!("{host}.disk"))
+}
+
+/// What its next kernel boots; no name of those that are removed when all are up.
+fn next_initrd(dir: &Path, host: HostName) -> PathBuf {
+    dir.join(format!("{host}.next"))
 }
 
 /// Kernels take several archives one behind the other.
@@ -231,8 +306,9 @@ impl Accelerator {
     }
 }
 
-fn qemu(dir: &Path, order: &Order, accelerator: Accelerator) -> Command {
+fn qemu(dir: &Path, order: &Order) -> Command {
     let name = order.host.as_str();
+    let accelerator = Accelerator::wanted();
     let mut command = Command::new(crate::kernels::qemu());
     accelerator.add_to(&mut command);
     command
@@ -257,6 +333,19 @@ fn qemu(dir: &Path, order: &Order, accelerator: Accelerator) -> Command {
                 "-device",
                 &format!("virtserialport,chardev=c{number},name=agent.{number}"),
             ]);
+    }
+    if order.next.is_some() {
+        let file = disk_file(dir, order.host);
+        command
+            // It need not outlive this machine.
+            .args([
+                "-drive",
+                &format!(
+                    "if=none,id=d0,format=raw,cache=unsafe,file={}",
+                    file.display()
+                ),
+            ])
+            .args(["-device", "virtio-blk-pci,drive=d0"]);
     }
     let (plug, socket) = (switch::plug(dir, name), switch::socket(dir, name));
     let address = hardware_address(order.host).map(|byte| format!("{byte:02x}"));
@@ -287,6 +376,9 @@ fn qemu(dir: &Path, order: &Order, accelerator: Accelerator) -> Command {
 #[derive(Debug, Default)]
 struct Watched {
     ready: bool,
+    /// QEMU is about to end, as it should.
+    may_end: bool,
+    ended: bool,
     /// The line after which nothing counts.
     verdict: Option<String>,
     last_lines: VecDeque<String>,
@@ -313,9 +405,27 @@ impl Watch {
         self.changed.notify_all();
     }
 
+    /// What was said of it so far was of another kernel.
+    fn begins_anew(&self, way: Way) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.ready = false;
+        state.may_end = way == Way::Reset;
+    }
+
+    /// Whether another kernel is up, or QEMU has ended, within `limit` from now.
+    fn is_left(&self, limit: Duration) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let not_left =
+            |state: &mut Watched| !state.ready && !state.ended && state.verdict.is_none();
+        let waited = self.changed.wait_timeout_while(state, limit, not_left);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        !not_left(&mut state)
+    }
+
     fn end(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.verdict.is_none() {
+        state.ended = true;
+        if state.verdict.is_none() && !state.may_end {
             let last = state.last_lines.back().cloned().unwrap_or_default();
             state.verdict = Some(format!("QEMU ended after `{last}`"));
         }
@@ -326,8 +436,8 @@ impl Watch {
 /// One guest.
 #[derive(Debug)]
 pub struct Machine {
-    host: HostName,
-    kernel: Kernel,
+    /// With the kernel that it runs.
+    order: Order,
     prefix: PathBuf,
     console: PathBuf,
     watch: Arc<Watch>,
@@ -353,12 +463,10 @@ impl Finished {
 }
 
 impl Machine {
-    fn start(
-        dir: &Path,
-        order: &Order,
-        console: &Path,
-        command: &mut Command,
-    ) -> Result<(Self, Child)> {
+    fn start(dir: &Path, order: &Order, kernel: &Fetched, initrd: &Path) -> Result<(Self, Child)> {
+        let mut command = qemu(dir, order);
+        command.arg("-kernel").arg(&kernel.image);
+        command.arg("-initrd").arg(initrd);
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -374,8 +482,10 @@ impl Machine {
         }
         let mut child = command.spawn().attempt(|| "start QEMU".to_owned())?;
         let watch = Arc::new(Watch::default());
+        let console = dir.join(format!("{}.console", order.host));
         let create = || format!("create {}", console.display());
-        let log = Arc::new(File::create(console).attempt(create)?);
+        let log = File::options().create(true).append(true).open(&console);
+        let log = Arc::new(log.attempt(create)?);
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         if let Some(stdout) = stdout {
             let (watch, log) = (Arc::clone(&watch), Arc::clone(&log));
@@ -389,16 +499,25 @@ impl Machine {
             thread::spawn(move || follow(stderr, &watch, &log));
         }
         let machine = Self {
-            host: order.host,
-            kernel: order.kernel,
+            order: *order,
             prefix: dir.join(order.host.as_str()),
-            console: console.to_owned(),
+            console,
             watch,
         };
         Ok((machine, child))
     }
 
     fn await_up(&self, deadline: Instant) -> Result<()> {
+        let outcome = self.await_ready(deadline);
+        if outcome.is_err() {
+            // What comes behind the verdict tells why, and the file goes with the directory.
+            thread::sleep(DYING_WORDS);
+            eprint!("{}", self.console());
+        }
+        outcome
+    }
+
+    fn await_ready(&self, deadline: Instant) -> Result<()> {
         let mut state = self
             .watch
             .state
@@ -427,8 +546,8 @@ impl Machine {
 
     fn died(&self, verdict: String) -> Error {
         Error::Machine {
-            host: self.host.as_str(),
-            series: self.kernel.series(),
+            host: self.host().as_str(),
+            series: self.order.kernel.series(),
             verdict,
             console: self.console.clone(),
         }
@@ -437,13 +556,13 @@ impl Machine {
     /// Its name.
     #[must_use]
     pub fn host(&self) -> HostName {
-        self.host
+        self.order.host
     }
 
     /// The kernel it runs.
     #[must_use]
     pub fn kernel(&self) -> Kernel {
-        self.kernel
+        self.order.kernel
     }
 
     /// The line by which it died, if it did.
@@ -527,7 +646,7 @@ impl Machine {
             return Ok(String::from_utf8_lossy(&finished.stdout).into_owned());
         }
         Err(Error::Command {
-            host: self.host.as_str(),
+            host: self.host().as_str(),
             command: format!("{argv:?}"),
             code: finished.code,
             said: finished.said(),
@@ -556,7 +675,7 @@ impl Machine {
         let finished = self.finish(command, &[], UP_WITHIN)?;
         let text = String::from_utf8_lossy(&finished.stdout);
         text.trim().parse().map_err(|_| Error::Command {
-            host: self.host.as_str(),
+            host: self.host().as_str(),
             command: format!("{argv:?}"),
             code: finished.code,
             said: finished.said(),
@@ -578,7 +697,7 @@ impl Machine {
             return Ok(());
         }
         Err(Error::Command {
-            host: self.host.as_str(),
+            host: self.host().as_str(),
             command: format!("write {to}"),
             code: finished.code,
             said: finished.said(),
@@ -594,6 +713,39 @@ impl Machine {
         self.succeed(["cat", path], UP_WITHIN)
     }
 
+    /// Runs a command that does not come back: until another kernel is up, or QEMU has ended.
+    fn run_until_left<I>(&self, argv: I, deadline: Instant) -> Result<()>
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
+        let mut command = self.command("sh");
+        // Its own output comes too late or not at all: what it says is on the console.
+        command.args(["-c", "\"$@\" >/dev/ttyS0 2>&1", "sh"]);
+        command.args(argv).stdin(Stdio::null());
+        let what = || format!("run a program on {}", self.host());
+        let mut child = command.spawn().attempt(what)?;
+        let mut returned = None;
+        while returned.is_none() && !self.watch.is_left(LOOK_AGAIN) && Instant::now() < deadline {
+            returned = child.try_wait().attempt(what)?;
+        }
+        let Some(status) = returned else {
+            child.kill().attempt(what)?;
+            child.wait().attempt(what)?;
+            return Ok(());
+        };
+        // With QEMU it ends, too.
+        if self.watch.is_left(DYING_WORDS) {
+            return Ok(());
+        }
+        Err(Error::Command {
+            host: self.host().as_str(),
+            command: "what should end the kernel".to_owned(),
+            code: status.code(),
+            said: self.console(),
+        })
+    }
+
     fn finish(&self, mut command: Command, input: &[u8], limit: Duration) -> Result<Finished> {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let words: Vec<_> = command
@@ -601,7 +753,7 @@ impl Machine {
             .skip(2)
             .map(|word| word.to_string_lossy().into_owned())
             .collect();
-        let what = || format!("run a program on {}", self.host);
+        let what = || format!("run a program on {}", self.host());
         let mut child = command.spawn().attempt(what)?;
         let (stdin, stdout, stderr) =
             (child.stdin.take(), child.stdout.take(), child.stderr.take());
@@ -632,7 +784,7 @@ impl Machine {
             }
             if ended.is_none() {
                 return Err(Error::Deadline {
-                    host: self.host.as_str(),
+                    host: self.host().as_str(),
                     command: words.join(" "),
                     limit,
                     said: finished.said(),

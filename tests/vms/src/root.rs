@@ -23,24 +23,27 @@ pub struct Program {
 }
 
 /// What `scripts/setup` installs: no guest comes up without.
-const PROGRAMS: [&str; 40] = [
+const PROGRAMS: [&str; 41] = [
     "sh", "bash", "cat", "chmod", "cp", "cut", "date", "dd", "df", "dmesg", "echo", "env", "false",
     "find", "grep", "head", "ip", "kill", "kmod", "ln", "ls", "mkdir", "mount", "mv", "ps", "rm",
     "sed", "setsid", "sleep", "sort", "ss", "ssh", "sshd", "sysctl", "tail", "tee", "touch",
-    "true", "uname", "wc",
+    "true", "sync", "uname", "wc",
 ];
-/// What the tests move; a guest comes up without.
-const WORKLOADS: [&str; 5] = [
+/// What the tests move, and how a kernel is left; a guest comes up without.
+const WORKLOADS: [&str; 7] = [
     "redis-server",
     "redis-cli",
     "redis-benchmark",
     "memcached",
+    "openvpn",
+    "kexec",
     "tc",
 ];
 /// Devices, and what sockets, the gate and CRIU ask the kernel for.
-const MODULES: [&str; 31] = [
+const MODULES: [&str; 32] = [
     "virtio_pci",
     "virtio_net",
+    "virtio_blk",
     "virtio_console",
     "virtio_rng",
     "failover",
@@ -102,7 +105,7 @@ pub fn lacking() -> Option<String> {
     if !crate::kernels::qemu().is_file() {
         return Some("needs QEMU: run scripts/vms".to_owned());
     }
-    ["kmod", "strip", "ldd", "ssh-keygen", "sshd"]
+    ["kmod", "strip", "ldd", "mkfs.ext4", "ssh-keygen", "sshd"]
         .into_iter()
         .find(|name| !on_path(name))
         .map(|name| format!("needs {name}: run scripts/setup"))
@@ -188,7 +191,7 @@ pub(crate) fn modules(path: &Path, kernel: &Fetched) -> Result<()> {
 }
 
 /// The part that belongs to one guest.
-pub(crate) fn own(path: &Path, host: HostName, keys: &Keys) -> Result<()> {
+pub(crate) fn own(path: &Path, host: HostName, keys: &Keys, disk: bool) -> Result<()> {
     let mut archive = Archive::create(path)?;
     let mut network = format!(
         "link set lo up\naddr add {}/{PREFIX_BITS_V4} dev {INTERFACE}\n",
@@ -216,10 +219,14 @@ pub(crate) fn own(path: &Path, host: HostName, keys: &Keys) -> Result<()> {
         network,
         last_pid: host.last_pid(),
         sshd: host.has_sshd(),
+        disk,
     };
     let setup = serde_json::to_vec(&setup).attempt(|| format!("write {SETUP_FILE}"))?;
     archive.file(SETUP_FILE, 0o644, &setup)?;
     archive.file("/etc/hostname", 0o644, format!("{host}\n").as_bytes())?;
+    // The same on whatever kernel it boots, as on any machine.
+    let machine_id = format!("{:032x}\n", host.ipv4().to_bits());
+    archive.file("/etc/machine-id", 0o444, machine_id.as_bytes())?;
     let known_hosts = files::known_hosts(keys).map_err(Error::Keys)?;
     archive.file("/etc/ssh/ssh_config", 0o644, files::SSH_CONFIG.as_bytes())?;
     archive.file("/etc/ssh/ssh_known_hosts", 0o644, known_hosts.as_bytes())?;
