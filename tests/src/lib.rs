@@ -12,6 +12,7 @@ pub mod field;
 pub mod hosts;
 pub mod migration;
 pub mod refusals;
+pub mod soak;
 pub mod streams;
 pub mod strict;
 pub mod workload;

@@ -265,10 +265,26 @@ pub fn moves_in_time(
     from: HostName,
     to: HostName,
 ) -> (Report, Range<SystemTime>) {
+    moves_by(lab, workload, (from, to), &["--to", to.as_str()])
+}
+
+/// The same by a command line of the caller's own, without the PID.
+///
+/// # Panics
+///
+/// As [`moves`].
+#[track_caller]
+pub fn moves_by(
+    lab: &Lab,
+    workload: &Workload,
+    (from, to): (HostName, HostName),
+    words: &[&str],
+) -> (Report, Range<SystemTime>) {
     let (source, destination) = (lab.host(from), lab.host(to));
     let (pid, name) = (workload.pid, process_name(&source, workload.pid));
-    let arguments = ["--to", to.as_str(), &pid.to_string()];
-    let migration = match migrate(&source, arguments) {
+    let pid_word = pid.to_string();
+    let arguments = [words, &[&pid_word]].concat();
+    let migration = match migrate(&source, &arguments) {
         Ok(migration) => migration,
         Err(error) => panic!("migrate {arguments:?} in {from}: {error}"),
     };

@@ -1,7 +1,7 @@
 //! The chores of this repository, one file per verb.
 
-mod bench;
 mod hosts;
+mod program;
 mod simulate;
 mod vm;
 
@@ -23,7 +23,9 @@ enum Verb {
     #[command(subcommand)]
     Hosts(hosts::Verb),
     /// Move workloads between test hosts and compare ways to do it.
-    Bench(bench::Arguments),
+    Bench(program::Arguments),
+    /// Move a redis back and forth and count what stays behind.
+    Soak(program::Arguments),
     /// Run the protocol of both sides under faults chosen by seed.
     Simulate(simulate::Arguments),
     /// Virtual machines with Debian's kernels, in the place of the test hosts.
@@ -34,7 +36,12 @@ enum Verb {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().verb {
         Verb::Hosts(verb) => hosts::run(verb),
-        Verb::Bench(arguments) => bench::run(arguments),
+        Verb::Bench(arguments) => program::run(
+            &["migrate-cli", "migrate-tests", "migrate-bench"],
+            "migrate-bench",
+            arguments,
+        ),
+        Verb::Soak(arguments) => program::run(&["migrate-cli", "migrate-tests"], "soak", arguments),
         Verb::Simulate(arguments) => simulate::run(arguments),
         Verb::Vm(verb) => vm::run(verb),
     };

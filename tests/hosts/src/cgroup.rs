@@ -25,7 +25,8 @@ pub(crate) fn cgroup2_mount() -> Option<PathBuf> {
     mount_point_of("cgroup2", &fs::read_to_string("/proc/self/mountinfo").ok()?)
 }
 
-fn mount_point_of(kind: &str, mountinfo: &str) -> Option<PathBuf> {
+/// The last mount of this kind.
+pub(crate) fn mount_point_of(kind: &str, mountinfo: &str) -> Option<PathBuf> {
     mountinfo.lines().rev().find_map(|line| {
         let (before, after) = line.split_once(" - ")?;
         (after.split(' ').next()? == kind).then_some(())?;

@@ -57,6 +57,13 @@ impl Host {
             .join(inside.strip_prefix("/").unwrap_or(inside))
     }
 
+    /// The root of the host's cgroup2 tree, as a path of the machine. `None` where there is none.
+    #[must_use]
+    pub fn cgroups(&self) -> Option<PathBuf> {
+        let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", self.init)).ok()?;
+        Some(self.path(cgroup::mount_point_of("cgroup2", &mounts)?))
+    }
+
     /// Where sshd writes its log, inside the host.
     #[must_use]
     pub fn sshd_log(&self) -> String {

@@ -38,6 +38,7 @@
 //! # Ok::<(), migrate_test_hosts::Error>(())
 //! ```
 
+mod authority;
 mod cgroup;
 mod error;
 pub mod files;
@@ -47,6 +48,7 @@ mod lab;
 mod layout;
 mod processes;
 
+pub use authority::Authority;
 pub use error::{Error, Result};
 pub use host::Host;
 pub use lab::{Lab, LabGuard, LabName};

@@ -7,7 +7,6 @@
 
 use std::{
     error::Error as _,
-    fs,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -16,7 +15,6 @@ use std::{
 
 use migrate_channel::{ChannelError, Destination, Frame, StandingAgent, TlsFiles, connect};
 use migrate_core::wire::{Hello, Message, PROTOCOL_VERSION};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject as _};
 use tempfile::TempDir;
 use tokio::{
@@ -35,37 +33,32 @@ fn hello(release: &str, hostname: &str) -> Hello {
     }
 }
 
-/// An authority, and a certificate of it for each name.
+/// An authority, and the directory with what it has certified.
 struct Authority {
-    directory: TempDir,
-    issuer: CertifiedIssuer<'static, KeyPair>,
+    _directory: TempDir,
+    authority: migrate_test_hosts::Authority,
 }
 
 impl Authority {
     fn new() -> Self {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let directory = tempfile::tempdir().unwrap();
-        fs::write(directory.path().join("ca.pem"), issuer.pem()).unwrap();
-        Self { directory, issuer }
+        let authority = migrate_test_hosts::Authority::in_dir(directory.path()).unwrap();
+        Self {
+            _directory: directory,
+            authority,
+        }
     }
 
     fn ca(&self) -> PathBuf {
-        self.directory.path().join("ca.pem")
+        self.authority.ca()
     }
 
     fn files(&self, name: &str) -> TlsFiles {
-        let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        let path = |end: &str| self.directory.path().join(format!("{name}.{end}"));
-        fs::write(path("cert"), certificate.pem()).unwrap();
-        fs::write(path("key"), key.serialize_pem()).unwrap();
+        let (cert, key) = self.authority.certify(name).unwrap();
         TlsFiles {
             ca: self.ca(),
-            cert: path("cert"),
-            key: path("key"),
+            cert,
+            key,
         }
     }
 }

@@ -1,0 +1,61 @@
+//! A redis that moves back and forth, and what stays behind: `cargo xtask soak`
+//! for as long as a run of the tests allows.
+
+#![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
+
+use std::fs;
+
+use migrate_test_hosts::HostName;
+use migrate_tests::refusals::{scoped, shell};
+use migrate_tests::require;
+use migrate_tests::soak::figures::{Figure, count};
+use migrate_tests::soak::{HOPS_MIN, Options, run};
+
+/// For what the test leaves behind on purpose.
+const LEFT_BEHIND: &str = "mkdir -p /run/migrate/journal /run/migrate/log /run/migrate/bpf/gate && \
+     mount -t tmpfs left /mnt && ip link add left type veth peer name right && \
+     touch /run/migrate/journal/left /run/migrate/log/left /run/migrate/bpf/gate/left && \
+     dd if=/dev/zero of=/run/left bs=1024 count=64 2>/dev/null && \
+     (setsid sleep 600 >/dev/null 2>&1 &)";
+
+#[test]
+fn nothing_grows_from_hop_to_hop() {
+    require!("nothing_grows_from_hop_to_hop": root, tcx, criu, migrate, redis);
+    let options = Options {
+        hops: HOPS_MIN + 8,
+        connections: 50,
+    };
+    let outcome = run(options, |line| println!("{line}"), || false);
+    println!("{}", outcome.table);
+    assert_eq!(outcome.faults, Vec::<String>::new());
+    assert_eq!(outcome.hops, options.hops);
+}
+
+#[test]
+fn what_is_left_behind_is_counted() {
+    require!("what_is_left_behind_is_counted": root, tcx, migrate);
+    let lab = scoped("soak-count");
+    let host = lab.host(HostName::Host1);
+    // Its init in the places of an agent and a tree.
+    let before = count(&host, 1, Some(1)).unwrap();
+    shell(&host, LEFT_BEHIND);
+    fs::create_dir(host.cgroups().unwrap().join("left")).unwrap();
+    let after = count(&host, 1, Some(1)).unwrap();
+    for figure in [
+        Figure::Processes,
+        Figure::BpfObjects,
+        Figure::Mounts,
+        Figure::Cgroups,
+        Figure::Records,
+        Figure::Logs,
+    ] {
+        assert_eq!(after[&figure], before[&figure] + 1, "{figure:?}");
+    }
+    // A pair of them.
+    assert_eq!(after[&Figure::Interfaces], before[&Figure::Interfaces] + 2);
+    assert!(after[&Figure::TmpfsKib] >= before[&Figure::TmpfsKib] + 64);
+    for figure in [Figure::AgentDescriptors, Figure::TreeDescriptors] {
+        assert_eq!(after[&figure], before[&figure], "{figure:?}");
+        assert!(after[&figure] > 0, "{figure:?}");
+    }
+}
