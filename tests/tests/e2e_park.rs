@@ -212,6 +212,148 @@ fn a_tree_on_the_hosts_own_address_comes_back() {
     clean_client(&lab, client, resets);
 }
 
+/// The server's end of a tunnel, which the host makes and which stays.
+const TUNNEL_DEVICE: &str = "ip tuntap add dev tun0 mode tun && \
+     ip address add 10.8.0.1 peer 10.8.0.2 dev tun0 && ip link set tun0 up";
+/// Both ends have it.
+const KEY: &str = "/srv/vpn.key";
+/// A server behind it, as the peers of a VPN reach one.
+const BEHIND: &str = "192.0.2.1";
+
+fn openvpn(host: &Host, more: &[&str]) -> i32 {
+    let argv = [
+        "openvpn",
+        "--dev",
+        "tun0",
+        "--dev-type",
+        "tun",
+        "--port",
+        "1194",
+    ];
+    let rest = [
+        "--secret",
+        KEY,
+        "--cipher",
+        "AES-256-CBC",
+        "--log",
+        "/dev/null",
+    ];
+    let argv = argv.iter().chain(more).chain(&rest);
+    host.spawn_detached(argv, "/dev/null").unwrap()
+}
+
+/// The tunnel over TCP, its tun device, and connections through it to somebody behind the server:
+/// they outlive a boot of the server's host, and the device has to be there first.
+#[test]
+fn an_openvpn_tunnel_comes_back_after_a_boot() {
+    require!("an_openvpn_tunnel_comes_back_after_a_boot": root, tcx, criu, migrate, openvpn);
+    let lab = scoped("park-vpn");
+    let [host, behind, peer] =
+        [HostName::Host1, HostName::Host2, HostName::Client].map(|name| lab.host(name));
+    let resets = reset_connections(&peer).unwrap();
+    let workload = WORKLOAD_V4.to_string();
+    shell(&host, &format!("openvpn --genkey secret {KEY}"));
+    fs::copy(host.path(KEY), peer.path(KEY)).unwrap();
+    shell(&host, TUNNEL_DEVICE);
+    shell(&host, "sysctl -qw net.ipv4.ip_forward=1");
+    shell(
+        &host,
+        &format!("ip route add {BEHIND} via {}", behind.ipv4()),
+    );
+    shell(&behind, &format!("ip address add {BEHIND}/32 dev lo"));
+    shell(
+        &behind,
+        &format!("ip route add 10.8.0.2 via {}", host.ipv4()),
+    );
+    let server = openvpn(
+        &host,
+        &[
+            "--proto",
+            "tcp-server",
+            "--local",
+            &workload,
+            "--ifconfig-noexec",
+        ],
+    );
+    assert!(eventually(WITHIN, || listens(&host, 1194)));
+    let remote = ["--proto", "tcp-client", "--nobind", "--remote", &workload];
+    openvpn(
+        &peer,
+        &[&remote[..], &["--ifconfig", "10.8.0.2", "10.8.0.1"]].concat(),
+    );
+    let route = format!("ip route add {BEHIND} dev tun0 src 10.8.0.2");
+    assert!(eventually(WITHIN, || {
+        let up = peer.exec(["sh", "-c", &route]).unwrap();
+        up.status.success()
+    }));
+    let listen = format!("{BEHIND}:7000");
+    let echo = program("echo-server").display().to_string();
+    behind
+        .spawn_detached([echo, listen.clone()], "/dev/null")
+        .unwrap();
+    assert!(eventually(WITHIN, || listens(&behind, 7000)));
+    let arguments = ["echo", "--addr", &listen, "--connections", "4"];
+    let mut client = StrictClient::start(&peer, arguments).unwrap();
+    serves_old_connections(&mut client);
+    make_directory(&host);
+
+    // Once with all that CRIU reads, once with what has changed.
+    for engine in ["full", "auto"] {
+        println!("== {engine}");
+        parks(&host, &[server], &["--name", "vpn", "--engine", engine]);
+        goes_down(&host);
+        shell(&host, "ip link del tun0");
+        succeeds(&host, &["guard-boot", "--dir", DIR]);
+        comes_up(&host);
+        shell(
+            &host,
+            &format!("ip route replace {BEHIND} via {}", behind.ipv4()),
+        );
+        let resume = ["resume", "--dir", DIR];
+        let ended = run(&host, &resume);
+        ended.expect(
+            REFUSED,
+            &[
+                "tunnel device tun0",
+                "is not there on this host",
+                "ip tuntap add",
+            ],
+        );
+        shell(&host, TUNNEL_DEVICE);
+        succeeds(&host, &resume);
+        assert!(runs(&host, server));
+        serves_old_connections(&mut client);
+    }
+    // One that would go with the program would not be there for it.
+    let argv = [
+        "openvpn",
+        "--dev",
+        "tun9",
+        "--proto",
+        "tcp-server",
+        "--port",
+        "1195",
+    ];
+    let rest = [
+        "--secret",
+        KEY,
+        "--cipher",
+        "AES-256-CBC",
+        "--log",
+        "/dev/null",
+    ];
+    let other = host
+        .spawn_detached(argv.iter().chain(&rest), "/dev/null")
+        .unwrap();
+    assert!(eventually(WITHIN, || listens(&host, 1195)));
+    let ended = run(&host, &["park", &other.to_string(), "--dir", DIR]);
+    ended.expect(
+        REFUSED,
+        &["tun9", "goes with the program", "ip tuntap add dev tun9"],
+    );
+    clean_client(&lab, client, resets);
+}
+
 #[test]
 fn directories_that_nothing_can_be_parked_in() {
     require!("directories_that_nothing_can_be_parked_in": root, tcx, criu, migrate);

@@ -87,6 +87,9 @@ pub struct TreeFacts {
     pub addresses: Vec<AddressFacts>,
     /// What stands on file descriptors 0, 1 and 2 and leads out of the tree.
     pub stdio: Vec<StdioFacts>,
+    /// The tunnel device that it serves.
+    #[serde(default)]
+    pub tunnel: Option<TunnelFacts>,
     /// Resident memory of all processes, in bytes.
     pub resident_bytes: u64,
     /// The tree has a controlling terminal or a session leader outside itself,
@@ -94,6 +97,18 @@ pub struct TreeFacts {
     pub shell_job: bool,
     /// cgroup path of the root in the unified or freezer hierarchy.
     pub cgroup: String,
+}
+
+/// A tunnel device of the host, persistent, that a process of the tree is
+/// attached to. Its addresses and routes are the host's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelFacts {
+    /// The interface.
+    pub name: String,
+    /// What it is, as `tun_flags` in /sys has it.
+    pub flags: u32,
+    /// The flags of the open file, as `open(2)` takes them.
+    pub open_flags: i32,
 }
 
 /// The receive windows of the tree's connections.

@@ -13,7 +13,7 @@ use crate::paths::{self, LinkBuffer, PLACE_BYTES_MAX, PathBuffer};
 use crate::probe;
 use crate::scan::{self, Kind, PAGEMAP_SCAN, PAGEMAP_SOFT_DIRTY, ScanArg};
 use crate::segments::{self, TABLE_BYTES, Table};
-use crate::sys::{AT_FDCWD, address, call, getenv, number, unsetenv};
+use crate::sys::{AT_FDCWD, STAT_MODE_AT, STAT_RDEV_AT, address, call, getenv, number, unsetenv};
 
 #[cfg(not(all(
     any(target_arch = "x86_64", target_arch = "aarch64"),
@@ -306,6 +306,51 @@ fn open_on_segment(fd: c_int) -> bool {
         )
     };
     done == 0 && segments::named(table, stat[0], stat[1])
+}
+
+/// # Safety
+///
+/// As for the C library's `fstat`.
+unsafe fn status(fd: c_int, stat: *mut c_void) -> c_int {
+    // SAFETY: what CRIU itself has asked for.
+    let result = unsafe {
+        call(
+            number::FSTAT,
+            [whole(fd), address(stat.cast_const()), 0, 0, 0, 0],
+        )
+    };
+    if result == 0 {
+        // SAFETY: the kernel has just written the structure, which has room for
+        // both fields and is aligned.
+        unsafe {
+            let mode = stat.byte_add(STAT_MODE_AT).cast::<u32>().read();
+            let device = stat.byte_add(STAT_RDEV_AT).cast::<u64>();
+            device.write(paths::device_to_show(mode, device.read()));
+        }
+    }
+    narrow(result)
+}
+
+/// `fstat(2)`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn fstat(fd: c_int, stat: *mut c_void) -> c_int {
+    // SAFETY: the caller's promise.
+    unsafe { status(fd, stat) }
+}
+
+/// `fstat64`, which is `fstat` on these machines.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn fstat64(fd: c_int, stat: *mut c_void) -> c_int {
+    // SAFETY: the caller's promise.
+    unsafe { status(fd, stat) }
 }
 
 /// # Safety
@@ -736,6 +781,35 @@ mod tests {
             assert!(fd >= 0);
             libc::close(fd);
         }
+    }
+
+    #[test]
+    fn a_tunnel_device_looks_like_one_without_a_state() {
+        use std::os::unix::fs::MetadataExt as _;
+        for path in ["/dev/net/tun", "/dev/null", "/proc/self/exe"] {
+            let Ok(file) = File::open(path) else {
+                std::println!("SKIP {path}: {}", Error::last_os_error());
+                continue;
+            };
+            // SAFETY: room for the structure, a descriptor that is open.
+            let seen = unsafe {
+                let mut stat: libc::stat = core::mem::zeroed();
+                assert_eq!(fstat64(file.as_raw_fd(), (&raw mut stat).cast()), 0);
+                stat
+            };
+            let meta = file.metadata().unwrap();
+            assert_eq!((seen.st_ino, seen.st_mode), (meta.ino(), meta.mode()));
+            let expected = match path {
+                "/dev/net/tun" => libc::makedev(1, 3),
+                _ => meta.rdev(),
+            };
+            assert_eq!(seen.st_rdev, expected, "{path}");
+        }
+        let mut stat = [0u64; 32];
+        // SAFETY: room for the structure.
+        let failed = unsafe { fstat(-1, (&raw mut stat).cast()) };
+        assert_eq!(failed, -1);
+        assert_eq!(Error::last_os_error().raw_os_error(), Some(libc::EBADF));
     }
 
     #[test]

@@ -30,6 +30,10 @@
 //! - `lseek` for the data of a shared segment whose pages reach the destination
 //!   another way: there is none. CRIU, which dumps such segments whole, then
 //!   lists no page of it.
+//! - `fstat` of `/dev/net/tun`: a device without a state, as `/dev/null` is one.
+//!   CRIU dumps a tunnel device only along with a whole network namespace; so it
+//!   writes down an open file, and the destination puts one in its place that
+//!   it has attached to its own device.
 //!
 //! Nothing here allocates, panics or keeps a lock. The object needs four
 //! functions of the C library, by names without a version, so that it can be

@@ -41,6 +41,22 @@ pub(crate) fn is_pagemap(target: &[u8]) -> bool {
     target.ends_with(b"/pagemap")
 }
 
+/// The device number to show for a file of this mode and device number: that of
+/// `/dev/null` for `/dev/net/tun`, else its own.
+pub(crate) fn device_to_show(mode: u32, device: u64) -> u64 {
+    /// `S_IFMT`, `S_IFCHR` of `linux/stat.h`.
+    const KIND: u32 = 0o170_000;
+    const CHARACTER: u32 = 0o020_000;
+    /// 10:200 and 1:3 (Documentation/admin-guide/devices.txt), as `stat(2)` packs them.
+    const TUNNEL: u64 = 10 << 8 | 200;
+    const NULL: u64 = 1 << 8 | 3;
+    if mode & KIND == CHARACTER && device == TUNNEL {
+        NULL
+    } else {
+        device
+    }
+}
+
 /// Writes `/proc/self/fd/FD` with a zero at its end.
 pub(crate) fn fd_link(fd: u32, buffer: &mut LinkBuffer) -> &[u8] {
     *buffer = [0; size_of::<LinkBuffer>()];

@@ -54,6 +54,16 @@ pub(crate) mod number {
     pub(crate) const USERFAULTFD: isize = 282;
 }
 
+/// Where `struct stat` has the mode and the device number (`asm/stat.h`).
+#[cfg(target_arch = "x86_64")]
+pub(crate) const STAT_MODE_AT: usize = 24;
+#[cfg(target_arch = "x86_64")]
+pub(crate) const STAT_RDEV_AT: usize = 40;
+#[cfg(target_arch = "aarch64")]
+pub(crate) const STAT_MODE_AT: usize = 16;
+#[cfg(target_arch = "aarch64")]
+pub(crate) const STAT_RDEV_AT: usize = 32;
+
 /// A path is taken relative to the working directory.
 pub(crate) const AT_FDCWD: isize = -100;
 
@@ -100,5 +110,7 @@ mod tests {
             assert_eq!(i64::try_from(ours).unwrap(), theirs);
         }
         assert_eq!(AT_FDCWD, isize::try_from(libc::AT_FDCWD).unwrap());
+        assert_eq!(STAT_MODE_AT, core::mem::offset_of!(libc::stat, st_mode));
+        assert_eq!(STAT_RDEV_AT, core::mem::offset_of!(libc::stat, st_rdev));
     }
 }

@@ -696,6 +696,7 @@ fn the_destination_compares() {
             windows: Default::default(),
             addresses: vec![facts("10.77.0.100", 24)],
             stdio: Vec::new(),
+            tunnel: None,
             resident_bytes: 0,
             shell_job: false,
             cgroup: String::new(),

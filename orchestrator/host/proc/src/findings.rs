@@ -10,7 +10,7 @@ use crate::descriptors::{Descriptor, Outside, is_terminal_major};
 use crate::error::ProcError;
 use crate::files::{DELETED, MappedFile, is_no_file};
 use crate::tree::Tree;
-use crate::{parse, read};
+use crate::{parse, read, tunnel};
 
 /// Largest unnamed file that CRIU puts into its images unasked
 /// (`DEFAULT_GHOST_LIMIT` in criu/include/cr_options.h, v4.2).
@@ -148,8 +148,13 @@ impl Tree {
 
     fn judge_descriptors(&self, descriptors: &[Descriptor], findings: &mut Vec<Finding>) {
         let inside: BTreeSet<i32> = self.pids().into_iter().collect();
+        let tunnels = descriptors.iter().filter(|d| tunnel::is_tunnel(d)).count();
         for descriptor in descriptors {
             let subject = format!("{} fd {}", self.named(descriptor.pid), descriptor.fd);
+            if tunnel::is_tunnel(descriptor) {
+                findings.push(tunnel::judge(subject, descriptor, tunnels));
+                continue;
+            }
             findings.extend(judge_descriptor(subject, descriptor, &inside));
         }
         let lockers: BTreeSet<i32> = descriptors
@@ -423,10 +428,6 @@ fn judge_device(subject: String, descriptor: &Descriptor) -> Option<Finding> {
     }
     let link = &descriptor.link;
     let (what, way_out) = match (major, minor) {
-        (10, 200) => (
-            "is a tunnel device of this host",
-            "move only processes without tun or tap devices",
-        ),
         (10, 229) => (
             "serves a FUSE file system, which is mounted on this host",
             "unmount it first",

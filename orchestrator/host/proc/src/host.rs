@@ -493,6 +493,7 @@ mod tests {
             windows: Default::default(),
             addresses: Vec::new(),
             stdio: Vec::new(),
+            tunnel: None,
             resident_bytes: 100 << 20,
             shell_job: false,
             cgroup: "/".into(),

@@ -22,6 +22,7 @@ mod signal;
 mod socket;
 mod supervisor;
 mod tree;
+mod tunnel;
 
 pub use error::ProcError;
 pub use fence::{Fence, FenceKind, FenceRecord, FenceWatch, FencedProcess};
@@ -34,3 +35,4 @@ pub use supervisor::{
     HoldDown, HoldDownRecord, Supervisor, hold_down, supervisor, supervisor_finding,
 };
 pub use tree::{Tree, start_ticks, tracer, tree, validate_target};
+pub use tunnel::{TUNNEL_DEVICE, attach_tunnel, compare_tunnel};

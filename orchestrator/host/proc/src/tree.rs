@@ -370,6 +370,7 @@ impl Tree {
             windows: Default::default(),
             addresses: Vec::new(),
             stdio: self.stdio()?,
+            tunnel: self.tunnel()?,
             resident_bytes: self.resident_bytes,
             shell_job: self.shell_job(),
             cgroup: self.cgroup.clone(),

@@ -200,7 +200,7 @@ struct Destination {
     home: Option<Home>,
     /// Memory that arrives while the copy runs.
     lazy: lazy::Memory,
-    /// Keys of streams that lead out of the tree, in the order of the worker's inherited fds.
+    /// Keys of files that lead out of the tree, in the order of the worker's inherited fds.
     streams: Vec<String>,
     engine: Engine,
 }

@@ -31,6 +31,7 @@ impl Destination {
         findings.extend(redirect_files(&mut tree, &stdio));
         findings.extend(migrate_proc::compare_files(&tree.files));
         findings.extend(judge_stdio(&tree.stdio, &stdio));
+        findings.extend(tree.tunnel.as_ref().map(migrate_proc::compare_tunnel));
         let net = Net::open().await?;
         let (network, placements) = match self.parked {
             None => migrate_net::compare(&net, &tree).await?,

@@ -127,7 +127,12 @@ impl Destination {
         let criu = self.criu.as_ref().ok_or_else(no_order)?;
         let home = self.home.as_ref().ok_or_else(no_order)?;
         let images = self.images.as_ref().ok_or_else(no_order)?;
-        let (streams, inherit) = reattach(&order.tree.stdio, &order.stdio)?;
+        let (mut streams, mut inherit) = reattach(&order.tree.stdio, &order.stdio)?;
+        if let Some(tunnel) = &order.tree.tunnel {
+            let attached = migrate_proc::attach_tunnel(tunnel);
+            inherit.push(attached.map_err(Error::file("attach to tunnel device", &tunnel.name))?);
+            streams.push(migrate_proc::TUNNEL_DEVICE.to_owned());
+        }
         let worker = criu
             .worker(WorkerOptions {
                 cgroup: home.directory().map(ToOwned::to_owned),
@@ -137,7 +142,7 @@ impl Destination {
                 ..WorkerOptions::default()
             })
             .await?;
-        // Each stream that led out of the tree becomes what was opened for it.
+        // Each file that led out of the tree becomes what was opened for it.
         let inherit_fd = streams
             .iter()
             .enumerate()

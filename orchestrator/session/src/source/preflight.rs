@@ -11,7 +11,7 @@ use migrate_core::wire::{Message, RestoreChoice, StdioChoice};
 use migrate_net::{Net, SurveyOptions, TreeSockets};
 use migrate_proc::Tree;
 
-use super::precopy::choose;
+use super::precopy::{EngineChoice, choose};
 use super::{
     CONNECT_LIMIT, Choices, Link, MemoryEngine, Migration, Plan, READY_LIMIT, Target, migration_id,
 };
@@ -182,6 +182,23 @@ async fn ask(
     }
 }
 
+/// CRIU takes a tunnel device for an open file only under the library that makes
+/// every page look dirty to it.
+fn without_soft_dirty(choice: EngineChoice) -> Finding {
+    let (subject, why) = (
+        "memory engine",
+        "soft-dirty cannot be used beside a tunnel device",
+    );
+    match choice {
+        EngineChoice::Auto => Finding::note(
+            subject,
+            format!("{why}: full, the frozen tree is read whole and compared"),
+            "",
+        ),
+        EngineChoice::Only(_) => Finding::refused(subject, why, "use --engine full"),
+    }
+}
+
 /// Looks at the tree and at this host.
 async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Result<Examined, Error> {
     let tree = migrate_proc::tree(pid)?;
@@ -220,6 +237,7 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
         windows: sockets.windows,
         addresses: sockets.addresses,
         stdio,
+        tunnel: tree.tunnel()?,
         resident_bytes: tree.resident_bytes(),
         shell_job: tree.shell_job(),
         cgroup: tree.cgroup().to_owned(),
@@ -232,6 +250,12 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
             engine
         }
         None => MemoryEngine::Full,
+    };
+    let engine = if engine == MemoryEngine::SoftDirty && facts.tunnel.is_some() {
+        findings.push(without_soft_dirty(choices.engine));
+        MemoryEngine::Full
+    } else {
+        engine
     };
     let still = facts.resident_bytes / EXPECTED_BYTES_PER_SECOND;
     if engine == MemoryEngine::Full && still >= choices.max_blackout.as_secs() {

@@ -140,7 +140,8 @@ impl Migration {
         }
         self.images = Some(images.clone());
         make_private(&images)?;
-        let shim = self.plan()?.engine == MemoryEngine::Uffd;
+        let plan = self.plan()?;
+        let shim = plan.engine == MemoryEngine::Uffd || plan.facts.tunnel.is_some();
         let worker = self
             .criu()?
             .worker(WorkerOptions {
