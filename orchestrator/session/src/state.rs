@@ -129,6 +129,12 @@ impl State {
         Ok(Arriving { lock, path })
     }
 
+    /// Whether memory of a migration's copy may be missing.
+    #[must_use]
+    pub fn is_arriving(&self, migration_id: &str) -> bool {
+        self.arriving().join(migration_id).exists()
+    }
+
     /// Waits until no memory of these processes is missing.
     ///
     /// # Errors

@@ -20,17 +20,19 @@ pub async fn sweep(state: &State) {
             return;
         }
     };
+    // Whoever drove it: a standing agent outlives its migrations.
     let is_ended = |record: &Record| {
-        record.side == Side::Destination && record.stage == Stage::Done && !owner_alive(record)
+        record.side == Side::Destination
+            && record.stage == Stage::Done
+            && !state.is_arriving(&record.migration_id)
     };
     let ended = records.iter().filter(|record| is_ended(record)).count();
     let mut surplus = ended.saturating_sub(ENDED_RECORDS_MAX);
     for record in records {
-        if owner_alive(&record) {
-            continue;
-        }
         let ended = is_ended(&record);
-        recover::settle(state, &record, None).await.log();
+        if !owner_alive(&record) {
+            recover::settle(state, &record, None).await.log();
+        }
         if ended && surplus > 0 {
             surplus -= 1;
             journal::remove(state, &record);
@@ -134,6 +136,36 @@ mod tests {
         // Nothing shows that the copy of `d` was ever let go.
         assert_eq!(left(&state), ["b", "c", "e"]);
         assert!(!images.exists());
+    }
+
+    /// Of a standing agent: it outlives its migrations.
+    #[tokio::test]
+    async fn ended_records_of_an_agent_that_lives_are_bounded() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::at(directory.path()).unwrap();
+        let own_pid = std::process::id().cast_signed();
+        let of_this = |id: String, stage| Record {
+            owner_pid: own_pid,
+            owner_start_ticks: migrate_proc::start_ticks(own_pid).unwrap(),
+            side: Side::Destination,
+            ..record(&id, stage)
+        };
+        // The oldest ones: memory still comes for one, the other has not ended.
+        let arriving = state.arrives("arriving", &[7]).unwrap();
+        for (id, stage) in [("arriving", Stage::Done), ("owned", Stage::Owned)] {
+            Journal::begin(&state, of_this(id.to_owned(), stage)).unwrap();
+        }
+        for number in 0..ENDED_RECORDS_MAX + 3 {
+            Journal::begin(&state, of_this(format!("{number:03}"), Stage::Done)).unwrap();
+        }
+        sweep(&state).await;
+        let kept = left(&state);
+        assert_eq!(kept.len(), ENDED_RECORDS_MAX + 2);
+        assert_eq!(kept[0], "003");
+        assert_eq!(kept[ENDED_RECORDS_MAX..], ["arriving", "owned"]);
+        let locks = fs::read_dir(state.journal()).unwrap().count();
+        assert_eq!(locks, 2 * kept.len());
+        arriving.done();
     }
 
     #[tokio::test]

@@ -12,15 +12,16 @@ use nix::sys::statvfs::statvfs;
 use super::judge::Rule;
 use crate::hosts::gates;
 
-/// Ended records of destinations that a host keeps, and the one that is added
-/// before the oldest goes (`ENDED_RECORDS_MAX` of `migrate-session`).
-const RECORDS_MAX: u64 = 65;
+/// Ended records of destinations that a host keeps (`ENDED_RECORDS_MAX` of
+/// `migrate-session`) and the one that is added before the oldest goes, each
+/// with its lock, its note and its claim.
+const RECORDS_MAX: u64 = 65 * 4;
 /// Logs that a host keeps (`AGENT_LOGS_MAX` of `migrate`), and those of
 /// processes that began at once: an agent, its guard and its keeper.
 const LOGS_MAX: u64 = 35;
 /// Memory that an agent or the tree may have more of in the end. Allocators
 /// keep what threads gave back, and which threads did differs from hop to hop.
-const MEMORY_SLACK_KIB: u64 = 4 << 10;
+const MEMORY_SLACK_KIB: u64 = 8 << 10;
 /// Pieces of address space that the tree may have more of in the end.
 const MAPPINGS_SLACK: u64 = 16;
 /// In bytes, whatever the file system.
@@ -48,7 +49,7 @@ pub enum Figure {
     Interfaces,
     /// cgroups of the host.
     Cgroups,
-    /// Journal records, which are kept for late questions up to a bound.
+    /// Files of journal records, which are kept for late questions up to a bound.
     Records,
     /// Logs, which are kept up to a bound.
     Logs,
