@@ -233,15 +233,15 @@ pub enum Message {
         /// Image files that were sent.
         images: u32,
         /// With `--verify`, what the frozen tree's memory amounts to, task by
-        /// task and segment by segment: SHA-256 over addresses and content.
-        digests: Vec<(PageOwner, [u8; 32])>,
+        /// task and segment by segment.
+        digests: Vec<PageDigest>,
         /// Areas that do not count for them, as address and length in bytes:
         /// the kernel writes there while CRIU is at work.
         masks: Vec<(u64, u32)>,
         /// Pages that were named and come after `Go`; they are among `pages`.
         late: u64,
         /// What they amount to, as `digests`, in which they do not count.
-        late_digests: Vec<(PageOwner, [u8; 32])>,
+        late_digests: Vec<PageDigest>,
     },
     /// The copy is complete and has not run.
     Restored {
@@ -431,6 +431,19 @@ pub enum PageOwner {
     Task(u32),
     /// A shared segment by CRIU's shmid.
     Shared(u64),
+}
+
+/// What the memory of a task, or a shared segment, amounts to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageDigest {
+    /// Whose memory it is.
+    pub owner: PageOwner,
+    /// SHA-256 over addresses and content of its pages.
+    pub sha256: [u8; 32],
+    /// Pages that do not count, as address and length in bytes: the kernel has
+    /// taken them since they were listed, as it may with what a task has given
+    /// back with `MADV_FREE`.
+    pub taken: Vec<(u64, u32)>,
 }
 
 impl std::fmt::Display for PageOwner {

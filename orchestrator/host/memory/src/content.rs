@@ -9,7 +9,6 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
 use std::time::Instant;
 
 use bytes::BytesMut;
@@ -22,7 +21,7 @@ use crate::process::Memory;
 use crate::rounds::{Limits, PageSink, RUN_PAGES_MAX, RoundStats, micros, unless_gone};
 use crate::segments::{FrozenSegments, Segments, breathe};
 use crate::sys::PIECES_MAX;
-use crate::{PAGE, tree};
+use crate::{PAGE, pagemap, tree};
 
 /// Pages looked up in one reading of the pagemap: 32 MiB of memory.
 const WINDOW_PAGES: u64 = 8192;
@@ -183,25 +182,13 @@ fn populated(
     pagemap: &File,
     range: &Range<u64>,
 ) -> Result<VecDeque<Range<u64>>, MemoryError> {
-    /// Bits of an entry (kernel: `Documentation/admin-guide/mm/pagemap.rst`).
-    const PRESENT: u64 = 1 << 63;
-    const SWAPPED: u64 = 1 << 62;
-    const OF_FILE: u64 = 1 << 61;
-    const ENTRY_BYTES: usize = 8;
-    let pages = usize::try_from((range.end - range.start) / PAGE).unwrap_or_default();
-    let mut entries = vec![0; pages * ENTRY_BYTES];
-    pagemap
-        .read_exact_at(&mut entries, range.start / PAGE * ENTRY_BYTES as u64)
-        .map_err(|source| match source.kind() {
-            // The memory it was opened for is gone.
-            std::io::ErrorKind::UnexpectedEof => MemoryError::Gone { pid },
-            _ => maps::proc_failed(pid, &format!("/proc/{pid}/pagemap"), source),
-        })?;
+    let entries = pagemap::entries(pagemap, range).map_err(|source| match source.kind() {
+        std::io::ErrorKind::UnexpectedEof => MemoryError::Gone { pid },
+        _ => maps::proc_failed(pid, &format!("/proc/{pid}/pagemap"), source),
+    })?;
     let mut found: VecDeque<Range<u64>> = VecDeque::new();
-    let (entries, _) = entries.as_chunks::<ENTRY_BYTES>();
     for (entry, at) in entries.iter().zip((range.start..).step_by(PAGE_BYTES)) {
-        let entry = u64::from_ne_bytes(*entry);
-        if entry & (PRESENT | SWAPPED) == 0 || entry & OF_FILE != 0 {
+        if !entry.populated() || entry.of_file() {
             continue;
         }
         match found.back_mut() {

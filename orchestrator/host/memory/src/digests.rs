@@ -2,15 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use migrate_core::wire::{PageOwner, PageRun};
+use migrate_core::wire::{PAGE_BYTES, PageDigest, PageOwner, PageRun};
 
-use crate::PAGE;
 use crate::error::MemoryError;
+use crate::maps;
+use crate::pagemap::{self, ZeroFrame};
 use crate::segments::FrozenSegments;
 use crate::store::MemoryDigest;
+use crate::{PAGE, ZERO_PAGE};
 
 /// Bytes read at once.
 const DIGEST_PIECE_BYTES: usize = 1 << 20;
@@ -60,6 +63,10 @@ impl Listed {
 /// names it, read from the frozen tree; of tasks without the areas of `masks`.
 /// Other segments are left out: they come whole.
 ///
+/// Memory that a task has given back with `MADV_FREE` is the kernel's to take
+/// also while the task stands still. A page that was listed and has been taken
+/// since does not count: the copy may have its content or zeros.
+///
 /// Blocks for as long as it takes to read and hash all memory; ends early when
 /// `stop` is set.
 ///
@@ -71,27 +78,72 @@ pub fn digests(
     masks: &[(u64, u32)],
     segments: &FrozenSegments,
     stop: &AtomicBool,
-) -> Result<Vec<(PageOwner, [u8; 32])>, MemoryError> {
+) -> Result<Vec<PageDigest>, MemoryError> {
     let mut by_owner: BTreeMap<PageOwner, Vec<PageRun>> = BTreeMap::new();
     for run in listed.sorted() {
         by_owner.entry(run.owner).or_default().push(run);
     }
+    let zero = ZeroFrame::find().map_err(|source| MemoryError::Proc {
+        path: "/proc/self/pagemap".to_owned(),
+        source,
+    })?;
     let mut digests = Vec::new();
     for (owner, runs) in by_owner {
-        let pid = match owner {
-            PageOwner::Task(pid) => pid,
+        match owner {
+            PageOwner::Task(pid) => {
+                let mut task = Task::open(pid, zero)?;
+                let sha256 = task.digest(runs, masks, stop)?;
+                digests.push(PageDigest {
+                    owner,
+                    sha256,
+                    taken: task.taken,
+                });
+            }
             PageOwner::Shared(id) => {
                 let digest = segments.digest(id, runs, stop)?;
-                digests.extend(digest.map(|digest| (owner, digest)));
-                continue;
+                digests.extend(digest.map(|sha256| PageDigest {
+                    owner,
+                    sha256,
+                    taken: Vec::new(),
+                }));
             }
+        }
+    }
+    Ok(digests)
+}
+
+/// The memory of a task that stands still.
+struct Task {
+    pid: i32,
+    content: File,
+    pagemap: File,
+    zero: ZeroFrame,
+    /// Listed pages that are not there any more, as address and length in bytes.
+    taken: Vec<(u64, u32)>,
+}
+
+impl Task {
+    fn open(pid: u32, zero: ZeroFrame) -> Result<Self, MemoryError> {
+        let pid = pid.cast_signed();
+        let open = |name: &str| {
+            let path = format!("/proc/{pid}/{name}");
+            File::open(&path).map_err(|source| maps::proc_failed(pid, &path, source))
         };
-        let path = format!("/proc/{pid}/mem");
-        let failed = |source| MemoryError::Proc {
-            path: path.clone(),
-            source,
-        };
-        let memory = File::open(&path).map_err(failed)?;
+        Ok(Self {
+            pid,
+            content: open("mem")?,
+            pagemap: open("pagemap")?,
+            zero,
+            taken: Vec::new(),
+        })
+    }
+
+    fn digest(
+        &mut self,
+        runs: Vec<PageRun>,
+        masks: &[(u64, u32)],
+        stop: &AtomicBool,
+    ) -> Result<[u8; 32], MemoryError> {
         let mut digest = MemoryDigest::without(masks);
         let mut buffer = vec![0; DIGEST_PIECE_BYTES];
         for run in runs {
@@ -102,14 +154,58 @@ pub fn digests(
                 }
                 let bytes = usize::try_from(end - at).map_or(buffer.len(), |n| n.min(buffer.len()));
                 let piece = &mut buffer[..bytes];
-                memory.read_exact_at(piece, at).map_err(failed)?;
+                self.read(at, piece)?;
                 digest.add(at, piece);
                 at += bytes as u64;
             }
         }
-        digests.push((owner, digest.finish()));
+        Ok(digest.finish())
     }
-    Ok(digests)
+
+    /// Reads listed pages. Those that were taken read as zeros, which do not
+    /// count, and are noted.
+    fn read(&mut self, at: u64, into: &mut [u8]) -> Result<(), MemoryError> {
+        // Before they are read, which puts a page of zeros there.
+        let before = self.entries(at..at + into.len() as u64)?;
+        self.content
+            .read_exact_at(into, at)
+            .map_err(|source| maps::proc_failed(self.pid, &self.path("mem"), source))?;
+        let pages = into.chunks_exact(PAGE_BYTES);
+        for ((entry, page), vaddr) in before.iter().zip(pages).zip((at..).step_by(PAGE_BYTES)) {
+            let taken = if entry.populated() {
+                // It may have gone in between.
+                page == ZERO_PAGE
+                    && (self.entries(vaddr..vaddr + PAGE)?.iter()).any(|&now| self.zero.is(now))
+            } else {
+                true
+            };
+            if taken {
+                self.take(vaddr);
+            }
+        }
+        Ok(())
+    }
+
+    fn entries(&self, range: Range<u64>) -> Result<Vec<pagemap::Entry>, MemoryError> {
+        pagemap::entries(&self.pagemap, &range)
+            .map_err(|source| maps::proc_failed(self.pid, &self.path("pagemap"), source))
+    }
+
+    fn path(&self, name: &str) -> String {
+        format!("/proc/{}/{name}", self.pid)
+    }
+
+    fn take(&mut self, vaddr: u64) {
+        let page = u32::try_from(PAGE).unwrap_or_default();
+        match self.taken.last_mut() {
+            Some((start, length))
+                if *start + u64::from(*length) == vaddr && *length <= u32::MAX - page =>
+            {
+                *length += page;
+            }
+            _ => self.taken.push((vaddr, page)),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -150,6 +246,63 @@ mod tests {
             full.add(run(1, 0x9000, 1)),
             Err(MemoryError::TooManyRuns { .. })
         ));
+    }
+
+    #[test]
+    fn what_the_kernel_has_taken_does_not_count() {
+        const PAGES: usize = 5;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGES * PAGE_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(at, libc::MAP_FAILED);
+        // SAFETY: made above, and used by this slice only.
+        let memory = unsafe { std::slice::from_raw_parts_mut(at.cast::<u8>(), PAGES * PAGE_BYTES) };
+        // The last one has zeros that were written.
+        memory[..4 * PAGE_BYTES].fill(7);
+        memory[4 * PAGE_BYTES] = 0;
+        let vaddr = at.addr() as u64;
+        let mut listed = Listed::default();
+        listed
+            .add(run(std::process::id(), vaddr, PAGES as u64))
+            .unwrap();
+        let none = FrozenSegments::default();
+        let go_on = AtomicBool::new(false);
+        let now = || {
+            digests(listed.clone(), &[], &none, &go_on)
+                .unwrap()
+                .remove(0)
+        };
+        let whole = now();
+        assert_eq!(whole.taken, []);
+        let give_back = |page: usize| {
+            let start = (vaddr + page as u64 * PAGE) as *mut libc::c_void;
+            for advice in [libc::MADV_FREE, libc::MADV_PAGEOUT] {
+                // SAFETY: pages of the mapping above, whose content may go.
+                assert_eq!(unsafe { libc::madvise(start, PAGE_BYTES, advice) }, 0);
+            }
+        };
+        give_back(1);
+        give_back(2);
+        let part = now();
+        let gone = (vaddr + PAGE, 0x2000);
+        assert_eq!(part.taken, [gone]);
+        // A copy with what was there when it was listed is not another one.
+        let mut copy = MemoryDigest::without(&part.taken);
+        copy.add(vaddr, &[7; 4 * PAGE_BYTES]);
+        assert_eq!(copy.finish(), part.sha256);
+        assert_ne!(part.sha256, whole.sha256);
+        // By now they have been read, which has put pages of zeros there.
+        assert_eq!(now(), part);
+        // SAFETY: made above, and not used any more.
+        unsafe { libc::munmap(at, PAGES * PAGE_BYTES) };
     }
 
     #[test]

@@ -41,6 +41,7 @@ mod inject;
 mod known;
 mod lazy;
 mod maps;
+mod pagemap;
 mod probe;
 mod process;
 mod rounds;

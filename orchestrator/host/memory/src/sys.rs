@@ -367,6 +367,11 @@ impl TrialPage {
         unsafe { self.0.cast::<u8>().write_volatile(value) };
     }
 
+    pub(crate) fn read(&self) -> u8 {
+        // SAFETY: the mapping lives as long as `self` and is readable.
+        unsafe { self.0.cast::<u8>().read_volatile() }
+    }
+
     pub(crate) fn range(&self) -> Range<u64> {
         let start = self.0 as u64;
         start..start + PAGE

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use migrate_channel::{Frame, Receiver, Sender};
 use migrate_core::late::{LateRuns, WANTED_RANGES_MAX};
-use migrate_core::wire::{Message, PageOwner};
+use migrate_core::wire::{Message, PageDigest};
 use migrate_memory::{LATE_LIMIT, LatePages, MemoryDigest};
 use tokio::sync::{mpsc, watch};
 
@@ -51,7 +51,7 @@ fn listen(pages: Arc<LatePages>) -> mpsc::Receiver<()> {
 #[derive(Debug, Default)]
 pub(super) struct Expected {
     /// Digest of each task's late pages.
-    pub(super) digests: Vec<(PageOwner, [u8; 32])>,
+    pub(super) digests: Vec<PageDigest>,
     /// Areas that do not count.
     pub(super) masks: Vec<(u64, u32)>,
 }
@@ -147,17 +147,20 @@ impl Fetch {
     /// has asked for that.
     async fn compared(self) -> Result<Self, Error> {
         let comparing = tokio::task::spawn_blocking(move || {
-            for (owner, expected) in &self.expected.digests {
-                let mut digest = MemoryDigest::without(&self.expected.masks);
-                for run in self.runs.within(*owner, 0..u64::MAX) {
+            for expected in &self.expected.digests {
+                let masks = [&self.expected.masks[..], &expected.taken].concat();
+                let mut digest = MemoryDigest::without(&masks);
+                for run in self.runs.within(expected.owner, 0..u64::MAX) {
                     let content = self.pages.content(run.first..run.first + run.pages);
                     digest.add(
                         run.vaddr,
                         content.ok_or_else(|| super::receive::nothing("a page that has come"))?,
                     );
                 }
-                if digest.finish() != *expected {
-                    return Err(Error::NotTheSame { owner: *owner });
+                if digest.finish() != expected.sha256 {
+                    return Err(Error::NotTheSame {
+                        owner: expected.owner,
+                    });
                 }
             }
             if !self.expected.digests.is_empty() {

@@ -9,7 +9,7 @@ use migrate_channel::Frame;
 use migrate_core::Flow;
 use migrate_core::late::LateRuns;
 use migrate_core::policy::Policy;
-use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageOwner, PageRun};
+use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageDigest, PageOwner, PageRun};
 use migrate_criu::{ImageDir, Notice, Session};
 use migrate_memory::{Content, Listed, PageStore};
 
@@ -142,7 +142,7 @@ impl Memory {
     /// takes a while, and must not be in the way of a cancellation.
     pub(crate) async fn verified(
         mut self,
-        digests: Vec<(PageOwner, [u8; 32])>,
+        digests: Vec<PageDigest>,
         masks: Vec<(u64, u32)>,
     ) -> Result<Self, Error> {
         let Some(listed) = self.listed.take() else {
@@ -161,16 +161,17 @@ impl Memory {
     fn verify(
         &mut self,
         listed: &[PageRun],
-        digests: &[(PageOwner, [u8; 32])],
+        digests: &[PageDigest],
         masks: &[(u64, u32)],
     ) -> Result<(), Error> {
-        for &(owner, digest) in digests {
+        for digest in digests {
+            let owner = digest.owner;
             self.store.retain(owner, listed);
             let masks = match owner {
-                PageOwner::Task(_) => masks,
-                PageOwner::Shared(_) => &[],
+                PageOwner::Task(_) => [masks, &digest.taken].concat(),
+                PageOwner::Shared(_) => Vec::new(),
             };
-            if self.store.digest(owner, masks) != digest {
+            if self.store.digest(owner, &masks) != digest.sha256 {
                 return Err(Error::NotTheSame { owner });
             }
         }
@@ -273,7 +274,7 @@ impl Destination {
         &mut self,
         limit: Duration,
         memory: &mut Memory,
-    ) -> Result<(Announced, Vec<(PageOwner, [u8; 32])>, Expected), Error> {
+    ) -> Result<(Announced, Vec<PageDigest>, Expected), Error> {
         const AWAITED: &str = "pages and images";
         loop {
             let Incoming::Frames(receiver) = &mut self.incoming else {

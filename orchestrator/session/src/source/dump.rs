@@ -8,7 +8,9 @@ use bytes::Bytes;
 use migrate_channel::{ChannelError, Sender};
 use migrate_core::late::LateError;
 use migrate_core::report::counted;
-use migrate_core::wire::{ImagePiece, Message, NetworkLock, PAGE_BYTES, PageOwner, PageRun};
+use migrate_core::wire::{
+    ImagePiece, Message, NetworkLock, PAGE_BYTES, PageDigest, PageOwner, PageRun,
+};
 use migrate_criu::{CriuError, DumpOptions, Notice, PARENT, PageSink, PageStats, serve_pages};
 use migrate_memory::{ContentPrecopy, FrozenSegments, Listed, MemoryError};
 
@@ -361,9 +363,9 @@ pub(super) fn out_of_order(notice: &Notice, awaited: &'static str) -> Error {
 #[derive(Debug, Default)]
 struct Digests {
     /// Of what goes over before the commit.
-    now: Vec<(PageOwner, [u8; 32])>,
+    now: Vec<PageDigest>,
     /// Of what follows.
-    late: Vec<(PageOwner, [u8; 32])>,
+    late: Vec<PageDigest>,
     masks: Vec<(u64, u32)>,
 }
 
@@ -476,7 +478,7 @@ async fn hashed(
     listed: Listed,
     masks: Vec<(u64, u32)>,
     segments: FrozenSegments,
-) -> Result<Vec<(PageOwner, [u8; 32])>, Error> {
+) -> Result<Vec<PageDigest>, Error> {
     let stop = Stop::default();
     let flag = stop.flag();
     let hashing = tokio::task::spawn_blocking(move || {
