@@ -15,4 +15,5 @@ pub mod refusals;
 pub mod soak;
 pub mod streams;
 pub mod strict;
+pub mod tunnel;
 pub mod workload;

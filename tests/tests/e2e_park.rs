@@ -19,8 +19,8 @@ use migrate_tests::migration::serves_old_connections;
 use migrate_tests::refusals::{
     Ended, REFUSED, Running, Scene, guards, is_stopped, runner, scoped, shell,
 };
-use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload};
+use migrate_tests::{require, tunnel};
 use nix::sys::signal::{Signal, kill};
 
 /// On a host: memory that outlives everything that is played here.
@@ -212,36 +212,6 @@ fn a_tree_on_the_hosts_own_address_comes_back() {
     clean_client(&lab, client, resets);
 }
 
-/// The server's end of a tunnel, which the host makes and which stays.
-const TUNNEL_DEVICE: &str = "ip tuntap add dev tun0 mode tun && \
-     ip address add 10.8.0.1 peer 10.8.0.2 dev tun0 && ip link set tun0 up";
-/// Both ends have it.
-const KEY: &str = "/srv/vpn.key";
-/// A server behind it, as the peers of a VPN reach one.
-const BEHIND: &str = "192.0.2.1";
-
-fn openvpn(host: &Host, more: &[&str]) -> i32 {
-    let argv = [
-        "openvpn",
-        "--dev",
-        "tun0",
-        "--dev-type",
-        "tun",
-        "--port",
-        "1194",
-    ];
-    let rest = [
-        "--secret",
-        KEY,
-        "--cipher",
-        "AES-256-CBC",
-        "--log",
-        "/dev/null",
-    ];
-    let argv = argv.iter().chain(more).chain(&rest);
-    host.spawn_detached(argv, "/dev/null").unwrap()
-}
-
 /// The tunnel over TCP, its tun device, and connections through it to somebody behind the server:
 /// they outlive a boot of the server's host, and the device has to be there first.
 #[test]
@@ -251,42 +221,19 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
     let [host, behind, peer] =
         [HostName::Host1, HostName::Host2, HostName::Client].map(|name| lab.host(name));
     let resets = reset_connections(&peer).unwrap();
-    let workload = WORKLOAD_V4.to_string();
-    shell(&host, &format!("openvpn --genkey secret {KEY}"));
-    fs::copy(host.path(KEY), peer.path(KEY)).unwrap();
-    shell(&host, TUNNEL_DEVICE);
-    shell(&host, "sysctl -qw net.ipv4.ip_forward=1");
-    shell(
-        &host,
-        &format!("ip route add {BEHIND} via {}", behind.ipv4()),
-    );
-    shell(&behind, &format!("ip address add {BEHIND}/32 dev lo"));
-    shell(
-        &behind,
-        &format!("ip route add 10.8.0.2 via {}", host.ipv4()),
-    );
-    let server = openvpn(
-        &host,
-        &[
-            "--proto",
-            "tcp-server",
-            "--local",
-            &workload,
-            "--ifconfig-noexec",
-        ],
-    );
-    assert!(eventually(WITHIN, || listens(&host, 1194)));
-    let remote = ["--proto", "tcp-client", "--nobind", "--remote", &workload];
-    openvpn(
-        &peer,
-        &[&remote[..], &["--ifconfig", "10.8.0.2", "10.8.0.1"]].concat(),
-    );
-    let route = format!("ip route add {BEHIND} dev tun0 src 10.8.0.2");
+    shell(&host, &format!("openvpn --genkey secret {}", tunnel::KEY));
+    fs::copy(host.path(tunnel::KEY), peer.path(tunnel::KEY)).unwrap();
+    shell(&host, tunnel::DEVICE);
+    shell(&host, &tunnel::router());
+    shell(&behind, &tunnel::behind());
+    let server = host.spawn_detached(tunnel::server(), "/dev/null").unwrap();
+    assert!(eventually(WITHIN, || listens(&host, tunnel::PORT)));
+    peer.spawn_detached(tunnel::client(), "/dev/null").unwrap();
     assert!(eventually(WITHIN, || {
-        let up = peer.exec(["sh", "-c", &route]).unwrap();
+        let up = peer.exec(["sh", "-c", tunnel::ROUTE]).unwrap();
         up.status.success()
     }));
-    let listen = format!("{BEHIND}:7000");
+    let listen = format!("{}:7000", tunnel::BEHIND);
     let echo = program("echo-server").display().to_string();
     behind
         .spawn_detached([echo, listen.clone()], "/dev/null")
@@ -305,10 +252,7 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
         shell(&host, "ip link del tun0");
         succeeds(&host, &["guard-boot", "--dir", DIR]);
         comes_up(&host);
-        shell(
-            &host,
-            &format!("ip route replace {BEHIND} via {}", behind.ipv4()),
-        );
+        shell(&host, &tunnel::router());
         let resume = ["resume", "--dir", DIR];
         let ended = run(&host, &resume);
         ended.expect(
@@ -319,32 +263,14 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
                 "ip tuntap add",
             ],
         );
-        shell(&host, TUNNEL_DEVICE);
+        shell(&host, tunnel::DEVICE);
         succeeds(&host, &resume);
         assert!(runs(&host, server));
         serves_old_connections(&mut client);
     }
     // One that would go with the program would not be there for it.
-    let argv = [
-        "openvpn",
-        "--dev",
-        "tun9",
-        "--proto",
-        "tcp-server",
-        "--port",
-        "1195",
-    ];
-    let rest = [
-        "--secret",
-        KEY,
-        "--cipher",
-        "AES-256-CBC",
-        "--log",
-        "/dev/null",
-    ];
-    let other = host
-        .spawn_detached(argv.iter().chain(&rest), "/dev/null")
-        .unwrap();
+    let other = tunnel::openvpn("tun9", 1195, &["--proto", "tcp-server"]);
+    let other = host.spawn_detached(other, "/dev/null").unwrap();
     assert!(eventually(WITHIN, || listens(&host, 1195)));
     let ended = run(&host, &["park", &other.to_string(), "--dir", DIR]);
     ended.expect(
@@ -683,6 +609,68 @@ fn a_failed_reboot_brings_the_trees_back() {
     let ended = running.finish();
     assert_eq!(ended.status.code(), Some(ROLLED_BACK), "{ended:#?}");
     assert!(ended.text().contains("interrupted"), "{ended:#?}");
+    serves_old_connections(&mut scene.client);
+    assert!(scene.client.stop().unwrap().is_clean());
+}
+
+#[test]
+fn marked_trees_are_parked_together() {
+    require!("marked_trees_are_parked_together": root, tcx, criu, migrate);
+    let mut scene = Scene::start("park-marked", Kind::Echo, 3);
+    let host = scene.source();
+    let lonely = Workload::start(Kind::ShellLoop, &scene.lab).unwrap();
+    let (echo, lonely) = (scene.workload.pid, lonely.pid);
+    make_directory(&host);
+    let maintain = ["maintenance", "--dir", DIR, "--reboot-cmd", "exit 3"];
+    run(&host, &maintain).expect(REFUSED, &["nothing is marked", "migrate mark PID"]);
+    let mark = |pid: i32, more: &[&str]| {
+        let pid = pid.to_string();
+        run(&host, &[&["mark", &pid, "--dir", DIR], more].concat())
+    };
+    mark(4_194_303, &[]).expect(REFUSED, &["4194303"]);
+    for (pid, name) in [(echo, "front"), (lonely, "loop")] {
+        assert_eq!(mark(pid, &["--name", name]).status.code(), Some(0));
+    }
+    mark(echo, &["--name", "again"]).expect(REFUSED, &["marked as front", "migrate unmark front"]);
+    let listed = || succeeds(&host, &["mark", "--dir", DIR]).stdout;
+    let both = format!("front: process {echo}, runs\nloop: process {lonely}, runs\n");
+    assert_eq!(listed(), both);
+
+    // Both leave and, as there is no reboot, both come back, and are marked as before.
+    for _ in 0..2 {
+        let ended = run(&host, &maintain);
+        assert_eq!(ended.status.code(), Some(ROLLED_BACK), "{ended:#?}");
+        assert_eq!(
+            ended.stdout.matches("is parked in").count(),
+            2,
+            "{ended:#?}"
+        );
+        assert_eq!(ended.stdout.matches("runs again").count(), 2, "{ended:#?}");
+        assert_eq!(listed(), both);
+        serves_old_connections(&mut scene.client);
+    }
+
+    let torn = host.path(DIR).join("front.tree");
+    with(
+        &torn,
+        |c| c.truncate(c.len() / 2),
+        || {
+            run(&host, &maintain).expect(REFUSED, &["front.tree is no mark", "mark the tree anew"]);
+        },
+    );
+
+    // One that has ended is not passed over.
+    shell(&host, &format!("kill -9 {lonely}"));
+    assert!(eventually(WITHIN, || !runs(&host, lonely)));
+    run(&host, &maintain).expect(
+        REFUSED,
+        &["marked as loop", "does not run", "migrate unmark loop"],
+    );
+    assert!(runs(&host, echo));
+    succeeds(&host, &["unmark", "loop", "--dir", DIR]);
+    run(&host, &["unmark", "loop", "--dir", DIR]).expect(REFUSED, &["nothing is marked as loop"]);
+    let ended = run(&host, &maintain);
+    assert_eq!(ended.stdout.matches("runs again").count(), 1, "{ended:#?}");
     serves_old_connections(&mut scene.client);
     assert!(scene.client.stop().unwrap().is_clean());
 }

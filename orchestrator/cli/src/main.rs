@@ -61,6 +61,10 @@ enum Verb {
     GuardBoot(verb::guard_boot::Args),
     /// Park trees, run the command that reboots, and resume them if it fails
     Maintenance(verb::maintenance::Args),
+    /// Have a tree parked by every maintenance, under a name; or list those that are
+    Mark(verb::mark::Args),
+    /// Have it parked no more
+    Unmark(verb::mark::UnmarkArgs),
     /// What is under way on this host, and what was left behind
     #[command(alias = "list")]
     Status,
@@ -116,6 +120,8 @@ fn main() -> ExitCode {
             Some(Verb::Resume(args)) => verb::resume::run(args, &output).await,
             Some(Verb::GuardBoot(args)) => verb::guard_boot::run(&args).await,
             Some(Verb::Maintenance(args)) => verb::maintenance::run(args, &output).await,
+            Some(Verb::Mark(args)) => verb::mark::run(&args),
+            Some(Verb::Unmark(args)) => verb::mark::unmark(&args),
             Some(Verb::Status) => verb::status::run(&output),
             Some(Verb::Cancel(args)) => verb::cancel::run(&args).await,
             Some(Verb::Recover(args)) => verb::recover::run(&args, &output).await,

@@ -1,10 +1,11 @@
 //! `migrate maintenance`: park, run the command that reboots, resume if it fails.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use migrate_session::Cancel;
-use migrate_session::park::Place;
+use migrate_session::park::{self, ParkError, Place};
+use migrate_session::{Cancel, Error};
 use tokio::process::Command;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -18,8 +19,8 @@ use crate::show::Show;
 /// What to park, and what to run then.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Roots of the process trees
-    #[arg(value_name = "PID", required = true)]
+    /// Roots of the process trees; without any, all that are marked (see `migrate mark`)
+    #[arg(value_name = "PID")]
     pub pids: Vec<i32>,
     /// The command that ends this kernel, run by `sh -c`: `systemctl kexec`, `kexec -e`, `reboot`
     #[arg(long, value_name = "COMMAND")]
@@ -32,7 +33,7 @@ pub struct Args {
     pub how: How,
 }
 
-pub async fn run(args: Args, output: &Output) -> Exit {
+pub async fn run(mut args: Args, output: &Output) -> Exit {
     let mut show = Show::new(output);
     let cancel = Cancel::default();
     let signals = obey_signals(cancel.clone()).and_then(|()| Signals::listen());
@@ -43,6 +44,19 @@ pub async fn run(args: Args, output: &Output) -> Exit {
             return Exit::Internal;
         }
     };
+    if args.pids.is_empty() {
+        if !args.how.names.is_empty() {
+            show.usage("marked trees have their names; --name is for PIDs");
+            return Exit::Usage;
+        }
+        match marked(&args.how.dir) {
+            Ok(trees) => (args.pids, args.how.names) = trees.into_iter().unzip(),
+            Err(error) => {
+                show.error(&error);
+                return Exit::of(&error);
+            }
+        }
+    }
     let places = match park_all(&args.pids, &args.how, &cancel, output).await {
         Ok(places) => places,
         Err(exit) => return exit,
@@ -64,6 +78,28 @@ pub async fn run(args: Args, output: &Output) -> Exit {
         Exit::Done => Exit::RolledBack,
         exit => exit,
     }
+}
+
+/// PIDs and names of all trees that are marked. All of them have to run: a
+/// service that nobody has marked again would be lost with this kernel.
+fn marked(directory: &Path) -> Result<Vec<(i32, String)>, Error> {
+    let trees = park::marked(directory)?;
+    if trees.is_empty() {
+        return Err(ParkError::NoneMarked(directory.to_owned()).into());
+    }
+    let parked = |tree: park::Marked| {
+        let name = tree.place.name().to_owned();
+        if tree.runs {
+            return Ok((tree.pid, name));
+        }
+        Err(ParkError::MarkedGone {
+            pid: tree.pid,
+            directory: directory.to_owned(),
+            name,
+        }
+        .into())
+    };
+    trees.into_iter().map(parked).collect()
 }
 
 /// Signals from the beginning on: one that came when all trees were parked

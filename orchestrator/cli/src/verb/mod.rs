@@ -6,6 +6,7 @@ pub mod check;
 pub mod guard_boot;
 pub mod keep_memory;
 pub mod maintenance;
+pub mod mark;
 pub mod migrate;
 pub mod park;
 pub mod recover;

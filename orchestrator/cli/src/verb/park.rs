@@ -130,22 +130,8 @@ fn places(pids: &[i32], how: &How) -> Result<Vec<Place>, String> {
     let mut seen = BTreeMap::new();
     let mut places = Vec::new();
     for (index, &pid) in pids.iter().enumerate() {
-        let name = how.names.get(index).cloned().unwrap_or_else(|| {
-            let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            let plain = |c: char| {
-                if c.is_ascii_alphanumeric() || c == '-' {
-                    c
-                } else {
-                    '_'
-                }
-            };
-            let comm: String = comm.trim().chars().map(plain).collect();
-            if comm.is_empty() {
-                format!("tree-{pid}")
-            } else {
-                format!("{comm}-{pid}")
-            }
-        });
+        let given = how.names.get(index).cloned();
+        let name = given.unwrap_or_else(|| set_name(pid));
         if let Some(other) = seen.insert(name.clone(), pid) {
             return Err(format!("{name} would be the set of {other} and of {pid}"));
         }
@@ -153,6 +139,24 @@ fn places(pids: &[i32], how: &How) -> Result<Vec<Place>, String> {
         places.push(place.map_err(|error| format!("{error}\nhelp: {}", error.help()))?);
     }
     Ok(places)
+}
+
+/// The name of a set that was given none: program and PID.
+pub fn set_name(pid: i32) -> String {
+    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let plain = |c: char| {
+        if c.is_ascii_alphanumeric() || c == '-' {
+            c
+        } else {
+            '_'
+        }
+    };
+    let comm: String = comm.trim().chars().map(plain).collect();
+    if comm.is_empty() {
+        format!("tree-{pid}")
+    } else {
+        format!("{comm}-{pid}")
+    }
 }
 
 async fn park(

@@ -16,6 +16,7 @@ mod boot;
 mod keep;
 mod place;
 mod resume;
+mod tag;
 
 use std::fs;
 use std::path::Path;
@@ -30,6 +31,7 @@ pub use boot::{Guarded, guard};
 pub(crate) use keep::connect;
 pub use place::{ParkError, Place};
 pub use resume::{Resume, Resumed, resume};
+pub use tag::{Marked, mark, marked, unmark};
 
 /// How long whoever serves a set may take to leave it, once the connection to
 /// it has ended.

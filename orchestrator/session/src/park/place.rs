@@ -134,6 +134,46 @@ pub enum ParkError {
     /// Another `migrate` is at work there.
     #[error("another migrate is at work in {}", .0.display())]
     Busy(PathBuf),
+    /// No tree is marked under this name.
+    #[error("nothing is marked as {name} in {}", directory.display())]
+    NotMarked {
+        /// Where.
+        directory: PathBuf,
+        /// The name.
+        name: String,
+    },
+    /// No tree is marked at all.
+    #[error("nothing is marked in {}", .0.display())]
+    NoneMarked(PathBuf),
+    /// A mark is none, or only a part of one.
+    #[error("{} is no mark of a tree", path.display())]
+    BadMark {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// It is marked, under another name.
+    #[error("process {pid} is marked as {name} already")]
+    MarkedAs {
+        /// Its root.
+        pid: i32,
+        /// Where.
+        directory: PathBuf,
+        /// The name.
+        name: String,
+    },
+    /// What was marked runs no longer.
+    #[error("process {pid}, marked as {name}, does not run any more")]
+    MarkedGone {
+        /// Its root, as it was.
+        pid: i32,
+        /// Where.
+        directory: PathBuf,
+        /// The name.
+        name: String,
+    },
     /// An interface of the tree has not come up.
     #[error("interface {0}, which the tree's address was on, is not there")]
     NoInterface(String),
@@ -191,6 +231,29 @@ impl ParkError {
                 "start the workload anew; `resume --keep` keeps images".to_owned()
             }
             Self::Busy(_) => "wait for it".to_owned(),
+            Self::NotMarked { directory, .. } => {
+                format!("see what is: migrate mark --dir {}", directory.display())
+            }
+            Self::NoneMarked(directory) => format!(
+                "name PIDs, or mark trees first: migrate mark PID --dir {}",
+                directory.display()
+            ),
+            Self::BadMark { path, .. } => {
+                format!("rm {}, and mark the tree anew", path.display())
+            }
+            Self::MarkedAs {
+                directory, name, ..
+            } => format!(
+                "leave it, or take that mark away: migrate unmark {name} --dir {}",
+                directory.display()
+            ),
+            Self::MarkedGone {
+                directory, name, ..
+            } => format!(
+                "mark the one that runs now: migrate mark PID --name {name} --dir {0}; or none: \
+                 migrate unmark {name} --dir {0}",
+                directory.display()
+            ),
             Self::NoInterface(_) => {
                 "run this after the interface has come, and before it gets its address".to_owned()
             }
@@ -502,7 +565,7 @@ impl Place {
 const UNFINISHED: &str = ".new";
 
 /// A directory that root alone can change.
-fn check_directory(path: &Path) -> Result<(), Error> {
+pub(super) fn check_directory(path: &Path) -> Result<(), Error> {
     let meta = match fs::metadata(path) {
         Ok(meta) => meta,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -525,7 +588,7 @@ fn check_directory(path: &Path) -> Result<(), Error> {
 }
 
 /// Replaces a file as a whole, for good.
-fn replace(path: &Path, content: &impl Serialize) -> Result<(), Error> {
+pub(super) fn replace(path: &Path, content: &impl Serialize) -> Result<(), Error> {
     let mut name = path.as_os_str().to_owned();
     name.push(UNFINISHED);
     let fresh = PathBuf::from(name);

@@ -239,6 +239,12 @@ impl Feeder<'_> {
             format!("runs in cgroup {}", report.cgroup),
         );
         self.used_up(&images);
+        if let Err(error) = super::tag::follow(place, self.manifest.tree.root_pid) {
+            self.reporter.warn(format!(
+                "the tree is no longer marked for a maintenance: {}",
+                error.chain()
+            ));
+        }
         Ok(report)
     }
 
