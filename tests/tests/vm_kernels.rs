@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
+use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use migrate_test_vms::{DISK, Kernel, Machine, Machines, Order, Program, Way, scr
 use migrate_tests::client::{StrictClient, program};
 use migrate_tests::hosts::gate_tests;
 use migrate_tests::migration::{Migration, serves_old_connections, serves_old_connections_within};
-use migrate_tests::require;
+use migrate_tests::{require, tunnel};
 
 /// They take a minute or two under emulation on an idle machine; this is for one with many others.
 const TESTS_WITHIN: Duration = Duration::from_secs(1200);
@@ -147,10 +148,14 @@ fn moving() -> [Program; 2] {
     })
 }
 
-/// A redis at the workload's address, and its PID.
-fn redis_on(machine: &Machine) -> String {
-    let address = WORKLOAD_V4.to_string();
-    let server = ["redis-server", "--bind", &address, "--save", ""];
+/// The workload's address, for programs.
+fn workload() -> String {
+    WORKLOAD_V4.to_string()
+}
+
+/// A redis at an address, and its PID.
+fn redis_on(machine: &Machine, address: &str) -> String {
+    let server = ["redis-server", "--bind", address, "--save", ""];
     let alone = ["--protected-mode", "no", "--daemonize", "yes"];
     let pidfile = ["--pidfile", "/run/redis.pid"];
     let argv = server.iter().chain(&alone).chain(&pidfile);
@@ -161,10 +166,10 @@ fn redis_on(machine: &Machine) -> String {
 }
 
 /// Its strict client, which has been served.
-fn client_on(machine: &Machine) -> StrictClient {
+fn client_on(machine: &Machine, address: &str) -> StrictClient {
     let mut command = machine.command("strict-client");
     command
-        .args(["redis", "--addr", &format!("{WORKLOAD_V4}:6379")])
+        .args(["redis", "--addr", &format!("{address}:6379")])
         .args(["--connections", "8", "--interval-us", "20000"])
         .args(["--keys", "2000", "--populate", "--verify"])
         .args(["--connect-wait-ms", "60000", "--reply-timeout-ms", "300000"]);
@@ -193,9 +198,9 @@ fn redis_moves_between_kernels_by_soft_dirty_marks() {
     let [one, two, peer] = orders.map(|order| machines.get(order.host).unwrap());
     println!("up after {} s", begun.elapsed().as_secs());
 
-    let pid = redis_on(one);
+    let pid = redis_on(one, &workload());
     let pid = pid.as_str();
-    let mut client = client_on(peer);
+    let mut client = client_on(peer, &workload());
 
     for (from, to, options) in [(one, two, &[][..]), (two, one, &["--engine", "soft-dirty"])] {
         let (report, engine) = moves(from, to, pid, options);
@@ -236,21 +241,12 @@ const BEFORE_NETWORK: &str = "test ! -d /disk/parked || migrate guard-boot --dir
 /// Peers that have waited for two minutes may wait for as long again until they ask.
 const ASKED_AGAIN_WITHIN: Duration = Duration::from_secs(300);
 
-/// Parks a tree, lets the machine have another kernel in one of the two ways, resumes it.
-fn redis_outlives_its_kernel(way: Way) {
-    let begun = Instant::now();
-    let dir = scratch().unwrap();
-    let orders = [
-        Order::new(HostName::Host1, Kernel::V6_1).with_disk(Kernel::V6_12),
-        Order::new(HostName::Client, Kernel::V6_12),
-    ];
-    let mut machines = Machines::boot(dir.path(), &orders, &moving()).unwrap();
-    println!("up after {} s", begun.elapsed().as_secs());
-    let [one, peer] = orders.map(|order| machines.get(order.host).unwrap());
-    let pid = redis_on(one);
-    let mut client = client_on(peer);
+/// Parks trees, lets the machine have another kernel in one of the two ways, resumes them.
+fn outlive_their_kernel(machines: &mut Machines, way: Way, pids: &[&str], at_boot: &str) {
+    let one = machines.get(HostName::Host1).unwrap();
+    let parked = format!("{DISK}/parked");
     let prepare = format!(
-        "mkdir -m 700 {DISK}/parked; echo '{BEFORE_NETWORK}' >{DISK}/before-network; sync; uname -r"
+        "mkdir -m 700 {parked}; echo '{BEFORE_NETWORK}' >{DISK}/before-network; sync; uname -r"
     );
     let former = one.succeed(["sh", "-c", &prepare], MOVES_WITHIN).unwrap();
     let reboot = match way {
@@ -268,52 +264,106 @@ fn redis_outlives_its_kernel(way: Way) {
     let park = [
         "migrate",
         "maintenance",
-        &pid,
         "--dir",
-        &format!("{DISK}/parked"),
-        "--name",
-        "cache",
+        &parked,
         "--reboot-cmd",
         reboot,
     ];
+    let park = park.iter().chain(pids);
     machines.leave_kernel(HostName::Host1, way, park).unwrap();
-    println!("on the next kernel after {} s", begun.elapsed().as_secs());
 
     let one = machines.get(HostName::Host1).unwrap();
     let latter = one.succeed(["uname", "-r"], MOVES_WITHIN).unwrap();
     assert_ne!(former, latter);
     assert_eq!(latter.trim(), Kernel::V6_12.find().unwrap().release);
-    let parked = format!("{DISK}/parked");
     let list = ["migrate", "resume", "--list", "--dir", &parked];
     let list = one.succeed(list, MOVES_WITHIN).unwrap();
-    assert!(list.contains(former.trim()), "{list}");
-    assert!(list.contains("8 connections"), "{list}");
-    assert!(list.contains("waits"), "{list}");
+    assert_eq!(list.matches(former.trim()).count(), pids.len(), "{list}");
+    assert_eq!(list.matches("; waits").count(), pids.len(), "{list}");
+    one.succeed(["sh", "-c", at_boot], MOVES_WITHIN).unwrap();
     let resume = ["migrate", "resume", "--dir", &parked];
     let resumed = one.succeed(resume, MOVES_WITHIN).unwrap();
-    println!("{resumed}back after {} s", begun.elapsed().as_secs());
-    assert!(resumed.contains("8 connections"), "{resumed}");
-    serves_old_connections_within(&mut client, ASKED_AGAIN_WITHIN);
-    let comm = one.read(&format!("/proc/{pid}/comm")).unwrap();
-    assert_eq!(comm.trim(), "redis-server");
-    // No connection was reset, and every key is as it was written.
-    let verdict = client.stop().unwrap();
-    assert!(verdict.is_clean(), "{verdict}");
-    println!("done after {} s", begun.elapsed().as_secs());
+    println!("{resumed}");
+    assert_eq!(
+        resumed.matches("runs again").count(),
+        pids.len(),
+        "{resumed}"
+    );
 }
 
+/// A strict client that goes on: no connection was reset, and every key is as it was written.
+fn goes_on(mut client: StrictClient) {
+    serves_old_connections_within(&mut client, ASKED_AGAIN_WITHIN);
+    let verdict = client.stop().unwrap();
+    assert!(verdict.is_clean(), "{verdict}");
+}
+
+/// A redis, and an OpenVPN over TCP with somebody's connections through it.
 #[test]
-fn redis_outlives_a_kexec() {
+fn redis_and_openvpn_outlive_a_kexec() {
     require!(
-        "redis_outlives_a_kexec": vm, kernel_6_1, kernel_6_12, migrate, criu, redis, kexec
+        "redis_and_openvpn_outlive_a_kexec":
+        vm, kernel_6_1, kernel_6_12, migrate, criu, redis, kexec, openvpn
     );
     let _alone = alone();
-    redis_outlives_its_kernel(Way::Kexec);
+    let begun = Instant::now();
+    let dir = scratch().unwrap();
+    let orders = [
+        Order::new(HostName::Host1, Kernel::V6_1).with_disk(Kernel::V6_12),
+        Order::new(HostName::Host2, Kernel::V6_12),
+        Order::new(HostName::Client, Kernel::V6_12),
+    ];
+    let mut machines = Machines::boot(dir.path(), &orders, &moving()).unwrap();
+    println!("up after {} s", begun.elapsed().as_secs());
+    let [one, two, peer] = orders.map(|order| machines.get(order.host).unwrap());
+    let shell = |machine: &Machine, script: &str| {
+        machine.succeed(["sh", "-c", script], MOVES_WITHIN).unwrap()
+    };
+    shell(one, &format!("openvpn --genkey secret {}", tunnel::KEY));
+    let key = dir.path().join("vpn.key");
+    fs::write(&key, one.read(tunnel::KEY).unwrap()).unwrap();
+    peer.put(&key, tunnel::KEY, 0o600).unwrap();
+    shell(two, &tunnel::behind());
+    redis_on(two, tunnel::BEHIND);
+    // As the configuration of a network makes it at each boot.
+    let at_boot = format!("{} && {}", tunnel::DEVICE, tunnel::router());
+    shell(one, &at_boot);
+    let vpn = one.spawn_detached(tunnel::server(), "/dev/null").unwrap();
+    let listens = format!(
+        "until ss -tln | grep -q :{}; do sleep 0.1; done",
+        tunnel::PORT
+    );
+    shell(one, &listens);
+    peer.spawn_detached(tunnel::client(), "/dev/null").unwrap();
+    shell(
+        peer,
+        &format!("until {}; do sleep 0.1; done", tunnel::ROUTE),
+    );
+    let cache = redis_on(one, &workload());
+    let clients = [workload().as_str(), tunnel::BEHIND].map(|address| client_on(peer, address));
+
+    let pids = [cache.as_str(), &vpn.to_string()];
+    outlive_their_kernel(&mut machines, Way::Kexec, &pids, &at_boot);
+    println!("back after {} s", begun.elapsed().as_secs());
+    clients.into_iter().for_each(goes_on);
+    println!("done after {} s", begun.elapsed().as_secs());
 }
 
 #[test]
 fn redis_outlives_a_reset() {
     require!("redis_outlives_a_reset": vm, kernel_6_1, kernel_6_12, migrate, criu, redis);
     let _alone = alone();
-    redis_outlives_its_kernel(Way::Reset);
+    let begun = Instant::now();
+    let dir = scratch().unwrap();
+    let orders = [
+        Order::new(HostName::Host1, Kernel::V6_1).with_disk(Kernel::V6_12),
+        Order::new(HostName::Client, Kernel::V6_12),
+    ];
+    let mut machines = Machines::boot(dir.path(), &orders, &moving()).unwrap();
+    let [one, peer] = orders.map(|order| machines.get(order.host).unwrap());
+    let pid = redis_on(one, &workload());
+    let client = client_on(peer, &workload());
+    outlive_their_kernel(&mut machines, Way::Reset, &[&pid], "true");
+    goes_on(client);
+    println!("done after {} s", begun.elapsed().as_secs());
 }
