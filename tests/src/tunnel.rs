@@ -15,6 +15,8 @@ pub const KEY: &str = "/srv/vpn.key";
 pub const PORT: u16 = 1194;
 /// The server behind the tunnel.
 pub const BEHIND: &str = "192.0.2.1";
+/// The client's end of the tunnel.
+pub const CLIENT: &str = "10.8.0.2";
 /// On the client, once the tunnel is up.
 pub const ROUTE: &str = "ip route add 192.0.2.1 dev tun0 src 10.8.0.2";
 
@@ -33,7 +35,7 @@ pub fn router() -> String {
 #[must_use]
 pub fn behind() -> String {
     let router = HostName::Host1.ipv4();
-    format!("ip address add {BEHIND}/32 dev lo && ip route add 10.8.0.2 via {router}")
+    format!("ip address add {BEHIND}/32 dev lo && ip route add {CLIENT} via {router}")
 }
 
 /// The server.
@@ -58,7 +60,7 @@ pub fn client() -> Vec<String> {
     openvpn(
         "tun0",
         PORT,
-        &[&own[..], &["--ifconfig", "10.8.0.2", "10.8.0.1"]].concat(),
+        &[&own[..], &["--ifconfig", CLIENT, "10.8.0.1"]].concat(),
     )
 }
 

@@ -213,7 +213,8 @@ fn a_tree_on_the_hosts_own_address_comes_back() {
 }
 
 /// The tunnel over TCP, its tun device, and connections through it to somebody behind the server:
-/// they outlive a boot of the server's host, and the device has to be there first.
+/// they outlive a boot of the server's host, and a move to another host; the device has to be
+/// there first.
 #[test]
 fn an_openvpn_tunnel_comes_back_after_a_boot() {
     require!("an_openvpn_tunnel_comes_back_after_a_boot": root, tcx, criu, migrate, openvpn);
@@ -268,6 +269,19 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
         assert!(runs(&host, server));
         serves_old_connections(&mut client);
     }
+    // Nor need it be parked: the other host has the device as well.
+    let pid = server.to_string();
+    let moves = ["--to", behind.name().as_str(), &pid];
+    let refused = run(&host, &moves);
+    refused.expect(
+        REFUSED,
+        &["tunnel device tun0", "is not there on the destination"],
+    );
+    shell(&behind, &format!("ip route del {}", tunnel::CLIENT));
+    shell(&behind, tunnel::DEVICE);
+    succeeds(&host, &moves);
+    assert!(runs(&behind, server) && !runs(&host, server));
+    serves_old_connections(&mut client);
     // One that would go with the program would not be there for it.
     let other = tunnel::openvpn("tun9", 1195, &["--proto", "tcp-server"]);
     let other = host.spawn_detached(other, "/dev/null").unwrap();
