@@ -297,6 +297,8 @@ pub fn lacking(need: &str) -> Option<String> {
             (!there).then(|| "needs CRIU: run scripts/setup".to_owned())
         }
         "redis" => (!on_path("redis-server")).then(|| "needs redis-server".to_owned()),
+        "chromium" => (!on_path("chromium-headless-shell"))
+            .then(|| "needs chromium-headless-shell: run scripts/setup".to_owned()),
         "tcpdump" => (!on_path("tcpdump")).then(|| "needs tcpdump: run scripts/setup".to_owned()),
         "python" => (!Path::new("/usr/bin/python3").exists()).then(|| "needs python3".to_owned()),
         program => (!on_path(program)).then(|| format!("needs {program}")),

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -1231,7 +1231,12 @@ fn a_standing_agent_takes_trees_from_its_own_authority_only() {
         Authority::new(&shared, "ours"),
         Authority::new(&shared, "theirs"),
     );
-    let agent = standing_agent(&host2, &ours.options("host2"), None);
+    let own = ours.options("host2");
+    let with_metrics = |place: &str| {
+        let options = ["--metrics", place].map(str::to_owned);
+        standing_agent(&host2, &[&own[..], &options].concat(), None)
+    };
+    let agent = with_metrics("127.0.0.1:9464");
     let workload = Workload::start(Kind::Echo, &lab).unwrap();
     let pid = workload.pid.to_string();
     let mut client = workload.client(&lab, 3, &[]).unwrap();
@@ -1273,6 +1278,24 @@ fn a_standing_agent_takes_trees_from_its_own_authority_only() {
     let report = migration.expect_committed();
     assert_eq!(report.connections, 3);
     serves_old_connections(&mut client);
+    let figures = host2
+        .in_network(|| scrape(TcpStream::connect("127.0.0.1:9464").unwrap()))
+        .unwrap();
+    let figure = |name: &str| figure(&figures, name);
+    assert_eq!(
+        figure("migrate_migrations_total{outcome=\"committed\"}"),
+        1.0
+    );
+    assert_eq!(figure("migrate_migrations_total{outcome=\"undone\"}"), 0.0);
+    assert_eq!(figure("migrate_step_seconds_count{step=\"restore\"}"), 1.0);
+    // It stood still from its freezing on, and peers waited from before that.
+    let still_s = figure("migrate_still_seconds_sum");
+    let blackout_s = Duration::from_micros(report.blackout.total_us()).as_secs_f64();
+    assert!(
+        still_s > 0.0 && still_s <= blackout_s,
+        "{still_s} of {blackout_s}"
+    );
+    assert_eq!(figure("migrate_still_seconds_bucket{le=\"+Inf\"}"), 1.0);
     // The agent's end is not the tree's.
     let home = format!("/migrate/echo-server-{pid}");
     assert_eq!(cgroup(&host2, workload.pid), Some(home));
@@ -1283,6 +1306,33 @@ fn a_standing_agent_takes_trees_from_its_own_authority_only() {
     assert_eq!(process(&host2, workload.pid).unwrap().parent, 1);
     let verdict = client.stop().unwrap();
     assert!(verdict.is_clean(), "{verdict:?}");
+
+    // The same over a socket, also one that a dead agent has left.
+    for _ in 0..2 {
+        let agent = with_metrics("unix:/run/metrics.sock");
+        let socket = UnixStream::connect(host2.path("/run/metrics.sock")).unwrap();
+        let figures = scrape(socket);
+        assert_eq!(self::figure(&figures, "migrate_under_way"), 0.0);
+        signal(&host2, "KILL", agent);
+        assert!(eventually(SOON, || process(&host2, agent).is_none()));
+    }
+}
+
+/// What Prometheus would read.
+fn scrape(mut stream: impl std::io::Read + std::io::Write) -> String {
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    let mut said = String::new();
+    stream.read_to_string(&mut said).unwrap();
+    assert!(said.starts_with("HTTP/1.1 200"), "{said}");
+    said
+}
+
+fn figure(figures: &str, name: &str) -> f64 {
+    let value = figures.lines().find_map(|line| line.strip_prefix(name));
+    let value = value.unwrap_or_else(|| panic!("no {name}: {figures}"));
+    value.trim().parse().unwrap()
 }
 
 // ---- the gate

@@ -82,6 +82,7 @@ mod tests {
                 outcome,
                 error: Error::Busy { pid: 7 },
                 leftovers: Vec::new(),
+                report: None,
             })
         };
         let rolled_back = Phase::RolledBack;

@@ -1,14 +1,19 @@
 //! `migrate`: moves a running process tree to another Linux host while its
 //! TCP peers stay connected.
 
+mod config;
 mod exit;
+mod live;
 mod logging;
+mod metrics;
+mod page;
 mod show;
+mod trace;
 mod verb;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::exit::Exit;
 
@@ -67,13 +72,20 @@ enum Verb {
     Unmark(verb::mark::UnmarkArgs),
     /// What is under way on this host, and what was left behind
     #[command(alias = "list")]
-    Status,
+    Status(verb::status::Args),
+    /// The report of a migration: as text, as a page with charts, as a trace
+    Report(verb::report::Args),
     /// Stop a migration before its commit; the tree runs on where it is
     Cancel(verb::cancel::Args),
     /// After a crash: finish or undo what was under way, and say where each tree runs
     Recover(verb::recover::Args),
     /// Remove gates whose owner is dead
     Unlock(verb::unlock::Args),
+    /// Print the script that a shell completes this command by
+    Completions(verb::manual::CompletionArgs),
+    /// Write manual pages to a directory: for packages
+    #[command(hide = true)]
+    Manual(verb::manual::Args),
     /// Started by the others to clear up when they are killed
     #[command(hide = true)]
     Guard(verb::recover::GuardArgs),
@@ -82,8 +94,24 @@ enum Verb {
     KeepMemory(verb::keep_memory::Args),
 }
 
-fn main() -> ExitCode {
+/// The command line, with this host's defaults for those verbs that have any.
+fn parsed() -> Result<Cli, String> {
     let cli = Cli::parse();
+    if !matches!(&cli.verb, None | Some(Verb::Check(_))) {
+        return Ok(cli);
+    }
+    let matches = config::applied(Cli::command())?.get_matches();
+    Ok(Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
+}
+
+fn main() -> ExitCode {
+    let cli = match parsed() {
+        Ok(cli) => cli,
+        Err(text) => {
+            eprintln!("migrate: {text}");
+            return Exit::Usage.into();
+        }
+    };
     logging::start(
         &cli.output,
         match &cli.verb {
@@ -92,7 +120,12 @@ fn main() -> ExitCode {
             _ => false,
         },
     );
-    if !nix::unistd::geteuid().is_root() {
+    // What a file holds may be looked at by anybody who may read it.
+    let reads_only = matches!(
+        &cli.verb,
+        Some(Verb::Report(_) | Verb::Completions(_) | Verb::Manual(_))
+    );
+    if !reads_only && !nix::unistd::geteuid().is_root() {
         eprintln!(
             "migrate: this needs root: it freezes processes, loads eBPF programs and moves addresses"
         );
@@ -122,7 +155,10 @@ fn main() -> ExitCode {
             Some(Verb::Maintenance(args)) => verb::maintenance::run(args, &output).await,
             Some(Verb::Mark(args)) => verb::mark::run(&args),
             Some(Verb::Unmark(args)) => verb::mark::unmark(&args),
-            Some(Verb::Status) => verb::status::run(&output),
+            Some(Verb::Status(args)) => verb::status::run(&args, &output).await,
+            Some(Verb::Report(args)) => verb::report::run(&args, &output),
+            Some(Verb::Completions(args)) => verb::manual::completions(&args),
+            Some(Verb::Manual(args)) => verb::manual::run(&args),
             Some(Verb::Cancel(args)) => verb::cancel::run(&args).await,
             Some(Verb::Recover(args)) => verb::recover::run(&args, &output).await,
             Some(Verb::Guard(args)) => verb::recover::guard(args).await,

@@ -5,19 +5,21 @@ use std::io::{IsTerminal, Write};
 use migrate_core::Phase;
 use migrate_core::facts::SocketFacts;
 use migrate_core::preflight::{Finding, Severity};
-use migrate_core::report::{Continuity, Report, counted};
+use migrate_core::report::{Continuity, Report, RoundReport, counted};
 use migrate_session::source::Failure;
 use migrate_session::{Error, Progress};
 use serde::Serialize;
 
 use crate::Output;
+use crate::live::{Live, columns, wrapped};
 
 /// The three ways to show: a terminal, plain lines, JSON.
 #[derive(Debug)]
 pub struct Show {
     json: bool,
     quiet: bool,
-    terminal: bool,
+    /// On a terminal, unless nothing is said there.
+    live: Option<Live>,
     colour: bool,
     /// The reason of a failure has been shown.
     told: bool,
@@ -50,8 +52,9 @@ impl Show {
         Self {
             json: output.json,
             quiet: output.quiet,
-            terminal,
-            colour: terminal && std::env::var_os("NO_COLOR").is_none(),
+            live: (terminal && !output.json && !output.quiet).then(Live::new),
+            // https://no-color.org: set and not empty.
+            colour: terminal && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()),
             told: false,
         }
     }
@@ -73,7 +76,10 @@ impl Show {
     /// Something happened.
     pub fn progress(&mut self, progress: &Progress) {
         if self.json {
-            self.json(progress);
+            // What only moves a bar is no line.
+            if !matches!(progress, Progress::Sending { .. }) {
+                self.json(progress);
+            }
             return;
         }
         if self.quiet {
@@ -86,76 +92,87 @@ impl Show {
             Progress::Finding { finding } if finding.severity != Severity::Ok => {
                 self.line(&self.finding(finding));
             }
-            Progress::Started { phase } if self.terminal => {
-                let mut out = std::io::stdout().lock();
-                let _ = write!(out, "  {:<10} ...", phase.name());
-                let _ = out.flush();
+            Progress::Started { phase } => {
+                if let Some(live) = &mut self.live {
+                    live.phase(*phase);
+                }
             }
             Progress::Ended {
                 phase,
                 took_us,
                 detail,
             } => {
-                let start = if self.terminal { "\r\x1b[K" } else { "" };
-                say(format!(
-                    "{start}  {:<10} {:>10}  {detail}",
-                    phase.name(),
-                    ms(*took_us)
-                )
-                .trim_end());
+                if let Some(live) = &mut self.live {
+                    live.end();
+                }
+                let line = format!("  {:<10} {:>10}  {detail}", phase.name(), ms(*took_us));
+                self.wrapped(line.trim_end(), 25);
             }
-            Progress::Round {
+            Progress::Sending {
                 round,
-                pages_scanned,
-                pages_written,
-                skipped_percent,
-                bytes,
-                took_us,
-                blackout_us_predicted,
-                flows,
-                dirty_flows,
-                ..
+                pages,
+                pages_expected,
             } => {
-                let mut text = format!(
-                    "    round {round:<4} {:>10}  {} of {} pages sent, {skipped_percent} % unchanged, {}",
-                    ms(*took_us),
-                    thousands(*pages_written),
-                    thousands(*pages_scanned),
-                    mib(*bytes)
-                );
-                if let (Some(flows), Some(dirty)) = (flows, dirty_flows) {
-                    text += &format!(", {dirty} of {} dirty", counted(*flows, "connection"));
+                if let Some(live) = &mut self.live {
+                    live.sending(*round, *pages, *pages_expected);
                 }
-                if let Some(predicted) = blackout_us_predicted {
-                    text += &format!(", blackout now {}", ms(*predicted));
-                }
-                self.line(&text);
             }
+            Progress::Round { round } => match &mut self.live {
+                Some(live) => live.round(round),
+                None => say(&round_line(round)),
+            },
             Progress::Failed { phase, error } => {
                 self.told = true;
                 let text = self.paint("31", &format!("{} failed", phase.name()));
-                self.line(&format!("  {text}: {error}"));
+                self.wrapped(&format!("  {text}: {error}"), 4);
+                if let Some(live) = &mut self.live {
+                    live.waits("undoing");
+                }
             }
             Progress::Warning { text } => {
                 let mark = self.paint("33", "warning");
-                self.line(&format!("  {mark}: {text}"));
+                self.wrapped(&format!("  {mark}: {text}"), 4);
             }
-            Progress::Finding { .. } | Progress::Started { .. } | Progress::Report { .. } => {}
+            Progress::Finding { .. } | Progress::Report { .. } => {}
         }
     }
 
-    /// A line of its own, also while a phase's line is open.
+    /// A line of its own, also while there is a live one.
     fn line(&self, text: &str) {
-        let start = if self.terminal { "\r\x1b[K" } else { "" };
-        say(&format!("{start}{text}"));
+        match &self.live {
+            Some(live) => live.say(text),
+            None => say(text),
+        }
     }
 
-    fn finding(&self, finding: &Finding) -> String {
-        let verdict = match finding.severity {
+    /// The same, no wider than the terminal.
+    fn wrapped(&self, text: &str, indent: usize) {
+        match &self.live {
+            Some(live) => live.say(&wrapped(text, indent, columns())),
+            None => say(text),
+        }
+    }
+
+    /// Something that went wrong beside the matter itself.
+    pub fn warn(&mut self, text: &str) {
+        self.progress(&Progress::Warning {
+            text: text.to_owned(),
+        });
+    }
+
+    fn verdict(&self, severity: Severity) -> String {
+        match severity {
             Severity::Ok => self.paint("32", "ok     "),
             Severity::Note => self.paint("33", "note   "),
             Severity::Refused => self.paint("31", "refused"),
-        };
+        }
+    }
+
+    fn finding(&self, finding: &Finding) -> String {
+        let verdict = self.verdict(finding.severity);
+        if self.live.is_some() {
+            return finding_row(&verdict, finding, columns());
+        }
         let mut text = format!("  {verdict}  {}: {}", finding.subject, finding.finding);
         if !finding.way_out.is_empty() {
             text += &format!("\n           -> {}", finding.way_out);
@@ -187,7 +204,14 @@ impl Show {
             }
             return;
         }
-        if !self.quiet {
+        if self.live.is_some() {
+            // What stands in the way is read last, beside the verdict.
+            let mut sorted: Vec<&Finding> = findings.iter().collect();
+            sorted.sort_by_key(|finding| finding.severity);
+            for finding in sorted {
+                self.line(&self.finding(finding));
+            }
+        } else if !self.quiet {
             for finding in findings {
                 say(&self.finding(finding));
             }
@@ -207,6 +231,7 @@ impl Show {
 
     /// The closing block.
     pub fn report(&mut self, report: &Report) {
+        self.end();
         if self.json {
             self.json(&Progress::Report {
                 report: Box::new(report.clone()),
@@ -214,7 +239,9 @@ impl Show {
             return;
         }
         if !self.quiet {
-            say(&block(report));
+            let blackout = format!("  blackout     {}", ms(report.blackout.total_us()));
+            let bold = self.paint("1", &blackout);
+            say(&block(report).replacen(&blackout, &bold, 1));
         }
         let place = self.paint("1", &report.destination);
         say(&format!(
@@ -223,8 +250,52 @@ impl Show {
         ));
     }
 
+    /// A report that was kept.
+    pub fn kept(&mut self, report: &Report) {
+        if self.json {
+            self.json(report);
+            return;
+        }
+        if self.quiet {
+            return;
+        }
+        say(&format!(
+            "migration {}: process {} ({}) from {} to {}, {}",
+            report.migration_id,
+            report.pid,
+            report.name,
+            report.source,
+            report.destination,
+            report.outcome
+        ));
+        for span in &report.phases {
+            let name = span.name.replace('_', " ");
+            say(&format!("  {name:<10} {:>10}", ms(span.took_us)));
+            if span.name == Phase::Precopy.name() {
+                for round in &report.precopy {
+                    say(&round_line(round));
+                }
+            }
+        }
+        if let Some(failure) = &report.failure {
+            let text = self.paint("31", &format!("{} failed", failure.phase));
+            say(&format!("  {text}: {}", failure.error));
+        }
+        if report.outcome == Phase::Committed {
+            say(&block(report));
+        }
+    }
+
+    /// The live line goes.
+    fn end(&mut self) {
+        if let Some(mut live) = self.live.take() {
+            live.end();
+        }
+    }
+
     /// A migration that did not end in a commit.
     pub fn failure(&mut self, pid: i32, failure: &Failure, exit_code: u8) {
+        self.end();
         let runs_here = failure.outcome == Phase::RolledBack;
         if self.json {
             self.json(&FailureLine {
@@ -284,8 +355,71 @@ impl Show {
     }
 }
 
+/// A finding as a row of a table: verdict, what was looked at, what was found, and
+/// below it the way out.
+fn finding_row(verdict: &str, finding: &Finding, columns: usize) -> String {
+    /// Where the third column begins, and the widest second one.
+    const FOUND: usize = 36;
+    const SUBJECT: usize = FOUND - 13;
+    let indent = " ".repeat(FOUND);
+    let mut head = format!("  {verdict}  {:<SUBJECT$}  ", finding.subject);
+    if finding.subject.chars().count() > SUBJECT {
+        head = format!("{}\n{indent}", head.trim_end());
+    }
+    let options = |first| {
+        textwrap::Options::new(columns)
+            .break_words(false)
+            .initial_indent(first)
+            .subsequent_indent(&indent)
+    };
+    // What stands in the head's own line needs no room in the last one.
+    let (above, first) = match head.split_once('\n') {
+        Some((above, first)) => (format!("{above}\n"), first.to_owned()),
+        None => (String::new(), head),
+    };
+    let mut row = above + &textwrap::fill(&finding.finding, options(&first));
+    if !finding.way_out.is_empty() {
+        let arrow = format!("{indent}-> ");
+        row = format!(
+            "{row}\n{}",
+            textwrap::fill(&finding.way_out, options(&arrow))
+        );
+    }
+    row
+}
+
+/// A round, where there is no terminal to make a table on.
+fn round_line(round: &RoundReport) -> String {
+    let RoundReport {
+        round,
+        pages_scanned,
+        pages_written,
+        skipped_percent,
+        bytes,
+        took_us,
+        blackout_us_predicted,
+        flows,
+        dirty_flows,
+        ..
+    } = round;
+    let mut text = format!(
+        "    round {round:<4} {:>10}  {} of {} pages sent, {skipped_percent} % unchanged, {}",
+        ms(*took_us),
+        thousands(*pages_written),
+        thousands(*pages_scanned),
+        mib(*bytes)
+    );
+    if let (Some(flows), Some(dirty)) = (flows, dirty_flows) {
+        text += &format!(", {dirty} of {} dirty", counted(*flows, "connection"));
+    }
+    if let Some(predicted) = blackout_us_predicted {
+        text += &format!(", blackout now {}", ms(*predicted));
+    }
+    text
+}
+
 /// The closing block, 80 columns wide, with an empty line before it.
-fn block(report: &Report) -> String {
+pub fn block(report: &Report) -> String {
     let Report {
         pages,
         frozen_pages,
@@ -303,15 +437,10 @@ fn block(report: &Report) -> String {
         continuity,
         ..
     } = report;
-    let parts = [
-        ("freeze", blackout.freeze_us),
-        ("dump", blackout.dump_us),
-        ("transfer", blackout.transfer_us),
-        ("restore", blackout.restore_us),
-        ("takeover", blackout.takeover_us),
-    ]
-    .map(|(part, us)| format!("{part} {}", tenths_of_ms(us)))
-    .join(" + ");
+    let parts = blackout
+        .parts()
+        .map(|(part, us)| format!("{part} {}", tenths_of_ms(us)))
+        .join(" + ");
     let while_it_ran = match rounds {
         0 => String::new(),
         _ => format!(", all but {} while it ran", thousands(*frozen_pages)),
@@ -406,11 +535,11 @@ fn socket_table(sockets: &[SocketFacts]) -> String {
 }
 
 /// Prints a line; a reader that has gone away is no reason to stop.
-fn say(text: &str) {
+pub fn say(text: &str) {
     let _ = writeln!(std::io::stdout().lock(), "{text}");
 }
 
-fn ms(us: u64) -> String {
+pub fn ms(us: u64) -> String {
     format!("{} ms", tenths_of_ms(us))
 }
 
@@ -419,11 +548,16 @@ fn tenths_of_ms(us: u64) -> String {
     format!("{}.{}", us / 1000, us % 1000 / 100)
 }
 
-fn mib(bytes: u64) -> String {
+pub fn mib(bytes: u64) -> String {
     format!("{}.{} MiB", bytes >> 20, ((bytes & 0xf_ffff) * 10) >> 20)
 }
 
-fn thousands(number: u64) -> String {
+/// A number of things as the machine counts them.
+pub fn size(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+pub fn thousands(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();
     for (index, digit) in digits.chars().enumerate() {
@@ -479,6 +613,7 @@ mod tests {
                 silence_us: Some(1_140_700),
                 worst: Vec::new(),
             }),
+            ..Report::default()
         };
         let text = block(&report);
         assert_eq!(
@@ -495,6 +630,36 @@ mod tests {
             ]
         );
         assert!(text.lines().all(|line| line.len() <= 80));
+    }
+
+    #[test]
+    fn a_finding_is_a_row_with_its_way_out_below() {
+        let finding = Finding::refused(
+            "file /usr/bin/x",
+            "it has another size on the destination",
+            "install the same package there",
+        );
+        assert_eq!(
+            finding_row("refused", &finding, 60)
+                .lines()
+                .collect::<Vec<_>>(),
+            [
+                "  refused  file /usr/bin/x          it has another size on",
+                "                                    the destination",
+                "                                    -> install the same",
+                "                                    package there",
+            ]
+        );
+        let long = Finding::ok("file /usr/lib/x86_64-linux-gnu/libc.so.6", "alike");
+        assert_eq!(
+            finding_row("ok     ", &long, 60)
+                .lines()
+                .collect::<Vec<_>>(),
+            [
+                "  ok       file /usr/lib/x86_64-linux-gnu/libc.so.6",
+                "                                    alike",
+            ]
+        );
     }
 
     #[test]

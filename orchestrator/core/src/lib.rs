@@ -16,6 +16,7 @@ pub mod preflight;
 pub mod protocol;
 pub mod report;
 pub mod stream;
+pub mod timeline;
 pub mod tracked;
 pub mod wire;
 

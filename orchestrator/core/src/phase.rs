@@ -8,10 +8,13 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// Where a migration stands, seen from the source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Both sides are examined; nothing has changed anywhere.
+    #[default]
     Preflight,
     /// The gate is attached and open; the tree runs untouched.
     Track,

@@ -5,8 +5,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::convergence::StopReason;
 use crate::flow::Flow;
 use crate::phase::Phase;
+use crate::timeline::Span;
 
 /// The blackout, split by phase, in microseconds. The parts add up to the whole.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,7 +29,19 @@ impl Blackout {
     /// The time in which no peer is served.
     #[must_use]
     pub fn total_us(&self) -> u64 {
-        self.freeze_us + self.dump_us + self.transfer_us + self.restore_us + self.takeover_us
+        self.parts().into_iter().map(|(_, us)| us).sum()
+    }
+
+    /// Its parts in order, by name.
+    #[must_use]
+    pub fn parts(&self) -> [(&'static str, u64); 5] {
+        [
+            ("freeze", self.freeze_us),
+            ("dump", self.dump_us),
+            ("transfer", self.transfer_us),
+            ("restore", self.restore_us),
+            ("takeover", self.takeover_us),
+        ]
     }
 }
 
@@ -218,12 +232,66 @@ impl Continuity {
     }
 }
 
-/// The closing block, also written as JSON.
+/// One round of pre-copy.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// Its number, from 1.
+    pub round: u32,
+    /// When it began, in microseconds since the migration did.
+    #[serde(default)]
+    pub start_us: u64,
+    /// Populated pages looked at.
+    pub pages_scanned: u64,
+    /// Pages that had changed and were sent.
+    pub pages_written: u64,
+    /// Pages that had not changed.
+    pub pages_skipped: u64,
+    /// Share of pages that had not changed, in percent.
+    pub skipped_percent: u8,
+    /// Bytes of pages sent.
+    pub bytes: u64,
+    /// How long it took, in microseconds.
+    pub took_us: u64,
+    /// Bytes that change in a second, once that is known.
+    pub dirty_bytes_per_s: Option<u64>,
+    /// Measured rate of the page stream, in bytes per second.
+    pub link_bytes_per_s: u64,
+    /// Connections that the gate knows; none where there is no gate.
+    pub flows: Option<usize>,
+    /// Those of them that had traffic in this round.
+    pub dirty_flows: Option<usize>,
+    /// How long the blackout would be now, in microseconds, once that is known.
+    pub blackout_us_predicted: Option<u64>,
+    /// Why this was the last round.
+    pub stopped: Option<StopReason>,
+}
+
+/// Why a migration did not end in a commit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailureReport {
+    /// The phase in which it failed.
+    pub phase: Phase,
+    /// The chain of causes.
+    pub error: String,
+}
+
+/// Version of [`Report`] as a file: raised when a reader of an older one would
+/// take it wrong.
+pub const REPORT_VERSION: u32 = 1;
+
+/// The closing block, also written as JSON.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
+    /// [`REPORT_VERSION`] of the one who wrote it.
+    #[serde(default)]
+    pub version: u32,
+    /// When the migration began, in milliseconds since 1970.
+    #[serde(default)]
+    pub began_unix_ms: u64,
     /// The migration's id.
     pub migration_id: String,
-    /// [`Phase::Committed`], [`Phase::RolledBack`] or [`Phase::Undecided`].
+    /// [`Phase::Committed`], [`Phase::RolledBack`], [`Phase::Undecided`] or
+    /// [`Phase::Lost`].
     pub outcome: Phase,
     /// Root PID.
     pub pid: i32,
@@ -268,6 +336,25 @@ pub struct Report {
     pub total_us: u64,
     /// What peers noticed; none without a gate.
     pub continuity: Option<Continuity>,
+    /// The rounds one by one, at most as many as were allowed.
+    #[serde(default)]
+    pub precopy: Vec<RoundReport>,
+    /// The source's phases in order.
+    #[serde(default)]
+    pub phases: Vec<Span>,
+    /// The destination's steps in order, on the source's clock; none where it has
+    /// not told.
+    #[serde(default)]
+    pub destination_steps: Vec<Span>,
+    /// By how much those may be off, in microseconds.
+    #[serde(default)]
+    pub clock_error_us: Option<u64>,
+    /// When the blackout began, in microseconds since the migration did.
+    #[serde(default)]
+    pub blackout_start_us: Option<u64>,
+    /// Why there was no commit.
+    #[serde(default)]
+    pub failure: Option<FailureReport>,
 }
 
 /// Memory that was still on the source when the copy began to run.

@@ -51,6 +51,7 @@ use crate::journal::Stage;
 use crate::phase::Phase;
 use crate::preflight::Finding;
 use crate::report::FlowSeen;
+use crate::timeline::Timing;
 use crate::tracked::Tracked;
 
 /// Version of this protocol; both sides must have the same.
@@ -395,6 +396,8 @@ pub struct RunningReport {
     pub cgroup: String,
     /// Pages that were still to be put in place when the copy began to run.
     pub lazy_pages: u64,
+    /// When it did what.
+    pub timing: Timing,
 }
 
 /// A failure as the other side needs it: what, where, why, never a local type.

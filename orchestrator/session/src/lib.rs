@@ -19,6 +19,7 @@
 pub mod cancel;
 pub mod destination;
 pub mod error;
+pub mod figures;
 pub mod guard;
 mod held;
 mod inbox;
@@ -28,6 +29,7 @@ mod pause;
 pub mod policy;
 pub mod progress;
 pub mod recover;
+pub mod reports;
 pub mod secrets;
 pub mod seen;
 pub mod source;

@@ -1,9 +1,8 @@
 //! What a migration tells the one who watches it.
 
 use migrate_core::Phase;
-use migrate_core::convergence::StopReason;
 use migrate_core::preflight::Finding;
-use migrate_core::report::Report;
+use migrate_core::report::{Report, RoundReport};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
@@ -29,34 +28,20 @@ pub enum Progress {
         /// Which.
         phase: Phase,
     },
+    /// Pages of a round have gone over; told now and then.
+    Sending {
+        /// The round's number, from 1.
+        round: u32,
+        /// Pages so far.
+        pages: u64,
+        /// Pages that there are to look at, as far as it is known.
+        pages_expected: u64,
+    },
     /// A round of pre-copy ended.
     Round {
-        /// Its number, from 1.
-        round: u32,
-        /// Populated pages looked at.
-        pages_scanned: u64,
-        /// Pages that had changed and were sent.
-        pages_written: u64,
-        /// Pages that had not changed.
-        pages_skipped: u64,
-        /// Share of pages that had not changed, in percent.
-        skipped_percent: u8,
-        /// Bytes of pages sent.
-        bytes: u64,
-        /// How long it took, in microseconds.
-        took_us: u64,
-        /// Bytes that change in a second, once that is known.
-        dirty_bytes_per_s: Option<u64>,
-        /// Measured rate of the page stream, in bytes per second.
-        link_bytes_per_s: u64,
-        /// Connections that the gate knows; none where there is no gate.
-        flows: Option<usize>,
-        /// Those of them that had traffic in this round.
-        dirty_flows: Option<usize>,
-        /// How long the blackout would be now, in microseconds, once that is known.
-        blackout_us_predicted: Option<u64>,
-        /// Why this was the last round.
-        stopped: Option<StopReason>,
+        /// The round.
+        #[serde(flatten)]
+        round: RoundReport,
     },
     /// A phase ended well.
     Ended {

@@ -74,6 +74,7 @@ impl State {
             state.log(),
             state.locks(),
             state.arriving(),
+            state.reports(),
         ];
         for directory in std::iter::once(root.to_owned()).chain(own) {
             make_private(&directory)?;
@@ -91,6 +92,12 @@ impl State {
     #[must_use]
     pub fn log(&self) -> PathBuf {
         self.root.join("log")
+    }
+
+    /// Reports of migrations that began here.
+    #[must_use]
+    pub fn reports(&self) -> PathBuf {
+        self.root.join("report")
     }
 
     /// Pinned gates.

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use migrate_channel::StandingAgent;
 use migrate_core::policy::Policy;
 use migrate_session::destination::serve;
-use migrate_session::{Cancel, hello, policy};
+use migrate_session::{Cancel, figures, hello, policy};
 use tokio::task::{Id, JoinError};
 
 use super::Certificates;
 use super::migrate::obey_signals;
 use crate::exit::Exit;
+use crate::metrics;
 
 /// How sources reach this agent.
 #[derive(Debug, clap::Args)]
@@ -27,6 +28,9 @@ pub struct Args {
     /// What may be restored here and by whom; without the file: everything
     #[arg(long, value_name = "FILE", env = "MIGRATE_AGENT_POLICY", default_value = policy::FILE)]
     pub policy: PathBuf,
+    /// Serve Prometheus metrics to this host alone: at a loopback address or a socket
+    #[arg(long, value_name = "127.0.0.1:PORT|unix:PATH", requires = "listen", value_parser = metrics::place)]
+    pub metrics: Option<metrics::Place>,
     #[command(flatten)]
     pub certificates: Certificates,
 }
@@ -52,7 +56,15 @@ pub async fn run(args: Args) -> Exit {
     };
     match args.listen {
         None => once(policy, cancel).await,
-        Some(listen) => stand(listen, &args.certificates, policy, cancel).await,
+        Some(listen) => {
+            if let Some(place) = &args.metrics
+                && let Err(error) = metrics::serve(place)
+            {
+                eprintln!("migrate agent: {error}");
+                return Exit::Usage;
+            }
+            stand(listen, &args.certificates, policy, cancel).await
+        }
     }
 }
 
@@ -138,6 +150,7 @@ async fn clear_up(served: &mut HashMap<Id, String>, ended: Result<Id, JoinError>
         return;
     };
     if let Some(panic) = panic {
+        figures::ended(figures::Outcome::Abandoned);
         tracing::error!(id = migration_id, %panic, "a migration's task has ended badly");
         migrate_session::recover::abandoned(&migration_id).await;
     }

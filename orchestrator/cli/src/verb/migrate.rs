@@ -12,6 +12,7 @@ use migrate_session::{Cancel, Reporter};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Certificates;
+use super::report::Keep;
 use crate::Output;
 use crate::exit::Exit;
 use crate::show::Show;
@@ -32,6 +33,8 @@ pub struct Args {
     /// Roll back when the tree has stood still for this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = Choices::MAX_BLACKOUT.as_secs_f64(), value_parser = seconds)]
     pub max_blackout: f64,
+    #[command(flatten)]
+    pub keep: Keep,
 }
 
 /// What can be said about the tree; also for `check`.
@@ -342,6 +345,13 @@ pub async fn run(args: Args, output: &Output) -> Exit {
     let Ok(mut show) = shown.await else {
         return Exit::Internal;
     };
+    let report = match &outcome {
+        Ok(report) => Some(report),
+        Err(failure) => failure.report.as_deref(),
+    };
+    if let Some(report) = report {
+        super::report::leave(report, &args.keep, &mut show);
+    }
     match outcome {
         Ok(report) => {
             show.report(&report);

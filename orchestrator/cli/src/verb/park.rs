@@ -17,7 +17,7 @@ use migrate_session::{Cancel, Reporter};
 use serde::Serialize;
 
 use super::migrate::{EngineName, SupervisorChoice, obey_signals, seconds, stdio};
-use super::resume;
+use super::{report, resume};
 use crate::Output;
 use crate::exit::Exit;
 use crate::show::Show;
@@ -208,6 +208,13 @@ async fn park(
     let Ok(mut show) = shown.await else {
         return Err(Exit::Internal);
     };
+    let report = match &outcome {
+        Ok(report) => Some(report),
+        Err(failure) => failure.report.as_deref(),
+    };
+    if let Some(report) = report {
+        report::leave(report, &report::Keep::default(), &mut show);
+    }
     outcome.map_err(|failure| {
         let exit = Exit::of_failure(&failure);
         show.failure(pid, &failure, exit as u8);

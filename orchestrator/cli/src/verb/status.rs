@@ -1,5 +1,8 @@
 //! `migrate status`: records and gates of this host.
 
+use std::io::Write as _;
+use std::time::Duration;
+
 use migrate_core::Phase;
 use migrate_core::journal::{Record, Side, Stage};
 use migrate_core::report::counted;
@@ -8,6 +11,7 @@ use migrate_session::source::PARKED;
 use migrate_session::{State, journal, sweep};
 use serde::Serialize;
 
+use super::migrate::seconds;
 use crate::Output;
 use crate::exit::Exit;
 
@@ -24,7 +28,40 @@ struct Line<'a> {
     dirty_flows: Option<usize>,
 }
 
-pub fn run(output: &Output) -> Exit {
+/// How often it is shown.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Show it again every second, or so many, until interrupted
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
+    pub watch: Option<f64>,
+}
+
+pub async fn run(args: &Args, output: &Output) -> Exit {
+    let term = console::Term::stdout();
+    let Some(every) = args.watch else {
+        return once(output, None).err().unwrap_or(Exit::Done);
+    };
+    // The kernel tells nobody when a gate counts.
+    let mut turn = tokio::time::interval(Duration::from_secs_f64(every));
+    let terminal = term.is_term() && !output.json;
+    loop {
+        tokio::select! {
+            _ = turn.tick() => {}
+            // Ends what would go on for ever.
+            _ = tokio::signal::ctrl_c() => return Exit::Done,
+        }
+        if let Err(exit) = once(output, terminal.then_some(&term)) {
+            return exit;
+        }
+    }
+}
+
+/// Shows it, in the place of all else on a terminal that is given.
+///
+/// # Errors
+///
+/// How to end, for there is nothing to show or nobody to read it.
+fn once(output: &Output, term: Option<&console::Term>) -> Result<(), Exit> {
     let gathered = State::open().and_then(|state| {
         let records = journal::all(&state)?;
         let gates = migrate_gate::leftovers(&state.gates())?;
@@ -34,41 +71,54 @@ pub fn run(output: &Output) -> Exit {
         Ok(gathered) => gathered,
         Err(error) => {
             eprintln!("migrate status: {}", error.chain());
-            return Exit::Internal;
+            return Err(Exit::Internal);
         }
     };
-    if output.json {
-        for record in &records {
-            let gate = gate_of(record, &gates);
-            let line = Line {
-                record,
-                owner_alive: sweep::owner_alive(record),
-                phase: gate.and_then(|gate| Phase::from_number(gate.progress.0)),
-                rounds: gate.map(|gate| gate.progress.1),
-                flows: gate.map(|gate| gate.flows),
-                dirty_flows: gate.map(|gate| gate.dirty_flows),
-            };
-            if let Ok(line) = serde_json::to_string(&line) {
-                println!("{line}");
-            }
+    let lines = if output.json {
+        json_lines(&records, &gates)
+    } else {
+        lines(&records, &gates)
+    };
+    let cleared = term.map_or(Ok(()), console::Term::clear_screen);
+    let mut out = std::io::stdout().lock();
+    cleared
+        .and_then(|()| lines.iter().try_for_each(|line| writeln!(out, "{line}")))
+        .and_then(|()| out.flush())
+        // Whoever has read enough has gone.
+        .map_err(|_| Exit::Done)
+}
+
+fn json_lines(records: &[Record], gates: &[Leftover]) -> Vec<String> {
+    let line = |record| {
+        let gate = gate_of(record, gates);
+        Line {
+            record,
+            owner_alive: sweep::owner_alive(record),
+            phase: gate.and_then(|gate| Phase::from_number(gate.progress.0)),
+            rounds: gate.map(|gate| gate.progress.1),
+            flows: gate.map(|gate| gate.flows),
+            dirty_flows: gate.map(|gate| gate.dirty_flows),
         }
-        return Exit::Done;
-    }
+    };
+    records
+        .iter()
+        .filter_map(|record| serde_json::to_string(&line(record)).ok())
+        .collect()
+}
+
+fn lines(records: &[Record], gates: &[Leftover]) -> Vec<String> {
     if records.is_empty() && gates.is_empty() {
-        println!("nothing is under way and nothing was left behind");
+        return vec!["nothing is under way and nothing was left behind".to_owned()];
     }
-    for record in &records {
+    let records = records.iter().map(|record| {
         let alive = sweep::owner_alive(record);
-        let progress = gate_of(record, &gates)
+        let progress = gate_of(record, gates)
             .filter(|_| alive)
             .and_then(progress)
             .unwrap_or_default();
-        println!("{}{progress}", sentence(record, alive));
-    }
-    for gate in &gates {
-        println!("{}", gate_sentence(gate));
-    }
-    Exit::Done
+        format!("{}{progress}", sentence(record, alive))
+    });
+    records.chain(gates.iter().map(gate_sentence)).collect()
 }
 
 /// The gate that belongs to a record.

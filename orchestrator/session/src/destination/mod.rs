@@ -4,6 +4,7 @@
 //! step by step. Until `Owned` is on record everything is undone when the
 //! connection ends, whatever the reason; after it nothing is.
 
+mod clock;
 mod fetch;
 mod lazy;
 mod preflight;
@@ -30,8 +31,10 @@ use migrate_gate::{Gate, HeldPacket, HeldPackets};
 use migrate_net::{Net, Placement, Staged};
 use migrate_proc::Home;
 
+use self::clock::Clock;
 use crate::cancel::Cancel;
 use crate::error::Error;
+use crate::figures;
 use crate::guard::Guard;
 use crate::inbox::Inbox;
 use crate::journal::{self, Journal};
@@ -91,6 +94,7 @@ pub(crate) async fn serve_parked(
 }
 
 async fn serve_side(mut side: Destination, cancel: Cancel) -> Result<Served, Error> {
+    let _under_way = figures::UnderWay::begin();
     let mut failed = None;
     while !side.step.is_end() {
         let step = side.step;
@@ -118,8 +122,14 @@ async fn serve_side(mut side: Destination, cancel: Cancel) -> Result<Served, Err
     match side.step {
         Step::Running => Ok(Served::Running),
         Step::Answered => Ok(Served::Asked),
-        Step::Abandoned => Err(Error::LostAfterCommit(Box::new(error))),
-        _ => Err(error),
+        Step::Abandoned => {
+            figures::ended(figures::Outcome::Abandoned);
+            Err(Error::LostAfterCommit(Box::new(error)))
+        }
+        _ => {
+            figures::ended(figures::Outcome::Undone);
+            Err(error)
+        }
     }
 }
 
@@ -176,8 +186,9 @@ struct Destination {
     order: Option<Order>,
     /// What the source has asked for with `Prepare`.
     wanted: Option<Wanted>,
-    /// When `Go` had come.
+    /// When the ownership was on record.
     go_at: Option<Instant>,
+    clock: Clock,
     /// What was held when egress opened, and waits for live sockets.
     waiting: Vec<HeldPacket>,
     net: Option<Net>,
@@ -220,6 +231,7 @@ impl Destination {
             order: None,
             wanted: None,
             go_at: None,
+            clock: Clock::default(),
             waiting: Vec::new(),
             net: None,
             criu: None,
@@ -298,6 +310,7 @@ impl Destination {
 
     /// Moves on to the next step.
     fn follow(&mut self, event: Event) -> Result<(), IllegalTransition> {
+        self.clock.ended(self.step.name());
         self.step = self.step.on(event)?;
         Ok(())
     }

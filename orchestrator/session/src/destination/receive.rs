@@ -299,7 +299,10 @@ impl Destination {
                         awaited: AWAITED,
                     });
                 }
-                Frame::Control(Message::Frozen) => memory.freeze(),
+                Frame::Control(Message::Frozen) => {
+                    self.clock.frozen();
+                    memory.freeze();
+                }
                 Frame::Control(Message::Flows(flows)) => {
                     if let Some(gate) = &self.gate {
                         gate.add_flows(&flows)?;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use migrate_core::Flow;
 use migrate_core::journal::Stage;
+use migrate_core::protocol::Machine as _;
 use migrate_core::wire::{Message, RunningReport};
 use migrate_criu::Notice;
 use migrate_net::Placement;
@@ -18,6 +19,7 @@ use migrate_proc::Home;
 use super::receive::nothing;
 use super::{Destination, Engine, Incoming};
 use crate::error::Error;
+use crate::figures;
 use crate::held;
 
 impl Destination {
@@ -32,7 +34,10 @@ impl Destination {
                 .message(AWAITED, blackout_limit.max(Self::RESUME_LIMIT))
                 .await?
             {
-                Message::Go => break,
+                Message::Go => {
+                    self.clock.go_came();
+                    break;
+                }
                 Message::Ended { open, over } => self.has_ended(&open, &over)?,
                 Message::Abort { reason } => return Err(Error::Aborted(reason)),
                 other => return Err(self.unexpected(&other, AWAITED)),
@@ -61,6 +66,7 @@ impl Destination {
             // What leaves from here on is what peers have waited for.
             gate.start_watching();
         }
+        self.clock.go_answered();
         // The source may be gone by now; the tree runs all the same.
         let told = self.send(&Message::Owned).await;
         if let Err(error) = told {
@@ -165,7 +171,9 @@ impl Destination {
                         rst_sent: counted.rst_sent,
                         lazy_pages: self.lazy.pages(),
                         cgroup: self.home.as_ref().map_or_else(String::new, Home::path),
+                        timing: self.clock.timing(self.step.name()),
                     });
+                    figures::runs(self.clock.still(), &counted);
                     if let Err(error) = self.sender.control(&report).await {
                         tracing::warn!(error = %crate::error::chain(&error), "could not tell the source that the tree runs");
                     }

@@ -19,6 +19,7 @@ use super::preflight::{externals, survey};
 use super::segments::SegmentDump;
 use super::{Engine, Migration, Target, not_yet};
 use crate::error::Error;
+use crate::progress::{Progress, Reporter};
 
 /// Bytes of an image file in one frame.
 const PIECE_BYTES: usize = 1 << 20;
@@ -382,6 +383,32 @@ pub(super) struct Outgoing<'a> {
     listed: Option<Listed>,
     /// What goes over after the commit.
     kept: Option<Kept>,
+    /// Who wants to see it go.
+    tally: Option<Tally>,
+}
+
+/// Tells now and then how far a round has come.
+struct Tally {
+    reporter: Reporter,
+    round: u32,
+    pages_expected: u64,
+    told: Instant,
+}
+
+impl Tally {
+    /// A person sees no more of it.
+    const TELL_EVERY: Duration = Duration::from_millis(100);
+
+    fn tell(&mut self, pages: u64) {
+        if self.told.elapsed() >= Self::TELL_EVERY {
+            self.told = Instant::now();
+            self.reporter.tell(Progress::Sending {
+                round: self.round,
+                pages,
+                pages_expected: self.pages_expected,
+            });
+        }
+    }
 }
 
 impl<'a> Outgoing<'a> {
@@ -394,6 +421,25 @@ impl<'a> Outgoing<'a> {
             segments: None,
             listed: None,
             kept: None,
+            tally: None,
+        }
+    }
+
+    /// The same, with somebody who wants to see a round's pages go.
+    pub(super) fn of_round(
+        sender: &'a mut Sender,
+        reporter: Reporter,
+        round: u32,
+        pages_expected: u64,
+    ) -> Self {
+        Self {
+            tally: Some(Tally {
+                reporter,
+                round,
+                pages_expected,
+                told: Instant::now(),
+            }),
+            ..Self::new(sender)
         }
     }
 
@@ -402,6 +448,9 @@ impl<'a> Outgoing<'a> {
             self.in_store += run.pages;
         } else {
             self.pages += run.pages;
+        }
+        if let Some(tally) = &mut self.tally {
+            tally.tell(self.pages);
         }
         self.sender.pages(&run, data).await
     }

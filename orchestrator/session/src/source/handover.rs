@@ -139,7 +139,10 @@ impl Migration {
             Err(_) => return Err(self.silent(AWAITED, limit)),
         }
         match self.next_while_carrying(AWAITED, limit).await? {
-            Message::Owned => Ok(()),
+            Message::Owned => {
+                self.moments.owned = Some(Instant::now());
+                Ok(())
+            }
             other => Err(self.unexpected(&other, AWAITED)),
         }
     }

@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use migrate_channel::{Destination, Further, Receiver, Sender, StreamOptions};
 use migrate_core::Flow;
@@ -33,7 +33,10 @@ use migrate_core::journal::{Route, Stage};
 use migrate_core::phase::Phase;
 use migrate_core::protocol::source::{Event, Step};
 use migrate_core::protocol::{IllegalTransition, Machine as _};
-use migrate_core::report::{Blackout, Continuity, Postcopy, Report};
+use migrate_core::report::{
+    Blackout, Continuity, FailureReport, Postcopy, REPORT_VERSION, Report, RoundReport,
+};
+use migrate_core::timeline::Span;
 use migrate_core::tracked::Tracked;
 use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice};
 use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
@@ -170,6 +173,8 @@ pub struct Failure {
     pub error: Error,
     /// What could not be undone.
     pub leftovers: Vec<String>,
+    /// What there is to report; none where nothing had begun.
+    pub report: Option<Box<Report>>,
 }
 
 /// Begins the names of parkings, and so of the gates that wait with them.
@@ -202,6 +207,7 @@ pub async fn migrate(
             outcome: Phase::RolledBack,
             error,
             leftovers: Vec::new(),
+            report: None,
         })
     };
     let mut migration = Migration::new(request, reporter).map_err(early)?;
@@ -256,11 +262,18 @@ pub async fn migrate(
         }
     };
     let (phase, error) = failed.unwrap_or((outcome, not_yet("a reason")));
+    let mut report = migration.report();
+    report.outcome = outcome;
+    report.failure = Some(FailureReport {
+        phase,
+        error: error.chain(),
+    });
     Err(Box::new(Failure {
         phase,
         outcome,
         error,
         leftovers: migration.leftovers,
+        report: Some(Box::new(report)),
     }))
 }
 
@@ -319,6 +332,7 @@ struct Moments {
     sent: Option<Instant>,
     restored: Option<Instant>,
     committed: Option<Instant>,
+    owned: Option<Instant>,
     running: Option<Instant>,
 }
 
@@ -333,7 +347,11 @@ struct Migration {
     /// Where it stands; only [`Migration::follow`] changes it.
     step: Step,
     begun: Instant,
+    began_unix_ms: u64,
     phase_begun: Instant,
+    /// The phases so far, and the rounds.
+    phases: Vec<Span>,
+    precopy_rounds: Vec<RoundReport>,
     plan: Option<Plan>,
     moments: Moments,
     frozen_until: watch::Sender<Option<Instant>>,
@@ -424,7 +442,14 @@ impl Migration {
             net: None,
             step: Step::Preflight,
             begun: now,
+            began_unix_ms: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| {
+                    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+                }),
             phase_begun: now,
+            phases: Vec::new(),
+            precopy_rounds: Vec::new(),
             plan: None,
             moments: Moments::default(),
             frozen_until: watch::Sender::new(None),
@@ -516,16 +541,26 @@ impl Migration {
         let ended = self.step.phase();
         self.step = self.step.on(event)?;
         let phase = self.step.phase();
-        if phase == ended || phase > Phase::Committed {
+        if phase == ended {
+            return Ok(());
+        }
+        let start = self.phase_begun;
+        let took_us = micros(start.elapsed());
+        self.phase_begun = Instant::now();
+        self.phases.push(Span {
+            name: ended.name().to_owned(),
+            start_us: self.since_begun(start).cast_signed(),
+            took_us,
+        });
+        if phase > Phase::Committed {
             return Ok(());
         }
         if let Some(gate) = &self.gate {
             gate.set_progress(phase.number(), self.rounds);
         }
-        let took = std::mem::replace(&mut self.phase_begun, Instant::now()).elapsed();
         self.reporter.tell(Progress::Ended {
             phase: ended,
-            took_us: micros(took),
+            took_us,
             detail,
         });
         if phase <= Phase::Finish {
@@ -769,15 +804,29 @@ impl Migration {
         }
     }
 
+    fn since_begun(&self, moment: Instant) -> u64 {
+        micros(moment.saturating_duration_since(self.begun))
+    }
+
     /// The closing block.
     fn report(&self) -> Report {
         let m = &self.moments;
+        let at = |moment: Option<Instant>| moment.map(|moment| self.since_begun(moment));
+        let (destination_steps, clock_error_us) = match (at(m.committed), at(m.owned)) {
+            (Some(go_us), Some(owned_us)) if !self.running.timing.spans.is_empty() => {
+                let (spans, error_us) = self.running.timing.placed(go_us, owned_us);
+                (spans, Some(error_us))
+            }
+            _ => (Vec::new(), None),
+        };
         let span = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
             (Some(from), Some(to)) => micros(to.saturating_duration_since(from)),
             _ => 0,
         };
         let facts = self.plan.as_ref().map(|plan| &plan.facts);
         Report {
+            version: REPORT_VERSION,
+            began_unix_ms: self.began_unix_ms,
             migration_id: self.id.clone(),
             outcome: self.step.phase(),
             pid: self.request.pid,
@@ -788,7 +837,7 @@ impl Migration {
             destination: self
                 .link
                 .as_ref()
-                .map_or_else(String::new, |link| link.peer.clone()),
+                .map_or_else(|| self.request.route.to.clone(), |link| link.peer.clone()),
             pages: self.round_pages + self.pages,
             frozen_pages: self.pages,
             rounds: self.rounds,
@@ -810,6 +859,12 @@ impl Migration {
             gate_close_us: self.gate_closed_in.map(micros),
             total_us: micros(self.begun.elapsed()),
             continuity: self.continuity.clone(),
+            precopy: self.precopy_rounds.clone(),
+            phases: self.phases.clone(),
+            destination_steps,
+            clock_error_us,
+            blackout_start_us: at(m.gate_closed),
+            failure: None,
         }
     }
 }

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use migrate_channel::ChannelError;
 use migrate_core::convergence::{Convergence, Decision, OnTimeout, Round, StopReason};
 use migrate_core::preflight::Finding;
-use migrate_core::report::counted;
-use migrate_core::wire::PageRun;
+use migrate_core::report::{RoundReport, counted};
+use migrate_core::wire::{PAGE_BYTES, PageRun};
 use migrate_criu::{Criu, Marks, Track, WorkerOptions};
 use migrate_memory::{ContentPrecopy, Limits, Precopy, RoundError, RoundStats, TrackingState};
 
@@ -167,6 +167,8 @@ impl Migration {
         let begun = Instant::now();
         let mut convergence = Convergence::new(self.request.choices.policy);
         let mut look = Look::default();
+        // The first sends everything, and the others hardly more than the one before.
+        let mut pages_expected = self.plan()?.facts.resident_bytes / PAGE_BYTES as u64;
         loop {
             if self.gate.is_some() {
                 look.begin(self.request.pid);
@@ -176,7 +178,12 @@ impl Migration {
                 .as_mut()
                 .ok_or_else(|| not_yet("the connection"))?;
             let before = link.sender.stream_stats();
-            let mut sink = Outgoing::new(&mut link.sender);
+            let mut sink = Outgoing::of_round(
+                &mut link.sender,
+                self.reporter.clone(),
+                self.rounds + 1,
+                pages_expected,
+            );
             let round = async {
                 let made = match (&mut self.precopy, &mut self.content, &mut self.soft_dirty) {
                     (Some(precopy), _, _) => precopy.round(&mut sink).await,
@@ -221,13 +228,15 @@ impl Migration {
             };
             let verdict = convergence.after_round(&round);
             self.rounds = verdict.iteration;
+            pages_expected = stats.pages_written;
             let counted = self.count_flows(&mut look).await;
             let stopped = match verdict.decision {
                 Decision::Another => None,
                 Decision::Stop { reason, .. } => Some(reason),
             };
-            self.reporter.tell(Progress::Round {
+            let report = RoundReport {
                 round: verdict.iteration,
+                start_us: micros(self.begun.elapsed()).saturating_sub(stats.took_us),
                 pages_scanned: stats.pages_scanned,
                 pages_written: stats.pages_written,
                 pages_skipped: stats.pages_skipped,
@@ -240,7 +249,9 @@ impl Migration {
                 dirty_flows: counted.map(|count| count.dirty),
                 blackout_us_predicted: verdict.blackout_us_predicted,
                 stopped,
-            });
+            };
+            self.precopy_rounds.push(report.clone());
+            self.reporter.tell(Progress::Round { round: report });
             match verdict.decision {
                 Decision::Another => {}
                 Decision::Stop {

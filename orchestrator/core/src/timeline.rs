@@ -1,0 +1,103 @@
+//! When each host did what, on one clock.
+//!
+//! The source's clock is the one. What the destination did is placed on it by
+//! the commit: `Go` and the answer to it are one round trip, of which the
+//! destination knows how long it kept the message. What remains was spent under
+//! way, half of it before `Go` came, as far as anybody can tell; the other half
+//! is how far off that may be.
+
+use serde::{Deserialize, Serialize};
+
+/// Something that a host did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    /// The phase, or the step of the destination.
+    pub name: String,
+    /// When it began, in microseconds since the migration did; in messages of the
+    /// destination, since `Go` had come.
+    pub start_us: i64,
+    /// How long it took, in microseconds.
+    pub took_us: u64,
+}
+
+impl Span {
+    /// When it ended.
+    #[must_use]
+    pub fn end_us(&self) -> i64 {
+        self.start_us.saturating_add_unsigned(self.took_us)
+    }
+}
+
+/// What the destination tells of its time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timing {
+    /// What it did, from the first message up to the running copy.
+    pub spans: Vec<Span>,
+    /// How long it kept `Go` before it answered, in microseconds.
+    pub kept_go_us: u64,
+}
+
+impl Timing {
+    /// Spans of the destination that are taken notice of; it has fewer steps.
+    pub const SPANS_MAX: usize = 32;
+
+    /// The destination's spans on the source's clock, and by how much all of them
+    /// may be off, in microseconds. `go_us` and `owned_us` are when `Go` left the
+    /// source and the answer had come, in microseconds since the migration began.
+    #[must_use]
+    pub fn placed(&self, go_us: u64, owned_us: u64) -> (Vec<Span>, u64) {
+        let under_way_us = owned_us
+            .saturating_sub(go_us)
+            .saturating_sub(self.kept_go_us);
+        let error_us = under_way_us / 2;
+        let came_us = i64::try_from(go_us.saturating_add(error_us)).unwrap_or(i64::MAX);
+        let spans = self.spans.iter().take(Self::SPANS_MAX);
+        let placed = spans.map(|span| Span {
+            start_us: span.start_us.saturating_add(came_us),
+            ..span.clone()
+        });
+        (placed.collect(), error_us)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(name: &str, start_us: i64, took_us: u64) -> Span {
+        Span {
+            name: name.to_owned(),
+            start_us,
+            took_us,
+        }
+    }
+
+    #[test]
+    fn the_commit_places_the_destination_on_the_sources_clock() {
+        let timing = Timing {
+            spans: vec![span("restore", -50_000, 40_000), span("open", 300, 700)],
+            kept_go_us: 300,
+        };
+        let (placed, error_us) = timing.placed(1_000_000, 1_000_500);
+        assert_eq!(error_us, 100);
+        assert_eq!(
+            placed,
+            [
+                span("restore", 950_100, 40_000),
+                span("open", 1_000_400, 700)
+            ]
+        );
+        assert_eq!(placed[1].end_us(), 1_001_100);
+    }
+
+    #[test]
+    fn a_destination_that_tells_nonsense_breaks_nothing() {
+        let timing = Timing {
+            spans: vec![span("x", i64::MIN, u64::MAX); 1000],
+            kept_go_us: u64::MAX,
+        };
+        let (placed, error_us) = timing.placed(u64::MAX, 0);
+        assert_eq!((placed.len(), error_us), (Timing::SPANS_MAX, 0));
+        assert_eq!(span("y", i64::MAX, u64::MAX).end_us(), i64::MAX);
+    }
+}

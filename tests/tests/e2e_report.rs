@@ -1,0 +1,277 @@
+//! What a migration shows on a terminal, and what it leaves to read: the report, a
+//! page that a real browser draws, a trace.
+
+#![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
+
+use std::fs::{self, File};
+use std::io::{BufReader, Read};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use migrate_core::Phase;
+use migrate_core::report::Report;
+use migrate_core::timeline::Span;
+use migrate_test_hosts::{Host, HostName, Lab};
+use migrate_tests::migration::{print_logs, serves_old_connections};
+use migrate_tests::require;
+use migrate_tests::workload::{Kind, Workload};
+use nix::errno::Errno;
+use nix::pty::{OpenptyResult, Winsize, openpty};
+use serde_json::{Value, json};
+
+const COLUMNS: u16 = 80;
+
+/// Runs a command on a terminal to its end: exit code, and all that was written.
+fn on_terminal(mut command: Command) -> (Option<i32>, String) {
+    let size = Winsize {
+        ws_row: 24,
+        ws_col: COLUMNS,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let OpenptyResult { master, slave } = openpty(&size, None).unwrap();
+    let end = |slave: &OwnedFd| Stdio::from(slave.try_clone().unwrap());
+    command.stdin(end(&slave)).stdout(end(&slave));
+    command.stderr(end(&slave)).env("TERM", "xterm");
+    let mut child = command.spawn().unwrap();
+    // The master ends with the last process that has the other end.
+    drop((command, slave));
+    let mut master = File::from(master);
+    let (mut said, mut some) = (Vec::new(), [0; 4096]);
+    loop {
+        match master.read(&mut some) {
+            Ok(0) => break,
+            Ok(read) => said.extend_from_slice(&some[..read]),
+            Err(error) if error.raw_os_error() == Some(Errno::EIO as i32) => break,
+            Err(error) => panic!("reading the terminal: {error}"),
+        }
+    }
+    let code = child.wait().unwrap().code();
+    (code, String::from_utf8_lossy(&said).into_owned())
+}
+
+/// What stood in lines of its own, each no wider than the terminal.
+fn lines(said: &str) -> Vec<String> {
+    let plain = console::strip_ansi_codes(said);
+    let lines: Vec<String> = plain
+        .split(['\n', '\r'])
+        .map(|line| line.trim_end().to_owned())
+        .filter(|line| !line.is_empty())
+        .collect();
+    for line in &lines {
+        assert!(line.chars().count() <= COLUMNS.into(), "too wide: {line:?}");
+    }
+    lines
+}
+
+/// Whether text is coloured or bold anywhere.
+fn is_painted(said: &str) -> bool {
+    said.split("\x1b[").skip(1).any(|sequence| {
+        let end = sequence.trim_start_matches(|c: char| c.is_ascii_digit() || c == ';');
+        end.starts_with('m')
+    })
+}
+
+fn run(host: &Host, arguments: &[&str]) -> String {
+    let output = host.exec([&["migrate"], arguments].concat()).unwrap();
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The browser's standard output.
+fn browse(profile: &Path, options: &[&str], page: &Path) -> String {
+    let output = Command::new("timeout")
+        .args(["60", "chromium-headless-shell", "--no-sandbox"])
+        .args(["--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"])
+        .arg(format!("--user-data-dir={}", profile.display()))
+        .args(options)
+        .arg(format!("file://{}", page.display()))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The part of a document that is the chart of this name.
+fn chart<'a>(document: &'a str, id: &str) -> &'a str {
+    let from = document.find(&format!("<svg id=\"{id}\""));
+    let from = from.unwrap_or_else(|| panic!("no chart {id}: {document}"));
+    let to = document[from..].find("</svg>").unwrap();
+    &document[from..from + to]
+}
+
+fn named<'a>(spans: &'a [Span], name: &str) -> &'a Span {
+    let span = spans.iter().find(|span| span.name == name);
+    span.unwrap_or_else(|| panic!("no {name}: {spans:#?}"))
+}
+
+/// Pixels of about this colour.
+fn pixels(png: &Path, colour: [u8; 3]) -> usize {
+    let decoder = png::Decoder::new(BufReader::new(File::open(png).unwrap()));
+    let mut reader = decoder.read_info().unwrap();
+    let mut image = vec![0; reader.output_buffer_size().unwrap()];
+    let frame = reader.next_frame(&mut image).unwrap();
+    assert_eq!(frame.bit_depth, png::BitDepth::Eight);
+    image
+        .chunks_exact(frame.color_type.samples())
+        .filter(|pixel| pixel.iter().zip(colour).all(|(a, b)| a.abs_diff(b) < 8))
+        .count()
+}
+
+#[test]
+fn a_migration_is_shown_as_it_happens_and_can_be_read_afterwards() {
+    require!("a_migration_is_shown_as_it_happens_and_can_be_read_afterwards": root, tcx, criu, migrate, chromium);
+    let lab = Lab::scoped(&format!("report-{}", std::process::id())).unwrap();
+    let workload = Workload::start(Kind::Echo, &lab).unwrap();
+    let mut client = workload.client(&lab, 5, &[]).unwrap();
+    let (host1, host2) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
+    let pid = workload.pid.to_string();
+
+    // The table of a check, in colour.
+    let mut command = host1.command("migrate");
+    command
+        .args(["check", "--to", "host2", &pid])
+        .env_remove("NO_COLOR");
+    let (code, said) = on_terminal(command);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("\x1b[32mok"), "{said}");
+    assert!(
+        lines(&said).last().unwrap().starts_with("can be moved"),
+        "{said}"
+    );
+
+    // The move itself, without.
+    serves_old_connections(&mut client);
+    let mut command = host1.command("migrate");
+    command.args(["--report", "/run/report.json", "--trace", "/run/trace.json"]);
+    command.args(["--to", "host2", &pid]).env("NO_COLOR", "1");
+    let (code, said) = on_terminal(command);
+    if code != Some(0) {
+        print_logs(&host1);
+        print_logs(&host2);
+    }
+    assert_eq!(code, Some(0), "{said}");
+    assert!(!is_painted(&said), "{said:?}");
+    let shown = lines(&said);
+    let has = |words: &str| shown.iter().any(|line| line.contains(words));
+    for words in [
+        "  precopy ",
+        "round  unchanged ",
+        "    1      -",
+        " MiB/s ",
+        "  blackout     ",
+    ] {
+        assert!(has(words), "{words:?}: {shown:#?}");
+    }
+    let last = format!("process {pid} (echo-server) runs on host2");
+    assert_eq!(shown.last(), Some(&last), "{shown:#?}");
+    serves_old_connections(&mut client);
+
+    // The report: the same in the file and as this host keeps it.
+    let report: Report =
+        serde_json::from_slice(&fs::read(host1.path("/run/report.json")).unwrap()).unwrap();
+    let kept: Report = serde_json::from_str(&run(&host1, &["report", "--json"])).unwrap();
+    assert_eq!(kept, report);
+    assert_eq!(report.outcome, Phase::Committed);
+    assert_eq!(report.precopy.len(), report.rounds as usize);
+    let names: Vec<&str> = report
+        .phases
+        .iter()
+        .map(|span| span.name.as_str())
+        .collect();
+    let phases = Phase::ALL.iter().filter(|phase| **phase <= Phase::Finish);
+    assert_eq!(names, phases.map(|phase| phase.name()).collect::<Vec<_>>());
+    // Each host's own order, and the order of both where messages make it.
+    let error_us = report.clock_error_us.unwrap().cast_signed();
+    for spans in [&report.phases, &report.destination_steps] {
+        for pair in spans.windows(2) {
+            assert!(pair[0].end_us() <= pair[1].start_us + 1, "{pair:?}");
+        }
+    }
+    let (steps, handover) = (&report.destination_steps, named(&report.phases, "handover"));
+    assert!(
+        named(steps, "restore").end_us() <= handover.end_us() + error_us,
+        "{report:#?}"
+    );
+    assert!(
+        named(steps, "own").start_us + error_us >= handover.start_us,
+        "{report:#?}"
+    );
+    assert!(named(steps, "resume").end_us() <= report.total_us.cast_signed() + error_us);
+    assert!(run(&host1, &["report", &report.migration_id]).contains("  blackout     "));
+
+    // The trace: both hosts.
+    let trace: Value =
+        serde_json::from_slice(&fs::read(host1.path("/run/trace.json")).unwrap()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let spans = report.phases.len() + steps.len() + report.precopy.len() + 5;
+    let complete: Vec<&Value> = events.iter().filter(|event| event["ph"] == "X").collect();
+    assert_eq!(complete.len(), spans);
+    assert!(
+        complete
+            .iter()
+            .all(|event| event["ts"].is_i64() && event["dur"].is_u64())
+    );
+    assert!(
+        complete
+            .iter()
+            .any(|event| event["pid"] == 2 && event["name"] == "restore")
+    );
+
+    // The page, as a browser understands it.
+    let scratch = tempfile::tempdir().unwrap();
+    let (profile, page) = (
+        scratch.path().join("profile"),
+        scratch.path().join("page.html"),
+    );
+    run(
+        &host1,
+        &["report", "/run/report.json", "--html", "/run/page.html"],
+    );
+    fs::copy(host1.path("/run/page.html"), &page).unwrap();
+    let document = browse(&profile, &["--dump-dom"], &page);
+    let bars = |id| chart(&document, id).matches("<rect ").count();
+    assert_eq!(bars("timeline"), spans);
+    assert!(bars("blackout") >= 5 + 4, "{document}");
+    assert_eq!(bars("rounds"), 2 * report.precopy.len());
+    assert_eq!(bars("silence"), 5);
+    let picture = scratch.path().join("page.png");
+    let option = format!("--screenshot={}", picture.display());
+    browse(&profile, &["--window-size=1000,2600", &option], &page);
+    for (what, colour) in [
+        ("the source", [0x3b, 0x76, 0xc4]),
+        ("the destination", [0x2f, 0x8f, 0x6b]),
+        ("the blackout", [0xc8, 0x45, 0x3b]),
+    ] {
+        let painted = pixels(&picture, colour);
+        assert!(painted > 500, "{painted} pixels of {what}");
+    }
+
+    // Names come from outside.
+    let hostile = "</title><script>document.title = 'taken'</script><img src=x>";
+    let mut forged = serde_json::to_value(&report).unwrap();
+    for field in ["name", "source", "destination", "migration_id"] {
+        forged[field] = json!(hostile);
+    }
+    fs::write(host1.path("/run/forged.json"), forged.to_string()).unwrap();
+    run(
+        &host1,
+        &["report", "/run/forged.json", "--html", "/run/page.html"],
+    );
+    fs::copy(host1.path("/run/page.html"), &page).unwrap();
+    let document = browse(&profile, &["--dump-dom"], &page);
+    assert!(
+        document.contains("&lt;/title&gt;&lt;script&gt;"),
+        "{document}"
+    );
+    assert!(
+        !document.contains("<script") && !document.contains("<img"),
+        "{document}"
+    );
+    assert!(chart(&document, "timeline").contains("&lt;img src=x&gt;"));
+
+    let verdict = client.stop().unwrap();
+    assert!(verdict.is_clean(), "{verdict:?}");
+}
