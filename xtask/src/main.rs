@@ -1,5 +1,6 @@
 //! The chores of this repository, one file per verb.
 
+mod dist;
 mod hosts;
 mod program;
 mod simulate;
@@ -26,6 +27,8 @@ enum Verb {
     Bench(program::Arguments),
     /// Move a redis back and forth and count what stays behind.
     Soak(program::Arguments),
+    /// What is installed, and a Debian package of it.
+    Dist(dist::Arguments),
     /// Run the protocol of both sides under faults chosen by seed.
     Simulate(simulate::Arguments),
     /// Virtual machines with Debian's kernels, in the place of the test hosts.
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
             arguments,
         ),
         Verb::Soak(arguments) => program::run(&["migrate-cli", "migrate-tests"], "soak", arguments),
+        Verb::Dist(arguments) => dist::run(arguments),
         Verb::Simulate(arguments) => simulate::run(arguments),
         Verb::Vm(verb) => vm::run(verb),
     };

@@ -1,0 +1,204 @@
+//! `dist`: what is installed, and a Debian package of it.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+
+/// What to make.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Where the tree and the package go; what is there of an earlier run is replaced.
+    #[arg(long, value_name = "DIR", default_value = "target/dist")]
+    out: PathBuf,
+    /// The program to pack, instead of one built now for release.
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+}
+
+/// Where units look for the program before it is packed.
+const BY_HAND: &str = "/usr/local/bin/migrate";
+const PACKED: &str = "/usr/bin/migrate";
+
+/// Files of the package that an administrator may change.
+const CONFIGURATION: &str = "/etc/migrate/config.toml";
+
+/// A shell, and where its completions belong.
+const COMPLETIONS: [(&str, &str); 3] = [
+    ("bash", "usr/share/bash-completion/completions/migrate"),
+    ("zsh", "usr/share/zsh/vendor-completions/_migrate"),
+    ("fish", "usr/share/fish/vendor_completions.d/migrate.fish"),
+];
+
+pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("the workspace")?;
+    let program = match arguments.program {
+        Some(program) => program,
+        None => built(top)?,
+    };
+    let tree = arguments.out.join("tree");
+    if tree.exists() {
+        fs::remove_dir_all(&tree).with_context(|| format!("clear {}", tree.display()))?;
+    }
+    let installed = tree.join("usr/bin/migrate");
+    install(&program, &installed, 0o755)?;
+    // Names of functions stay, for a backtrace in a report.
+    ran(Command::new("strip").arg("--strip-debug").arg(&installed))?;
+    generated(&program, &tree)?;
+    for unit in ["migrate-agent", "migrate-guard", "migrate-resume"] {
+        let name = format!("{unit}.service");
+        let text = read(&top.join("dist").join(&name))?.replace(BY_HAND, PACKED);
+        put(
+            &tree.join("usr/lib/systemd/system").join(name),
+            text.as_bytes(),
+            0o644,
+        )?;
+    }
+    install(
+        &top.join("dist/config.toml"),
+        &tree.join(CONFIGURATION.trim_start_matches('/')),
+        0o644,
+    )?;
+    let documentation = tree.join("usr/share/doc/migrate");
+    for name in [
+        "README.md",
+        "CHANGELOG.md",
+        "docs/maintenance.md",
+        "docs/threat-model.md",
+    ] {
+        let file = top.join(name);
+        let to = documentation.join(file.file_name().context("a name")?);
+        install(&file, &to, 0o644)?;
+    }
+    put(&documentation.join("copyright"), &copyright(top)?, 0o644)?;
+    let package = packed(&arguments.out, &tree)?;
+    println!("{}", package.display());
+    Ok(())
+}
+
+/// The release build of the program.
+fn built(top: &Path) -> anyhow::Result<PathBuf> {
+    ran(Command::new("cargo").current_dir(top).args([
+        "build",
+        "--release",
+        "--locked",
+        "-p",
+        "migrate-cli",
+    ]))?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(top.join("target"), PathBuf::from);
+    Ok(target.join("release/migrate"))
+}
+
+/// Completions and manual pages, by the program itself.
+fn generated(program: &Path, tree: &Path) -> anyhow::Result<()> {
+    for (shell, path) in COMPLETIONS {
+        let output = Command::new(program)
+            .args(["completions", shell])
+            .output()
+            .with_context(|| format!("run {}", program.display()))?;
+        ensure!(
+            output.status.success(),
+            "completions for {shell}: {output:?}"
+        );
+        put(&tree.join(path), &output.stdout, 0o644)?;
+    }
+    let pages = tree.join("usr/share/man/man8");
+    fs::create_dir_all(&pages)?;
+    ran(Command::new(program).arg("manual").arg(&pages))?;
+    for page in fs::read_dir(&pages)? {
+        // Debian's readers expect them compressed, without a date in them.
+        ran(Command::new("gzip").args(["-9n"]).arg(page?.path()))?;
+    }
+    Ok(())
+}
+
+/// Both licences, of which a user takes one.
+fn copyright(top: &Path) -> anyhow::Result<Vec<u8>> {
+    let mut text = "Either of the two, at your choice.\n\n".to_owned();
+    for licence in ["LICENSE-MIT", "LICENSE-APACHE"] {
+        text += &read(&top.join(licence))?;
+        text += "\n";
+    }
+    Ok(text.into_bytes())
+}
+
+/// Makes the package.
+fn packed(out: &Path, tree: &Path) -> anyhow::Result<PathBuf> {
+    let architecture = said(Command::new("dpkg").arg("--print-architecture"))?;
+    // A program runs with the C library it was built with, and with newer ones.
+    let libc = said(Command::new("getconf").arg("GNU_LIBC_VERSION"))?;
+    let libc = libc.rsplit(' ').next().unwrap_or_default();
+    let version = env!("CARGO_PKG_VERSION");
+    let control = format!(
+        "Package: migrate\n\
+         Version: {version}\n\
+         Architecture: {architecture}\n\
+         Maintainer: migrate developers <migrate@localhost>\n\
+         Section: admin\n\
+         Priority: optional\n\
+         Depends: libc6 (>= {libc}), libgcc-s1\n\
+         Recommends: criu (>= 4.2), openssh-client\n\
+         Suggests: openssh-server\n\
+         Description: moves running processes to another host, TCP connections and all\n \
+         A process tree goes over while it runs; its peers stay connected and see one\n \
+         short pause. Both hosts need this package, and CRIU 4.2 or newer.\n"
+    );
+    put(&tree.join("DEBIAN/control"), control.as_bytes(), 0o644)?;
+    put(
+        &tree.join("DEBIAN/conffiles"),
+        format!("{CONFIGURATION}\n").as_bytes(),
+        0o644,
+    )?;
+    let package = out.join(format!("migrate_{version}_{architecture}.deb"));
+    // xz would take a minute where a build runs beside it, for a tenth less.
+    ran(Command::new("dpkg-deb")
+        .args(["--root-owner-group", "-Zgzip", "--build"])
+        .args([tree, &package])
+        .stdout(std::io::stderr()))?;
+    Ok(package)
+}
+
+fn read(path: &Path) -> anyhow::Result<String> {
+    fs::read_to_string(path).with_context(|| format!("read {}", path.display()))
+}
+
+fn install(from: &Path, to: &Path, mode: u32) -> anyhow::Result<()> {
+    let bytes = fs::read(from).with_context(|| format!("read {}", from.display()))?;
+    put(to, &bytes, mode)
+}
+
+/// Writes a file with its directories, whatever the umask.
+fn put(path: &Path, bytes: &[u8], mode: u32) -> anyhow::Result<()> {
+    let put = || {
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        fs::write(path, bytes)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+    };
+    put().with_context(|| format!("write {}", path.display()))
+}
+
+fn ran(command: &mut Command) -> anyhow::Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("run {}", command.get_program().display()))?;
+    ensure!(status.success(), "{command:?} ended with {status}");
+    Ok(())
+}
+
+fn said(command: &mut Command) -> anyhow::Result<String> {
+    let output = command
+        .output()
+        .with_context(|| format!("run {}", command.get_program().display()))?;
+    ensure!(
+        output.status.success(),
+        "{command:?} ended with {}",
+        output.status
+    );
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
