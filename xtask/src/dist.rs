@@ -154,7 +154,7 @@ fn packed(out: &Path, tree: &Path) -> anyhow::Result<PathBuf> {
         0o644,
     )?;
     let package = out.join(format!("migrate_{version}_{architecture}.deb"));
-    // xz would take a minute where a build runs beside it, for a tenth less.
+    // xz took more than a minute where builds ran beside it.
     ran(Command::new("dpkg-deb")
         .args(["--root-owner-group", "-Zgzip", "--build"])
         .args([tree, &package])
