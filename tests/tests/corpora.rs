@@ -50,3 +50,28 @@ fn journals() {
 fn packets() {
     replay("packets", targets::packets);
 }
+
+#[test]
+fn answers() {
+    replay("answers", targets::answers);
+}
+
+#[test]
+fn image_files() {
+    replay("image_files", targets::image_files);
+}
+
+#[test]
+fn images() {
+    replay("images", targets::images);
+}
+
+#[test]
+fn manifests() {
+    replay("manifests", targets::manifests);
+}
+
+#[test]
+fn page_streams() {
+    replay("page_streams", targets::page_streams);
+}

@@ -224,6 +224,129 @@ async fn silent_strangers_are_in_nobodys_way() {
     let _both = (source.unwrap(), accepted.unwrap());
 }
 
+/// Waits until a stranger has come to an end, whom the agent must not let in.
+async fn keeps_out<T>(agent: &StandingAgent, stranger: impl Future<Output = T>) -> T {
+    let let_in = async {
+        loop {
+            // A stranger may be named in an error.
+            if let Ok(connection) = agent.accept(hello("1", "host2")).await {
+                break connection;
+            }
+        }
+    };
+    tokio::select! {
+        said = stranger => said,
+        connection = let_in => panic!("let in: {connection:?}"),
+    }
+}
+
+/// Somebody with a right certificate is let in.
+async fn serves(agent: &StandingAgent, authority: &Authority) {
+    let port = agent.local_addr().port();
+    let destination = to("127.0.0.1", port, authority.files("host1"));
+    let (source, accepted) = tokio::join!(
+        connect(&destination, hello("1", "host1"), SOON),
+        agent.accept(hello("1", "host2"))
+    );
+    let _both = (source.unwrap(), accepted.unwrap());
+}
+
+/// What a client that speaks no more than TLS 1.2 says first, RFC 5246, 7.4.1.2.
+fn tls12_hello() -> Vec<u8> {
+    let with_length = |bytes: &[u8]| {
+        let length = u16::try_from(bytes.len()).unwrap();
+        [&length.to_be_bytes(), bytes].concat()
+    };
+    let extension = |kind: u16, body: &[u8]| [&kind.to_be_bytes()[..], &with_length(body)].concat();
+    let extensions = [
+        // supported_groups: x25519, secp256r1
+        extension(10, &[0, 4, 0, 0x1d, 0, 0x17]),
+        // ec_point_formats: uncompressed
+        extension(11, &[1, 0]),
+        // signature_algorithms: ecdsa_secp256r1_sha256, rsa_pss_rsae_sha256
+        extension(13, &[0, 4, 4, 3, 8, 4]),
+        // application_layer_protocol_negotiation
+        extension(16, &with_length(b"\x07migrate")),
+    ]
+    .concat();
+    let body = [
+        &[3, 3][..],
+        &[7; 32],
+        // No session; ECDHE with AES-128-GCM; no compression.
+        &[0],
+        &with_length(&[0xc0, 0x2b, 0xc0, 0x2f]),
+        &[1, 0],
+        &with_length(&extensions),
+    ]
+    .concat();
+    let length = u32::try_from(body.len()).unwrap().to_be_bytes();
+    let handshake = [&[1][..], &length[1..], &body].concat();
+    [&[22, 3, 1][..], &with_length(&handshake)].concat()
+}
+
+#[tokio::test]
+async fn an_older_tls_is_refused() {
+    /// A fatal alert, `protocol_version`: RFC 8446, 6.2.
+    const ALERT: [u8; 7] = [21, 3, 3, 0, 2, 2, 70];
+    let authority = Authority::new();
+    let agent = agent(authority.files("127.0.0.1")).await;
+    let said = keeps_out(&agent, async {
+        let mut tcp = TcpStream::connect(agent.local_addr()).await.unwrap();
+        tcp.write_all(&tls12_hello()).await.unwrap();
+        let mut said = Vec::new();
+        tcp.read_to_end(&mut said).await.unwrap();
+        said
+    })
+    .await;
+    assert_eq!(said, ALERT);
+    serves(&agent, &authority).await;
+}
+
+/// All that a source has said once, said again: neither its hello nor anything
+/// behind it opens the door a second time.
+#[tokio::test]
+async fn what_was_recorded_opens_nothing() {
+    let authority = Authority::new();
+    let agent = agent(authority.files("127.0.0.1")).await;
+    let tap = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = tap.local_addr().unwrap().port();
+    let agent_at = agent.local_addr();
+    let recorded = tokio::spawn(async move {
+        let (source, _) = tap.accept().await.unwrap();
+        let (mut from, mut back) = source.into_split();
+        let (mut answers, mut to) = TcpStream::connect(agent_at).await.unwrap().into_split();
+        tokio::spawn(async move { tokio::io::copy(&mut answers, &mut back).await });
+        let (mut all, mut some) = (Vec::new(), [0; 4096]);
+        loop {
+            match from.read(&mut some).await {
+                Ok(read) if read > 0 => {
+                    all.extend_from_slice(&some[..read]);
+                    to.write_all(&some[..read]).await.unwrap();
+                }
+                _ => break all,
+            }
+        }
+    });
+    let destination = to("127.0.0.1", port, authority.files("host1"));
+    let (source, accepted) = tokio::join!(
+        connect(&destination, hello("1", "host1"), SOON),
+        agent.accept(hello("1", "host2"))
+    );
+    assert_eq!(accepted.unwrap().hello.hostname, "host1");
+    drop(source.unwrap());
+    let recorded = recorded.await.unwrap();
+    // More than a hello: the certificate, its signature, the introduction.
+    assert!(recorded.len() > 512, "{}", recorded.len());
+    keeps_out(&agent, async {
+        let mut tcp = TcpStream::connect(agent_at).await.unwrap();
+        tcp.write_all(&recorded).await.unwrap();
+        // To the end, which may be a reset: more was sent than was read.
+        let _ = tcp.read_to_end(&mut Vec::new()).await;
+    })
+    .await;
+    serves(&agent, &authority).await;
+}
+
 #[tokio::test]
 async fn a_port_of_something_else_is_named() {
     let authority = Authority::new();

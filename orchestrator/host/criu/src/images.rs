@@ -1155,6 +1155,28 @@ fn decode_credentials(image: &[u8]) -> Option<Credentials> {
     })
 }
 
+/// Reads an image as each kind that is read here, and a page map once more from
+/// what would be written of it. For the fuzz targets.
+#[doc(hidden)]
+pub fn read_any_image(image: &[u8]) {
+    let _ = (
+        decode_mm(image),
+        has_ended(image),
+        decode_credentials(image),
+    );
+    let Some((pages_id, runs)) = decode_pagemap(image) else {
+        return;
+    };
+    let memory = Memory {
+        pages_id,
+        pages: 0,
+        gaps: Vec::new(),
+        runs,
+    };
+    let again = decode_pagemap(&memory.encode());
+    assert_eq!(again, Some((pages_id, memory.runs)));
+}
+
 /// Reads an image file as a whole.
 fn read_image<T>(path: &Path, decode: impl FnOnce(&[u8]) -> Option<T>) -> Result<T, CriuError> {
     let image = fs::read(path).map_err(|source| CriuError::image("read", path, source))?;

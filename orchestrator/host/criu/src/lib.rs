@@ -77,12 +77,16 @@ pub mod stdio;
 mod worker;
 
 pub use error::{Action, CriuError};
+#[doc(hidden)]
+pub use images::read_any_image;
 pub use images::{Filler, ImageDir, ImageStats, SmallImage, StoredRun, small_images, stored_runs};
 pub use locate::{Criu, OVERRIDE, PRIVATE_PATH, locate};
 pub use lock::NetworkLock;
 pub use log::LogTail;
 pub use pages::{PARENT, PIECE_PAGES_MAX, PageSink, PageSocket, PageStats, serve_pages};
 pub use park::{ParkedRestore, dismiss_parked};
+#[doc(hidden)]
+pub use rpc::reencoded_answer;
 pub use rseq::rseq_areas;
 pub use session::{Notice, Outcome, Session};
 pub use worker::{

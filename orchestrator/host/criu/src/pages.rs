@@ -75,6 +75,13 @@ pub struct PageSocket {
 }
 
 impl PageSocket {
+    /// A stream on which somebody speaks as CRIU does. Of the `precopied` tasks
+    /// an earlier copy exists.
+    #[must_use]
+    pub fn new(stream: UnixStream, precopied: BTreeSet<u32>) -> Self {
+        Self { stream, precopied }
+    }
+
     fn has(&self, owner: PageOwner) -> bool {
         match owner {
             PageOwner::Task(pid) => self.precopied.contains(&pid),
@@ -374,10 +381,7 @@ mod tests {
 
     /// Of task 7 there is a copy.
     fn socket(stream: UnixStream) -> PageSocket {
-        PageSocket {
-            stream,
-            precopied: [7].into(),
-        }
+        PageSocket::new(stream, [7].into())
     }
 
     /// Keeps everything; refuses where told to.

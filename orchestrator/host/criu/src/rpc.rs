@@ -166,6 +166,15 @@ pub(crate) struct Response {
     pub version: Option<VersionResponse>,
 }
 
+/// What an answer of CRIU says, encoded anew; `None` when it is no answer. For
+/// the fuzz targets, which have no CRIU.
+#[doc(hidden)]
+#[must_use]
+pub fn reencoded_answer(packet: &[u8]) -> Option<Vec<u8>> {
+    let response = Response::decode(packet).ok()?;
+    Some(response.encode_to_vec())
+}
+
 /// Our end of the socket to one `criu swrk`.
 #[derive(Debug)]
 pub(crate) struct Socket {
