@@ -93,6 +93,13 @@ impl VmaEntry {
     /// be lazy, but is small and needed at once.
     const SPECIAL: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 12 | 1 << 13 | 1 << 15;
 
+    /// Whether it is made of whole pages, as everything that is done with it
+    /// supposes. An image may say anything.
+    fn is_sound(&self) -> bool {
+        let page = PAGE_BYTES as u64;
+        self.start < self.end && self.start.is_multiple_of(page) && self.end.is_multiple_of(page)
+    }
+
     /// Whether CRIU watches it for missing pages in a lazy restore.
     fn can_be_lazy(&self) -> bool {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -1132,7 +1139,7 @@ impl Memory {
 
 /// Reads the mappings of a task.
 fn decode_mm(image: &[u8]) -> Option<MmEntry> {
-    decode_one(image, MM_MAGIC)
+    decode_one(image, MM_MAGIC).filter(|mm: &MmEntry| mm.vmas.iter().all(VmaEntry::is_sound))
 }
 
 /// Whether a task runs as nobody, because it does not run.
