@@ -626,19 +626,16 @@ fn a_killed_migrate_lets_the_source_run() {
         Phase::Restore,
     ] {
         let (source, destination) = (scene.source(), scene.destination());
-        let mut running = Running::start(scene.to_destination(&["--json"]));
-        assert!(running.await_event(|event| event["event"] == "connected"));
-        let (driver, agent) = (driver(&source), agent(&destination));
-        if phase == Phase::Dump {
-            assert!(running.await_started(Phase::Freeze));
-            let held = Held::stop(agent);
-            assert!(running.await_started(phase));
-            kill(driver, Signal::SIGKILL).unwrap();
-            drop(held);
-        } else {
-            assert!(phase == Phase::Preflight || running.await_started(phase));
-            kill(driver, Signal::SIGKILL).unwrap();
+        let mut command = scene.to_destination(&["--json"]);
+        // It waits for its end there; the first phase begins before it connects.
+        if phase != Phase::Preflight {
+            command.env("MIGRATE_STOP_AT", phase.name());
         }
+        let mut running = Running::start(command);
+        assert!(running.await_event(|event| event["event"] == "connected"));
+        let driver = driver(&source);
+        assert!(phase == Phase::Preflight || running.await_started(phase));
+        kill(driver, Signal::SIGKILL).unwrap();
         let ended = running.finish();
         assert!(!ended.status.success(), "{phase} was over: {ended:#?}");
         scene.serves_here();

@@ -94,7 +94,7 @@ pub struct RoundArgs {
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub bandwidth: Option<u64>,
     /// When the copy gets its memory: all of it before it runs (eager), while it runs, what it
-    /// touches first (lazy), or lazy for one process with 32 MiB or more (auto)
+    /// touches first (lazy), or lazy for one process with 16 MiB or more (auto)
     #[arg(long, value_name = "auto|eager|lazy", value_enum, default_value_t = RestoreName::Auto)]
     pub restore: RestoreName,
     /// Hand over before the frozen tree's memory has gone over, and send it while the copy runs,
