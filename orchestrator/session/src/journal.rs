@@ -1,7 +1,7 @@
 //! Journal records on disk: replaced as a whole, changed only under a lock.
 
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 
 use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
@@ -161,16 +161,28 @@ pub fn verdict(state: &State, migration_id: &str) -> Result<Stage, Error> {
     let path = path(state, migration_id, Side::Destination);
     if !path.exists() {
         // No lock either, then: nobody may fill the directory with questions.
-        return Ok(recovery::verdict(None).0);
+        return without_record(state, migration_id);
     }
     let _lock = lock(&path)?;
     let mut record = load(&path)?;
+    if record.is_none() {
+        return without_record(state, migration_id);
+    }
     let (answer, becomes) = recovery::verdict(record.as_ref().map(|record| record.stage));
     if let (Some(record), Some(stage)) = (&mut record, becomes) {
         record.stage = stage;
         store(&path, record)?;
     }
     Ok(answer)
+}
+
+/// The answer where there is no record, or none any more.
+fn without_record(state: &State, migration_id: &str) -> Result<Stage, Error> {
+    Ok(if retired(state, migration_id)? {
+        Stage::Done
+    } else {
+        recovery::verdict(None).0
+    })
 }
 
 /// Whether a migration may have this name, which becomes part of file names.
@@ -213,6 +225,58 @@ pub fn all(state: &State) -> Result<Vec<Record>, Error> {
 /// Removes a record that was read by [`all`].
 pub fn remove(state: &State, record: &Record) {
     unlink(&path(state, &record.migration_id, record.side));
+}
+
+/// Removes a destination's record that says [`Stage::Done`], and keeps the
+/// migration's name: a source that has lost its way asks for it however late,
+/// and must not hear that the copy never ran.
+///
+/// # Errors
+///
+/// The name cannot be kept; the record stays then.
+pub fn retire(state: &State, record: &Record) -> Result<(), Error> {
+    let (path, older) = (retired_path(state), older_path(state));
+    let length = fs::metadata(&path).map_or(0, |metadata| metadata.len());
+    if length >= RETIRED_BYTES_MAX {
+        fs::rename(&path, &older).map_err(Error::file("replace", &older))?;
+    }
+    let mut names = File::options()
+        .append(true)
+        .create(true)
+        .open(&path)
+        .map_err(Error::file("open", &path))?;
+    names
+        .write_all(format!("{}\n", record.migration_id).as_bytes())
+        .map_err(Error::file("write", &path))?;
+    remove(state, record);
+    Ok(())
+}
+
+/// Names in one file of [`retire`], of which there are two, the older one full:
+/// some 80,000 migrations.
+const RETIRED_BYTES_MAX: u64 = 1 << 20;
+
+/// Whether the record of this migration was retired.
+fn retired(state: &State, migration_id: &str) -> Result<bool, Error> {
+    // In this order: a file only moves from the first place to the second.
+    for path in [retired_path(state), older_path(state)] {
+        match fs::read_to_string(&path) {
+            Ok(names) if names.lines().any(|name| name == migration_id) => return Ok(true),
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(Error::file("read", &path)(error));
+            }
+            _ => {}
+        }
+    }
+    Ok(false)
+}
+
+fn retired_path(state: &State) -> PathBuf {
+    state.journal().join("ended")
+}
+
+fn older_path(state: &State) -> PathBuf {
+    retired_path(state).with_extension("older")
 }
 
 /// The record goes first: whoever waits for one of its locks then finds none.
@@ -331,6 +395,34 @@ mod tests {
         let (_directory, state) = state();
         assert_eq!(verdict(&state, "other").unwrap(), Stage::Undone);
         assert_eq!(fs::read_dir(state.journal()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_has_ended_is_known_without_its_record() {
+        let (_directory, state) = state();
+        let mut journal = Journal::begin(&state, record(Side::Destination)).unwrap();
+        journal.stage(Stage::Owned).unwrap();
+        journal.stage(Stage::Done).unwrap();
+        retire(&state, journal.record()).unwrap();
+        assert_eq!(all(&state).unwrap(), []);
+        assert_eq!(verdict(&state, "m-1").unwrap(), Stage::Done);
+        assert_eq!(verdict(&state, "m").unwrap(), Stage::Undone);
+        // The full file is kept beside the new one.
+        let full = format!("{}\n", "x".repeat(63)).repeat(1 << 14);
+        let mut names = File::options()
+            .append(true)
+            .open(retired_path(&state))
+            .unwrap();
+        names.write_all(full.as_bytes()).unwrap();
+        let other = Record {
+            migration_id: "m-2".to_owned(),
+            ..journal.record().clone()
+        };
+        retire(&state, &other).unwrap();
+        assert_eq!(fs::read_to_string(retired_path(&state)).unwrap(), "m-2\n");
+        for name in ["m-1", "m-2"] {
+            assert_eq!(verdict(&state, name).unwrap(), Stage::Done, "{name}");
+        }
     }
 
     #[test]

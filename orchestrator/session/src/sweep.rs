@@ -35,7 +35,9 @@ pub async fn sweep(state: &State) {
         }
         if ended && surplus > 0 {
             surplus -= 1;
-            journal::remove(state, &record);
+            if let Err(error) = journal::retire(state, &record) {
+                tracing::warn!(error = %error.chain(), "keeping the record of a migration that has ended");
+            }
         }
     }
 }
@@ -163,8 +165,13 @@ mod tests {
         assert_eq!(kept.len(), ENDED_RECORDS_MAX + 2);
         assert_eq!(kept[0], "003");
         assert_eq!(kept[ENDED_RECORDS_MAX..], ["arriving", "owned"]);
-        let locks = fs::read_dir(state.journal()).unwrap().count();
-        assert_eq!(locks, 2 * kept.len());
+        // Each with its lock, and the names of those that are gone.
+        let files = fs::read_dir(state.journal()).unwrap().count();
+        assert_eq!(files, 2 * kept.len() + 1);
+        for id in ["000", "002", "003"] {
+            assert_eq!(journal::verdict(&state, id).unwrap(), Stage::Done, "{id}");
+        }
+        assert_eq!(journal::verdict(&state, "999").unwrap(), Stage::Undone);
         arriving.done();
     }
 

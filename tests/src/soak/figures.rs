@@ -19,6 +19,8 @@ const RECORDS_MAX: u64 = 65 * 4;
 /// Logs that a host keeps (`AGENT_LOGS_MAX` of `migrate`), and those of
 /// processes that began at once: an agent, its guard and its keeper.
 const LOGS_MAX: u64 = 35;
+/// Reports that a host keeps (`KEPT_MAX` of `migrate-session`).
+const REPORTS_MAX: u64 = 100;
 /// Memory that an agent or the tree may have more of in the end. Allocators
 /// keep what threads gave back, and which threads did differs from hop to hop.
 const MEMORY_SLACK_KIB: u64 = 8 << 10;
@@ -53,6 +55,8 @@ pub enum Figure {
     Records,
     /// Logs, which are kept up to a bound.
     Logs,
+    /// Reports, which are kept up to a bound.
+    Reports,
     /// What all other files on tmpfs take.
     TmpfsKib,
     /// Descriptors of the tree.
@@ -77,6 +81,7 @@ impl Figure {
             Self::Cgroups => "cgroups",
             Self::Records => "records",
             Self::Logs => "logs",
+            Self::Reports => "reports",
             Self::TmpfsKib => "other tmpfs, KiB",
             Self::TreeDescriptors => "tree's descriptors",
             Self::TreeMappings => "tree's mappings",
@@ -92,6 +97,7 @@ impl Figure {
             Self::TreeMappings => Rule::Slack(MAPPINGS_SLACK),
             Self::Records => Rule::AtMost(RECORDS_MAX),
             Self::Logs => Rule::AtMost(LOGS_MAX),
+            Self::Reports => Rule::AtMost(REPORTS_MAX),
             _ => Rule::Constant,
         }
     }
@@ -111,12 +117,13 @@ pub fn count(host: &Host, agent: i32, tree: Option<i32>) -> io::Result<Figures> 
     let processes = processes(host)?;
     let journal = files(&host.path("/run/migrate/journal"));
     let log = files(&host.path("/run/migrate/log"));
+    let reports = files(&host.path("/run/migrate/report"));
     let mut tmpfs_bytes = 0;
     for mount in TMPFS {
         let state = statvfs(&host.path(mount))?;
         tmpfs_bytes += (state.blocks() - state.blocks_free()) * state.fragment_size();
     }
-    let kept_bytes = journal.bytes + log.bytes;
+    let kept_bytes = journal.bytes + log.bytes + reports.bytes;
     let init = host.init_pid();
     let lines =
         |path: &str| -> io::Result<u64> { Ok(as_count(fs::read_to_string(path)?.lines().count())) };
@@ -133,6 +140,7 @@ pub fn count(host: &Host, agent: i32, tree: Option<i32>) -> io::Result<Figures> 
         ),
         (Figure::Records, journal.count),
         (Figure::Logs, log.count),
+        (Figure::Reports, reports.count),
         (
             Figure::TmpfsKib,
             tmpfs_bytes.saturating_sub(kept_bytes) / 1024,

@@ -732,7 +732,16 @@ impl Machine {
         let Some(status) = returned else {
             child.kill().attempt(what)?;
             child.wait().attempt(what)?;
-            return Ok(());
+            return if self.watch.is_left(Duration::ZERO) {
+                Ok(())
+            } else {
+                Err(Error::Deadline {
+                    host: self.host().as_str(),
+                    command: "a command that does not come back".to_owned(),
+                    limit: UP_WITHIN,
+                    said: "nothing of another kernel on the console".to_owned(),
+                })
+            };
         };
         // With QEMU it ends, too.
         if self.watch.is_left(DYING_WORDS) {

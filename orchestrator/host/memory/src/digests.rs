@@ -165,22 +165,25 @@ impl Task {
     /// Reads listed pages. Those that were taken read as zeros, which do not
     /// count, and are noted.
     fn read(&mut self, at: u64, into: &mut [u8]) -> Result<(), MemoryError> {
+        let range = at..at + into.len() as u64;
         // Before they are read, which puts a page of zeros there.
-        let before = self.entries(at..at + into.len() as u64)?;
+        let before = self.entries(range.clone())?;
         self.content
             .read_exact_at(into, at)
             .map_err(|source| maps::proc_failed(self.pid, &self.path("mem"), source))?;
-        let pages = into.chunks_exact(PAGE_BYTES);
-        for ((entry, page), vaddr) in before.iter().zip(pages).zip((at..).step_by(PAGE_BYTES)) {
-            let taken = if entry.populated() {
-                // It may have gone in between.
-                page == ZERO_PAGE
-                    && (self.entries(vaddr..vaddr + PAGE)?.iter()).any(|&now| self.zero.is(now))
-            } else {
-                true
-            };
+        // They may have gone in between; looked up when there is a page of zeros.
+        let mut after = None;
+        for (index, page) in into.chunks_exact(PAGE_BYTES).enumerate() {
+            let mut taken = before.get(index).is_some_and(|entry| !entry.populated());
+            if !taken && page == ZERO_PAGE {
+                let after = match &mut after {
+                    Some(entries) => entries,
+                    none => none.insert(self.entries(range.clone())?),
+                };
+                taken = after.get(index).is_some_and(|&entry| self.zero.is(entry));
+            }
             if taken {
-                self.take(vaddr);
+                self.take(at + index as u64 * PAGE);
             }
         }
         Ok(())
@@ -282,12 +285,20 @@ mod tests {
         };
         let whole = now();
         assert_eq!(whole.taken, []);
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
         let give_back = |page: usize| {
-            let start = (vaddr + page as u64 * PAGE) as *mut libc::c_void;
-            for advice in [libc::MADV_FREE, libc::MADV_PAGEOUT] {
-                // SAFETY: pages of the mapping above, whose content may go.
-                assert_eq!(unsafe { libc::madvise(start, PAGE_BYTES, advice) }, 0);
-            }
+            let page = vaddr + page as u64 * PAGE;
+            // A page that another processor still has in hand is passed over.
+            let gone = (0..10_000).any(|_| {
+                for advice in [libc::MADV_FREE, libc::MADV_PAGEOUT] {
+                    let start = page as *mut libc::c_void;
+                    // SAFETY: pages of the mapping above, whose content may go.
+                    assert_eq!(unsafe { libc::madvise(start, PAGE_BYTES, advice) }, 0);
+                }
+                std::thread::yield_now();
+                !pagemap::entries(&pagemap, &(page..page + PAGE)).unwrap()[0].populated()
+            });
+            assert!(gone);
         };
         give_back(1);
         give_back(2);

@@ -521,6 +521,11 @@ fn extent_pieces(range: Range<u64>) -> impl Iterator<Item = (u64, Range<usize>)>
     })
 }
 
+/// An offset into a page.
+fn page_offset(offset: u64) -> usize {
+    usize::try_from(offset.min(PAGE)).unwrap_or(PAGE_BYTES)
+}
+
 /// The page at an offset into an extent.
 fn page_at(offset: u64) -> usize {
     usize::try_from(offset.min(EXTENT_BYTES) / PAGE).unwrap_or(EXTENT_PAGES)
@@ -532,8 +537,8 @@ fn page_at(offset: u64) -> usize {
 #[derive(Debug, Clone, Default)]
 pub struct MemoryDigest {
     hash: Sha256,
-    /// Areas that do not count, by the page they lie in.
-    masks: BTreeMap<u64, Vec<Range<usize>>>,
+    /// Areas that do not count, ascending, none of which touch.
+    masks: Vec<Range<u64>>,
 }
 
 impl MemoryDigest {
@@ -547,20 +552,24 @@ impl MemoryDigest {
     /// are what the kernel writes by itself, whether the task runs or not.
     #[must_use]
     pub fn without(masks: &[(u64, u32)]) -> Self {
-        let mut digest = Self::new();
-        for &(address, length) in masks {
-            let mut at = address;
-            let end = address.saturating_add(u64::from(length));
-            while at < end {
-                let base = at / PAGE * PAGE;
-                let stop = end.min(base + PAGE);
-                let inside = |address: u64| usize::try_from(address - base).unwrap_or(PAGE_BYTES);
-                let areas = digest.masks.entry(base).or_default();
-                areas.push(inside(at)..inside(stop));
-                at = stop;
+        let mut areas: Vec<Range<u64>> = masks
+            .iter()
+            .map(|&(address, length)| address..address.saturating_add(u64::from(length)))
+            .collect();
+        areas.sort_by_key(|area| (area.start, area.end));
+        // None begins or ends before the one before it, so that the first of a
+        // page is found by its end.
+        areas.dedup_by(|next, kept| {
+            let overlaps = next.start <= kept.end;
+            if overlaps {
+                kept.end = kept.end.max(next.end);
             }
+            overlaps
+        });
+        Self {
+            hash: Sha256::default(),
+            masks: areas,
         }
-        digest
     }
 
     /// Adds pages side by side; addresses ascend from call to call. A part of a
@@ -570,16 +579,21 @@ impl MemoryDigest {
             .chunks_exact(PAGE_BYTES)
             .zip((vaddr..).step_by(PAGE_BYTES))
         {
+            let first = self.masks.partition_point(|area| area.end <= at);
+            let mut masks = self.masks[first..]
+                .iter()
+                .take_while(|area| area.start < at + PAGE)
+                .peekable();
             let mut masked = [0; PAGE_BYTES];
-            let page = match self.masks.get(&at) {
-                Some(areas) => {
-                    masked.copy_from_slice(page);
-                    for area in areas {
-                        masked[area.clone()].fill(0);
-                    }
-                    &masked
+            let page = if masks.peek().is_some() {
+                masked.copy_from_slice(page);
+                for area in masks {
+                    let inside = |address: u64| page_offset(address.clamp(at, at + PAGE) - at);
+                    masked[inside(area.start)..inside(area.end)].fill(0);
                 }
-                None => page,
+                &masked
+            } else {
+                page
             };
             if page != ZERO_PAGE {
                 self.hash.update(at.to_le_bytes());

@@ -327,4 +327,15 @@ fn masked_areas_do_not_count() {
     assert_ne!(digest(&[(0xff7, 1)], &masks), plain);
     assert_ne!(digest(&[(8, 1)], &masks), plain);
     assert_ne!(digest(&[], &[]), plain);
+    // In any order, over each other, to the end of all addresses, in large ones.
+    let odd = [(0x1ffc, 12), (u64::MAX - 7, u32::MAX), (0x1ff8, 8), (0, 0)];
+    assert_eq!(digest(&[], &odd), plain);
+    assert_eq!(
+        digest(&[(5, 5)], &[(0, u32::MAX)]),
+        digest(&[], &[(0, u32::MAX)])
+    );
+    assert_eq!(
+        digest(&[], &[(0x1000, 0x2000)]),
+        MemoryDigest::new().finish()
+    );
 }
