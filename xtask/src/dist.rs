@@ -64,16 +64,11 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
         0o644,
     )?;
     let documentation = tree.join("usr/share/doc/migrate");
-    for name in [
-        "README.md",
-        "CHANGELOG.md",
-        "docs/maintenance.md",
-        "docs/threat-model.md",
-    ] {
-        let file = top.join(name);
-        let to = documentation.join(file.file_name().context("a name")?);
-        install(&file, &to, 0o644)?;
+    for name in ["README.md", "CHANGELOG.md"] {
+        install(&top.join(name), &documentation.join(name), 0o644)?;
     }
+    // As in the repository, for they link to each other and README.md to them.
+    install_all(&top.join("docs"), &documentation.join("docs"))?;
     put(&documentation.join("copyright"), &copyright(top)?, 0o644)?;
     let package = packed(&arguments.out, &tree)?;
     println!("{}", package.display());
@@ -110,8 +105,10 @@ fn generated(program: &Path, tree: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(&pages)?;
     ran(Command::new(program).arg("manual").arg(&pages))?;
     for page in fs::read_dir(&pages)? {
+        let page = page?.path();
+        fs::set_permissions(&page, fs::Permissions::from_mode(0o644))?;
         // Debian's readers expect them compressed, without a date in them.
-        ran(Command::new("gzip").args(["-9n"]).arg(page?.path()))?;
+        ran(Command::new("gzip").args(["-9n"]).arg(page))?;
     }
     Ok(())
 }
@@ -153,6 +150,7 @@ fn packed(out: &Path, tree: &Path) -> anyhow::Result<PathBuf> {
         format!("{CONFIGURATION}\n").as_bytes(),
         0o644,
     )?;
+    open_directories(tree)?;
     let package = out.join(format!("migrate_{version}_{architecture}.deb"));
     // xz took more than a minute where builds ran beside it.
     ran(Command::new("dpkg-deb")
@@ -171,7 +169,36 @@ fn install(from: &Path, to: &Path, mode: u32) -> anyhow::Result<()> {
     put(to, &bytes, mode)
 }
 
-/// Writes a file with its directories, whatever the umask.
+/// Installs a directory with all that is in it.
+fn install_all(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let entries = fs::read_dir(from).with_context(|| format!("read {}", from.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        let to = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            install_all(&entry.path(), &to)?;
+        } else {
+            install(&entry.path(), &to, 0o644)?;
+        }
+    }
+    Ok(())
+}
+
+/// Lets everybody into the directories of a tree, whatever the umask they were made
+/// under.
+fn open_directories(tree: &Path) -> anyhow::Result<()> {
+    fs::set_permissions(tree, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("set the mode of {}", tree.display()))?;
+    for entry in fs::read_dir(tree).with_context(|| format!("read {}", tree.display()))? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            open_directories(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes a file with its directories, whatever the umask the file is made under.
 fn put(path: &Path, bytes: &[u8], mode: u32) -> anyhow::Result<()> {
     let put = || {
         if let Some(directory) = path.parent() {
