@@ -87,7 +87,7 @@ impl Show {
         }
         match progress {
             Progress::Connected { destination, .. } => {
-                self.line(&format!("connected to {destination}"));
+                self.line(&format!("connected to {}", plain(destination)));
             }
             Progress::Finding { finding } if finding.severity != Severity::Ok => {
                 self.line(&self.finding(finding));
@@ -105,7 +105,8 @@ impl Show {
                 if let Some(live) = &mut self.live {
                     live.end();
                 }
-                let line = format!("  {:<10} {:>10}  {detail}", phase.name(), ms(*took_us));
+                let (took, detail) = (ms(*took_us), plain(detail));
+                let line = format!("  {:<10} {took:>10}  {detail}", phase.name());
                 self.wrapped(line.trim_end(), 25);
             }
             Progress::Sending {
@@ -124,14 +125,14 @@ impl Show {
             Progress::Failed { phase, error } => {
                 self.told = true;
                 let text = self.paint("31", &format!("{} failed", phase.name()));
-                self.wrapped(&format!("  {text}: {error}"), 4);
+                self.wrapped(&format!("  {text}: {}", plain_lines(error)), 4);
                 if let Some(live) = &mut self.live {
                     live.waits("undoing");
                 }
             }
             Progress::Warning { text } => {
                 let mark = self.paint("33", "warning");
-                self.wrapped(&format!("  {mark}: {text}"), 4);
+                self.wrapped(&format!("  {mark}: {}", plain_lines(text)), 4);
             }
             Progress::Finding { .. } | Progress::Report { .. } => {}
         }
@@ -170,6 +171,12 @@ impl Show {
 
     fn finding(&self, finding: &Finding) -> String {
         let verdict = self.verdict(finding.severity);
+        let finding = &Finding {
+            subject: plain(&finding.subject),
+            finding: plain_lines(&finding.finding),
+            way_out: plain_lines(&finding.way_out),
+            ..finding.clone()
+        };
         if self.live.is_some() {
             return finding_row(&verdict, finding, columns());
         }
@@ -243,10 +250,11 @@ impl Show {
             let bold = self.paint("1", &blackout);
             say(&block(report).replacen(&blackout, &bold, 1));
         }
-        let place = self.paint("1", &report.destination);
+        let place = self.paint("1", &plain(&report.destination));
         say(&format!(
             "process {} ({}) runs on {place}",
-            report.pid, report.name
+            report.pid,
+            plain(&report.name)
         ));
     }
 
@@ -261,15 +269,15 @@ impl Show {
         }
         say(&format!(
             "migration {}: process {} ({}) from {} to {}, {}",
-            report.migration_id,
+            plain(&report.migration_id),
             report.pid,
-            report.name,
-            report.source,
-            report.destination,
+            plain(&report.name),
+            plain(&report.source),
+            plain(&report.destination),
             report.outcome
         ));
         for span in &report.phases {
-            let name = span.name.replace('_', " ");
+            let name = plain(&span.name).replace('_', " ");
             say(&format!("  {name:<10} {:>10}", ms(span.took_us)));
             if span.name == Phase::Precopy.name() {
                 for round in &report.precopy {
@@ -279,7 +287,7 @@ impl Show {
         }
         if let Some(failure) = &report.failure {
             let text = self.paint("31", &format!("{} failed", failure.phase));
-            say(&format!("  {text}: {}", failure.error));
+            say(&format!("  {text}: {}", plain_lines(&failure.error)));
         }
         if report.outcome == Phase::Committed {
             say(&block(report));
@@ -312,13 +320,13 @@ impl Show {
         }
         // Nothing was told of a migration that did not begin.
         if !self.told {
-            eprintln!("migrate: {}", failure.error.chain());
+            eprintln!("migrate: {}", plain_lines(&failure.error.chain()));
         }
         if let Some(help) = failure.error.help() {
-            eprintln!("help: {help}");
+            eprintln!("help: {}", plain_lines(&help));
         }
         for leftover in &failure.leftovers {
-            eprintln!("left behind: {leftover}");
+            eprintln!("left behind: {}", plain_lines(leftover));
         }
         // Nothing was touched when the target itself was refused.
         let refused = failure.phase == Phase::Preflight
@@ -343,9 +351,9 @@ impl Show {
 
     /// An error of a command that moves nothing.
     pub fn error(&self, error: &Error) {
-        eprintln!("migrate: {}", error.chain());
+        eprintln!("migrate: {}", plain_lines(&error.chain()));
         if let Some(help) = error.help() {
-            eprintln!("help: {help}");
+            eprintln!("help: {}", plain_lines(&help));
         }
     }
 
@@ -534,6 +542,17 @@ fn socket_table(sockets: &[SocketFacts]) -> String {
     lines.join("\n")
 }
 
+/// A name that comes from outside, for a line of a terminal: a process may call itself
+/// by a sequence that clears the screen.
+pub fn plain(text: &str) -> String {
+    text.replace(char::is_control, "\u{fffd}")
+}
+
+/// The same of a text that may have several lines.
+fn plain_lines(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}")
+}
+
 /// Prints a line; a reader that has gone away is no reason to stop.
 pub fn say(text: &str) {
     let _ = writeln!(std::io::stdout().lock(), "{text}");
@@ -684,6 +703,13 @@ mod tests {
         let text = socket_table(&many);
         assert_eq!(text.lines().count(), 1 + SOCKETS_SHOWN + 1);
         assert_eq!(text.lines().last(), Some("  … and 95 more"));
+    }
+
+    #[test]
+    fn names_from_outside_command_no_terminal() {
+        assert_eq!(plain("red\x1b[31m\u{9b}2J\r\nis"), "red�[31m�2J��is");
+        assert_eq!(plain("grün"), "grün");
+        assert_eq!(plain_lines("a\x07\nb"), "a�\nb");
     }
 
     #[test]

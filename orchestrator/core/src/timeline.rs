@@ -41,7 +41,11 @@ impl Timing {
     /// Spans of the destination that are taken notice of; it has fewer steps.
     pub const SPANS_MAX: usize = 32;
 
-    /// The destination's spans on the source's clock, and by how much all of them
+    /// The longest name of one, in bytes; no step has half as many.
+    pub const NAME_BYTES_MAX: usize = 32;
+
+    /// The destination's spans on the source's clock, without those whose names are
+    /// like none of a step, and by how much all of them
     /// may be off, in microseconds. `go_us` and `owned_us` are when `Go` left the
     /// source and the answer had come, in microseconds since the migration began.
     #[must_use]
@@ -51,7 +55,15 @@ impl Timing {
             .saturating_sub(self.kept_go_us);
         let error_us = under_way_us / 2;
         let came_us = i64::try_from(go_us.saturating_add(error_us)).unwrap_or(i64::MAX);
+        let like_a_step = |span: &&Span| {
+            span.name.len() <= Self::NAME_BYTES_MAX
+                && span
+                    .name
+                    .bytes()
+                    .all(|byte| byte == b'_' || byte.is_ascii_lowercase())
+        };
         let spans = self.spans.iter().take(Self::SPANS_MAX);
+        let spans = spans.filter(like_a_step);
         let placed = spans.map(|span| Span {
             start_us: span.start_us.saturating_add(came_us),
             ..span.clone()
@@ -98,6 +110,18 @@ mod tests {
         };
         let (placed, error_us) = timing.placed(u64::MAX, 0);
         assert_eq!((placed.len(), error_us), (Timing::SPANS_MAX, 0));
+        let timing = Timing {
+            spans: [
+                "\x1b[2J",
+                "a\nb",
+                "x".repeat(Timing::NAME_BYTES_MAX + 1).as_str(),
+                "take_over",
+            ]
+            .map(|name| span(name, 0, 1))
+            .to_vec(),
+            kept_go_us: 0,
+        };
+        assert_eq!(timing.placed(0, 0).0, [span("take_over", 0, 1)]);
         assert_eq!(span("y", i64::MAX, u64::MAX).end_us(), i64::MAX);
     }
 }

@@ -20,7 +20,7 @@ use super::migrate::{EngineName, SupervisorChoice, obey_signals, seconds, stdio}
 use super::{report, resume};
 use crate::Output;
 use crate::exit::Exit;
-use crate::show::Show;
+use crate::show::{Show, plain};
 
 /// What to park, and where.
 #[derive(Debug, clap::Args)]
@@ -249,7 +249,7 @@ pub fn told(show: &mut Show, output: &Output, place: &Place) {
         .tree
         .processes
         .first()
-        .map_or("", |process| &process.name);
+        .map_or_else(String::new, |process| plain(&process.name));
     println!(
         "process {} ({name}) is parked in {}; `migrate resume --dir {} --name {}` brings it back",
         manifest.tree.root_pid,

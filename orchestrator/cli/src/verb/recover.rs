@@ -6,6 +6,7 @@ use migrate_session::{Reporter, State};
 
 use crate::Output;
 use crate::exit::Exit;
+use crate::show::plain;
 
 /// Which migrations.
 #[derive(Debug, clap::Args)]
@@ -76,7 +77,8 @@ fn show(one: &Recovered) {
         found,
         ..
     } = one;
-    println!("{migration_id}  {root_pid} ({name}): {found}");
+    let peer = plain(peer);
+    println!("{migration_id}  {root_pid} ({}): {found}", plain(name));
     for done in &one.done {
         println!("  {done}");
     }

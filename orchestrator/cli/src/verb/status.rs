@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::migrate::seconds;
 use crate::Output;
 use crate::exit::Exit;
+use crate::show::plain;
 
 /// One migration as `--json` shows it.
 #[derive(Serialize)]
@@ -159,7 +160,8 @@ fn sentence(record: &Record, alive: bool) -> String {
         peer,
         ..
     } = record;
-    let tree = format!("{migration_id}  {root_pid} ({name})");
+    let peer = plain(peer);
+    let tree = format!("{migration_id}  {root_pid} ({})", plain(name));
     let driver = if alive {
         ""
     } else {
