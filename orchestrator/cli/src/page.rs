@@ -89,7 +89,7 @@ fn timelines(report: &Report) -> Markup {
             // A tenth before and after, to see what it stands between.
             @let margin_us = (took_us / 10).max(1000).cast_signed();
             h2 { "The blackout, " (ms(took_us)) }
-            (timeline("blackout", report, start_us - margin_us, start_us.saturating_add_unsigned(took_us.saturating_add(margin_us.unsigned_abs()))))
+            (timeline("blackout", report, start_us.saturating_sub(margin_us), start_us.saturating_add_unsigned(took_us.saturating_add(margin_us.unsigned_abs()))))
         }
         p.dim {
             @match report.clock_error_us {
@@ -171,9 +171,10 @@ fn timeline(id: &str, report: &Report, from_us: i64, to_us: i64) -> Markup {
     let rows: usize = lanes.iter().map(|(_, bars)| bars.len() + 1).sum();
     let height = float(rows) * ROW + 2.0 * ROW;
     let to_us = to_us.max(from_us.saturating_add(1));
-    let span_us = float_us(to_us - from_us);
+    // What a file says may lie at either end of what a number holds.
+    let span_us = float_us(to_us.saturating_sub(from_us)).max(1.0);
     let x = |at_us: i64| {
-        let share = float_us(at_us.clamp(from_us, to_us) - from_us) / span_us;
+        let share = float_us(at_us.clamp(from_us, to_us).saturating_sub(from_us)) / span_us;
         LEFT + share * (WIDTH - LEFT - 70.0)
     };
     let step_us = tick(span_us);
@@ -365,7 +366,7 @@ fn float(rows: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use migrate_core::report::{FailureReport, RoundReport};
+    use migrate_core::report::{Blackout, FailureReport, RoundReport};
 
     use super::*;
 
@@ -413,6 +414,21 @@ mod tests {
             ..Report::default()
         };
         assert!(page(&report).len() < 100_000);
+        let most = Blackout {
+            freeze_us: u64::MAX,
+            dump_us: u64::MAX,
+            ..Blackout::default()
+        };
+        for blackout_start_us in [0, 1 << 63, u64::MAX >> 1, u64::MAX] {
+            for blackout in [Blackout::default(), most] {
+                let page = page(&Report {
+                    blackout_start_us: Some(blackout_start_us),
+                    blackout,
+                    ..report.clone()
+                });
+                assert!(!page.contains("NaN") && !page.contains("inf"), "{page}");
+            }
+        }
         assert!(page(&Report::default()).contains("There were none"));
     }
 

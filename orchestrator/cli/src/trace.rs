@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use migrate_core::report::Report;
+use migrate_session::{Error, reports};
 use serde_json::{Value, json};
 
 /// Lanes are processes and threads in that format; these are ours.
@@ -18,8 +19,8 @@ const BLACKOUT: u32 = 3;
 /// # Errors
 ///
 /// The file cannot be written.
-pub fn write(path: &Path, report: &Report) -> std::io::Result<()> {
-    std::fs::write(path, trace(report).to_string())
+pub fn write(path: &Path, report: &Report) -> Result<(), Error> {
+    reports::write_text(path, &trace(report).to_string())
 }
 
 fn trace(report: &Report) -> Value {

@@ -29,7 +29,8 @@ impl Blackout {
     /// The time in which no peer is served.
     #[must_use]
     pub fn total_us(&self) -> u64 {
-        self.parts().into_iter().map(|(_, us)| us).sum()
+        let parts = self.parts().into_iter();
+        parts.fold(0, |sum_us, (_, us)| sum_us.saturating_add(us))
     }
 
     /// Its parts in order, by name.

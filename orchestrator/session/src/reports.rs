@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use migrate_core::report::{REPORT_VERSION, Report};
@@ -20,6 +19,9 @@ const BYTES_MAX: u64 = 8 << 20;
 /// Ends the name of a report.
 const SUFFIX: &str = "json";
 
+/// The highest moment in a name, in milliseconds since 1970: what its 15 digits hold.
+const NAMED_MS_MAX: u64 = 999_999_999_999_999;
+
 /// Keeps a report on this host; the oldest make room for it.
 ///
 /// # Errors
@@ -27,43 +29,78 @@ const SUFFIX: &str = "json";
 /// It cannot be written.
 pub fn keep(state: &State, report: &Report) -> Result<PathBuf, Error> {
     let directory = state.reports();
-    // Sorted by name, the newest is last.
-    let name = format!(
-        "{:015}-{}.{SUFFIX}",
-        report.began_unix_ms, report.migration_id
-    );
-    let path = directory.join(name);
+    let mut others = all(&directory)?;
+    // Sorted by name, the newest is last, also where the clock was put back meanwhile.
+    let last_ms = others.last().and_then(|path| named(path)?.0.parse().ok());
+    let after_ms = last_ms.map_or(0, |last_ms: u64| last_ms.saturating_add(1));
+    let moment_ms = report.began_unix_ms.max(after_ms).min(NAMED_MS_MAX);
+    let path = directory.join(format!("{moment_ms:015}-{}.{SUFFIX}", report.migration_id));
     write(&path, report)?;
-    let kept = all(&directory)?;
-    for old in &kept[..kept.len().saturating_sub(KEPT_MAX)] {
+    others.retain(|other| *other != path);
+    for old in &others[..(others.len() + 1).saturating_sub(KEPT_MAX)] {
         // Another migration may have done so.
         let _ = fs::remove_file(old);
     }
     Ok(path)
 }
 
+/// The moment in the name of a kept report, and the migration's id.
+fn named(path: &Path) -> Option<(&str, &str)> {
+    path.file_stem()?.to_str()?.split_once('-')
+}
+
 /// Writes a report for root to read; the file is there whole or not at all.
 ///
 /// # Errors
 ///
-/// It cannot be written.
+/// It cannot be written, or would take the place of what is no regular file.
 pub fn write(path: &Path, report: &Report) -> Result<(), Error> {
-    let fresh = path.with_extension(format!("new-{}", std::process::id()));
-    let written = fs::OpenOptions::new()
-        .create(true)
-        .truncate(true)
-        .write(true)
-        .mode(0o600)
-        .open(&fresh)
-        .and_then(|mut file| {
-            serde_json::to_writer_pretty(&mut file, report)?;
-            writeln!(file)
-        })
-        .and_then(|()| fs::rename(&fresh, path));
-    written.map_err(|error| {
-        let _ = fs::remove_file(&fresh);
-        Error::file("write", path)(error)
-    })
+    let text = serde_json::to_string_pretty(report).map_err(io::Error::from);
+    text.and_then(|text| placed(path, &format!("{text}\n")))
+        .map_err(Error::file("write", path))
+}
+
+/// Writes a file for root to read, which tells what a report does; it is there whole
+/// or not at all.
+///
+/// # Errors
+///
+/// See [`write`].
+pub fn write_text(path: &Path, text: &str) -> Result<(), Error> {
+    placed(path, text).map_err(Error::file("write", path))
+}
+
+fn placed(path: &Path, text: &str) -> io::Result<()> {
+    replaceable(path)?;
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    // Of a name that nobody can have taken before, and of mode 0600.
+    let mut fresh = tempfile::Builder::new()
+        .prefix(".migrate-")
+        .tempfile_in(directory)?;
+    fresh.write_all(text.as_bytes())?;
+    fresh.persist(path)?;
+    Ok(())
+}
+
+/// Whether a file may be put at `path`: the new one takes the place of what is there,
+/// which would be the end of a device, and a link would not be followed.
+///
+/// # Errors
+///
+/// Something is there that is no regular file, or it cannot be looked at.
+pub fn replaceable(path: &Path) -> io::Result<()> {
+    match path.symlink_metadata() {
+        Ok(there) if !there.is_file() => Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "this is no regular file, and would be replaced: name a new file or a regular one",
+        )),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Reads a report.
@@ -104,13 +141,9 @@ fn parsed(path: &Path) -> io::Result<Report> {
 /// There is none, or the directory cannot be read.
 pub fn kept(state: &State, migration_id: Option<&str>) -> Result<PathBuf, Error> {
     let directory = state.reports();
-    let found = all(&directory)?.into_iter().rfind(|path| {
-        let name = path.file_stem().and_then(|name| name.to_str());
-        migration_id.is_none_or(|id| {
-            name.and_then(|name| name.split_once('-'))
-                .is_some_and(|(_, of)| of == id)
-        })
-    });
+    let found = all(&directory)?
+        .into_iter()
+        .rfind(|path| migration_id.is_none_or(|id| named(path).is_some_and(|(_, of)| of == id)));
     found.ok_or_else(|| {
         let none = match migration_id {
             None => "no migration has begun here since the host has started".to_owned(),
@@ -134,6 +167,8 @@ fn all(directory: &Path) -> Result<Vec<PathBuf>, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     fn report(began_unix_ms: u64, id: &str) -> Report {
@@ -160,6 +195,50 @@ mod tests {
         assert!(kept(&state, Some("id-3")).is_err());
         let fourth = read(&kept(&state, Some("id-4")).unwrap()).unwrap();
         assert_eq!(fourth, report(4000, "id-4"));
+    }
+
+    #[test]
+    fn a_clock_that_was_put_back_makes_no_report_old() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::at(directory.path()).unwrap();
+        for n in 1..=KEPT_MAX as u64 {
+            keep(&state, &report(n + 1_000_000, &format!("id-{n}"))).unwrap();
+        }
+        for id in ["earlier", "later"] {
+            let path = keep(&state, &report(5, id)).unwrap();
+            assert_eq!(kept(&state, None).unwrap(), path);
+            assert_eq!(read(&path).unwrap(), report(5, id));
+        }
+        assert_eq!(all(&state.reports()).unwrap().len(), KEPT_MAX);
+        // A clock from the far future leaves the name at its width.
+        for id in ["far", "farther"] {
+            let path = keep(&state, &report(u64::MAX, id)).unwrap();
+            assert!(path.exists());
+            assert_eq!(named(&path).unwrap().0.len(), 15);
+        }
+    }
+
+    #[test]
+    fn only_regular_files_are_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::write(at("old"), "old").unwrap();
+        std::os::unix::fs::symlink(at("old"), at("link")).unwrap();
+        std::os::unix::fs::symlink("/nowhere", at("dangling")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        for name in ["link", "dangling", "socket", "."] {
+            let told = write_text(&at(name), "new").unwrap_err().chain();
+            assert!(told.contains("no regular file"), "{name}: {told}");
+        }
+        assert_eq!(fs::read(at("old")).unwrap(), b"old");
+        for name in ["old", "fresh"] {
+            write_text(&at(name), "new").unwrap();
+            assert_eq!(fs::read(at(name)).unwrap(), b"new");
+            let mode = fs::metadata(at(name)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600);
+        }
+        // Nothing else is left.
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 5);
     }
 
     #[test]

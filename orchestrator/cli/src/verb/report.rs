@@ -1,6 +1,5 @@
 //! `migrate report`: what a migration has left to read.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use migrate_core::report::Report;
@@ -42,6 +41,7 @@ fn writable(text: &str) -> Result<PathBuf, String> {
     if path.is_dir() || path.file_name().is_none() {
         return Err("this is a directory: name a file in it".to_owned());
     }
+    reports::replaceable(&path).map_err(|error| error.to_string())?;
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -71,7 +71,7 @@ pub fn leave(report: &Report, keep: &Keep, show: &mut Show) {
     if let Some(file) = &keep.trace
         && let Err(error) = trace::write(file, report)
     {
-        show.warn(&format!("could not write {}: {error}", file.display()));
+        show.warn(&error.chain());
     }
 }
 
@@ -88,19 +88,19 @@ pub fn run(args: &Args, output: &Output) -> Exit {
             return Exit::Usage;
         }
     };
-    let written = |file: &Path, result: std::io::Result<()>| match result {
+    let written = |result: Result<(), Error>| match result {
         Ok(()) => true,
         Err(error) => {
-            show.usage(&format!("could not write {}: {error}", file.display()));
+            show.error(&error);
             false
         }
     };
     let mut done = true;
     if let Some(file) = &args.html {
-        done &= written(file, fs::write(file, page::page(&report)));
+        done &= written(reports::write_text(file, &page::page(&report)));
     }
     if let Some(file) = &args.trace {
-        done &= written(file, trace::write(file, &report));
+        done &= written(trace::write(file, &report));
     }
     if args.html.is_none() && args.trace.is_none() {
         show.kept(&report);
