@@ -664,6 +664,23 @@ fn marked_trees_are_parked_together() {
         serves_old_connections(&mut scene.client);
     }
 
+    // Parked under another name it is the tree that was marked all the same.
+    parks(&host, &[echo], &["--name", "elsewhere"]);
+    succeeds(&host, &["resume", "--dir", DIR, "--name", "elsewhere"]);
+    assert_eq!(listed(), both);
+    run(
+        &host,
+        &[
+            "park",
+            &echo.to_string(),
+            "--dir",
+            DIR,
+            "--name",
+            "loop.tree",
+        ],
+    )
+    .expect(REFUSED, &["loop.tree", "marks a tree"]);
+
     let torn = host.path(DIR).join("front.tree");
     with(
         &torn,

@@ -44,7 +44,8 @@ pub async fn run(mut args: Args, output: &Output) -> Exit {
             return Exit::Internal;
         }
     };
-    if args.pids.is_empty() {
+    let by_mark = args.pids.is_empty();
+    if by_mark {
         if !args.how.names.is_empty() {
             show.usage("marked trees have their names; --name is for PIDs");
             return Exit::Usage;
@@ -57,7 +58,11 @@ pub async fn run(mut args: Args, output: &Output) -> Exit {
             }
         }
     }
-    let places = match park_all(&args.pids, &args.how, &cancel, output).await {
+    let fits = |place: &Place, pid| match by_mark {
+        true => park::still_marked(place, pid),
+        false => Ok(()),
+    };
+    let places = match park_all(&args.pids, &args.how, fits, &cancel, output).await {
         Ok(places) => places,
         Err(exit) => return exit,
     };
@@ -87,18 +92,7 @@ fn marked(directory: &Path) -> Result<Vec<(i32, String)>, Error> {
     if trees.is_empty() {
         return Err(ParkError::NoneMarked(directory.to_owned()).into());
     }
-    let parked = |tree: park::Marked| {
-        let name = tree.place.name().to_owned();
-        if tree.runs {
-            return Ok((tree.pid, name));
-        }
-        Err(ParkError::MarkedGone {
-            pid: tree.pid,
-            directory: directory.to_owned(),
-            name,
-        }
-        .into())
-    };
+    let parked = |tree: park::Marked| Ok((tree.running()?, tree.place.name().to_owned()));
     trees.into_iter().map(parked).collect()
 }
 

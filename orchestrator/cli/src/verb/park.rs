@@ -13,7 +13,7 @@ use migrate_core::stream::Compress;
 use migrate_core::wire::{NetworkLock, RestoreChoice, StdioChoice};
 use migrate_session::park::Place;
 use migrate_session::source::{self, Choices, Request, Target};
-use migrate_session::{Cancel, Reporter};
+use migrate_session::{Cancel, Error, Reporter};
 use serde::Serialize;
 
 use super::migrate::{EngineName, SupervisorChoice, obey_signals, seconds, stdio};
@@ -75,7 +75,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
         show.usage(&format!("could not listen for signals: {error}"));
         return Exit::Internal;
     }
-    match park_all(&args.pids, &args.how, &cancel, output).await {
+    match park_all(&args.pids, &args.how, |_, _| Ok(()), &cancel, output).await {
         Ok(parked) => {
             for place in &parked {
                 told(&mut show, output, place);
@@ -87,10 +87,11 @@ pub async fn run(args: Args, output: &Output) -> Exit {
 }
 
 /// Parks all trees, or none: those that are parked come back when a later one
-/// cannot be.
+/// cannot be. Each is looked at by `fits` right before its turn.
 pub async fn park_all(
     pids: &[i32],
     how: &How,
+    fits: impl Fn(&Place, i32) -> Result<(), Error>,
     cancel: &Cancel,
     output: &Output,
 ) -> Result<Vec<Place>, Exit> {
@@ -103,8 +104,15 @@ pub async fn park_all(
     };
     let mut parked: Vec<Place> = Vec::new();
     for (pid, place) in pids.iter().zip(places) {
-        match park(*pid, &place, how, cancel, output).await {
-            Ok(_) => parked.push(place),
+        let done = match fits(&place, *pid) {
+            Ok(()) => park(*pid, &place, how, cancel, output).await.map(|_| ()),
+            Err(error) => {
+                Show::new(output).error(&error);
+                Err(Exit::of(&error))
+            }
+        };
+        match done {
+            Ok(()) => parked.push(place),
             Err(exit) => {
                 for place in parked.iter().rev() {
                     if resume::one(place, &resume::How::default(), output).await != Exit::Done {

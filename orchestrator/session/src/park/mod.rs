@@ -31,7 +31,7 @@ pub use boot::{Guarded, guard};
 pub(crate) use keep::connect;
 pub use place::{ParkError, Place};
 pub use resume::{Resume, Resumed, resume};
-pub use tag::{Marked, mark, marked, unmark};
+pub use tag::{Marked, mark, marked, still_marked, unmark};
 
 /// How long whoever serves a set may take to leave it, once the connection to
 /// it has ended.

@@ -83,6 +83,9 @@ pub enum ParkError {
     /// No set of this name may be made.
     #[error("`{0}` cannot name a parked tree")]
     Name(String),
+    /// A new set of this name would lie where a mark does.
+    #[error("`{0}` is the name of a file that marks a tree")]
+    MarksName(String),
     /// It holds nothing that was parked.
     #[error("{} holds no parked tree", .0.display())]
     Nothing(PathBuf),
@@ -193,6 +196,7 @@ impl ParkError {
                 "what is resumed from there runs as root: chown root {0} && chmod 700 {0}",
                 path.display()
             ),
+            Self::MarksName(_) => format!("use a name that does not end in {MARK_SUFFIX}"),
             Self::Name(_) => {
                 "use up to 128 letters, digits and any of -_.@+ behind the first".to_owned()
             }
@@ -355,6 +359,16 @@ impl Place {
         Self::new(path.parent()?, path.file_name()?.to_str()?).ok()
     }
 
+    /// Whether something new may have this name: it must not be the file that
+    /// marks another tree. What has it already can be resumed all the same.
+    pub(super) fn check_name(&self) -> Result<(), ParkError> {
+        let name = self.name.trim_end_matches(UNFINISHED);
+        if name.ends_with(MARK_SUFFIX) {
+            return Err(ParkError::MarksName(self.name.clone()));
+        }
+        Ok(())
+    }
+
     /// Claims it for this process.
     ///
     /// # Errors
@@ -378,6 +392,7 @@ impl Place {
     /// Whether a tree may be parked here; `true` when something unfinished or
     /// used up has to be cleared away for it.
     pub(crate) fn is_free(&self) -> Result<bool, Error> {
+        self.check_name()?;
         check_directory(&self.directory)?;
         let path = self.path();
         let entries = match fs::read_dir(&path) {
@@ -561,6 +576,9 @@ impl Place {
     }
 }
 
+/// Ends the name of a file that marks a tree.
+pub(super) const MARK_SUFFIX: &str = ".tree";
+
 /// Ends the name of a file that is being written.
 const UNFINISHED: &str = ".new";
 
@@ -608,7 +626,7 @@ pub(super) fn replace(path: &Path, content: &impl Serialize) -> Result<(), Error
     sync(path.parent().unwrap_or(Path::new("/")))
 }
 
-fn sync(directory: &Path) -> Result<(), Error> {
+pub(super) fn sync(directory: &Path) -> Result<(), Error> {
     File::open(directory)
         .and_then(|directory| directory.sync_all())
         .map_err(Error::file("write", directory))
@@ -639,6 +657,18 @@ mod tests {
         for text in [&b""[..], b"{", b"[]", br#"{"version": 1}"#] {
             let error = parse(text).unwrap_err();
             assert!(matches!(error, ManifestError::Malformed(_)), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_set_does_not_lie_where_a_mark_does() {
+        let named = |name| Place::new(Path::new("/var/lib/parked"), name).unwrap();
+        for name in ["front", "tree", "front.tree.1"] {
+            named(name).check_name().unwrap();
+        }
+        for name in ["front.tree", "front.tree.new"] {
+            let error = named(name).check_name().unwrap_err();
+            assert!(error.help().contains(".tree"), "{error}");
         }
     }
 

@@ -239,9 +239,9 @@ impl Feeder<'_> {
             format!("runs in cgroup {}", report.cgroup),
         );
         self.used_up(&images);
-        if let Err(error) = super::tag::follow(place, self.manifest.tree.root_pid) {
+        if let Err(error) = super::tag::follow(place.directory(), self.manifest) {
             self.reporter.warn(format!(
-                "the tree is no longer marked for a maintenance: {}",
+                "could not look after the mark of the tree for a maintenance: {}",
                 error.chain()
             ));
         }
