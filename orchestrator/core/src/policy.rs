@@ -1,6 +1,7 @@
 //! What an agent may restore: a restore is code execution as root.
 //!
-//! A rule that is not there allows everything. What the source says about its
+//! A rule that is not there allows everything, but for tunnel devices: a file that
+//! does not name them allows none. What the source says about its
 //! tree is judged before anything is changed; whom the copy would run as is
 //! judged once more by the images, which is what counts.
 
@@ -28,6 +29,19 @@ pub struct Policy {
     pub build_ids: Option<BTreeSet<String>>,
     /// The most memory that a tree may have, in MiB.
     pub memory_mib_max: Option<u64>,
+    /// Tunnel devices of this host that a tree may serve. A device is the host's,
+    /// with addresses and routes, and whose program serves it is not to be seen
+    /// from the tree's user; so what says nothing of them allows none.
+    #[serde(default = "no_tunnels")]
+    pub tunnels: Option<BTreeSet<String>>,
+}
+
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "the type of the field, whose `None` is for hosts without a policy"
+)]
+fn no_tunnels() -> Option<BTreeSet<String>> {
+    Some(BTreeSet::new())
 }
 
 /// A range of addresses: `10.77.0.0/16`, `fd00::/8`, or one address.
@@ -140,6 +154,14 @@ impl Policy {
                 findings.push(refused(format!("file {}", file.path), what));
             }
         }
+        if let (Some(allowed), Some(tunnel)) = (&self.tunnels, &tree.tunnel)
+            && !allowed.contains(&tunnel.name)
+        {
+            findings.push(refused(
+                format!("tunnel device {}", tunnel.name),
+                "a tree to serve this tunnel device".to_owned(),
+            ));
+        }
         for process in &tree.processes {
             if let Err(NotAllowed(what)) = self.admits(&process.name, &process.credentials) {
                 findings.push(refused(format!("process {}", process.pid), what));
@@ -196,6 +218,7 @@ fn hexadecimal(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::facts::{TunnelFacts, WindowFacts};
 
     fn network(text: &str) -> Network {
         text.parse().unwrap()
@@ -226,6 +249,40 @@ mod tests {
         ] {
             assert!(wrong.parse::<Network>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn tunnel_devices_are_judged_by_name() {
+        let tree = |tunnel: Option<&str>| TreeFacts {
+            tunnel: tunnel.map(|name| TunnelFacts {
+                name: name.to_owned(),
+                flags: 0x1801,
+                open_flags: 2,
+            }),
+            root_pid: 1,
+            processes: Vec::new(),
+            files: Vec::new(),
+            flows: Vec::new(),
+            listeners: Vec::new(),
+            windows: WindowFacts::default(),
+            addresses: Vec::new(),
+            stdio: Vec::new(),
+            resident_bytes: 0,
+            shell_job: false,
+            cgroup: String::new(),
+        };
+        let policy = Policy {
+            tunnels: Some(["tun0".to_owned()].into()),
+            ..Policy::default()
+        };
+        assert_eq!(policy.judge(&tree(None)), []);
+        assert_eq!(policy.judge(&tree(Some("tun0"))), []);
+        assert_eq!(Policy::default().judge(&tree(Some("tun1"))), []);
+        let findings = policy.judge(&tree(Some("tun1")));
+        assert!(
+            matches!(&findings[..], [only] if only.subject.contains("tun1")),
+            "{findings:?}"
+        );
     }
 
     #[test]

@@ -71,7 +71,8 @@ mod tests {
     fn every_rule_is_read() {
         let policy = of(
             "peers = ['host1']\nusers = [0, 999]\naddresses = ['10.0.0.0/8', '::1']\n\
-             build_ids = ['c0ffee']\nmemory_mib_max = 64\n",
+             build_ids = ['c0ffee']\nmemory_mib_max = 64\n\
+             tunnels = ['tun0']\n",
         )
         .unwrap()
         .unwrap();
@@ -80,6 +81,7 @@ mod tests {
         assert_eq!(policy.addresses.unwrap().len(), 2);
         assert_eq!(policy.build_ids, Some(["c0ffee".to_owned()].into()));
         assert_eq!(policy.memory_mib_max, Some(64));
+        assert_eq!(policy.tunnels, Some(["tun0".to_owned()].into()));
     }
 
     #[test]
@@ -95,7 +97,11 @@ mod tests {
             let error = of(text).unwrap_err();
             assert!(error.help().is_some(), "{text}: {}", error.chain());
         }
-        assert_eq!(of("").unwrap(), Some(Policy::default()));
+        let empty = Policy {
+            tunnels: Some([].into()),
+            ..Policy::default()
+        };
+        assert_eq!(of("").unwrap(), Some(empty));
     }
 
     #[test]
