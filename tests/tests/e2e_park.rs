@@ -265,7 +265,18 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
             ],
         );
         shell(&host, tunnel::DEVICE);
-        succeeds(&host, &resume);
+        // The device lets nobody else in while it is served, and the second CRIU
+        // gets it all the same.
+        let mut command = host.command("migrate");
+        command.args(resume).env("MIGRATE_STOP_AT", "prepared");
+        command.env("MIGRATE_LOG", "warn");
+        let running = Running::start(command);
+        let resuming = held(&host, "resume");
+        kill_criu_of(resuming);
+        kill(resuming, Signal::SIGCONT).unwrap();
+        let ended = running.finish();
+        assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
+        assert!(ended.text().contains("CRIU is started anew"), "{ended:#?}");
         assert!(runs(&host, server));
         serves_old_connections(&mut client);
     }
@@ -279,6 +290,9 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
     );
     shell(&behind, &format!("ip route del {}", tunnel::CLIENT));
     shell(&behind, tunnel::DEVICE);
+    shell(&behind, "ip link set tun0 down");
+    run(&host, &moves).expect(REFUSED, &["is down on", "ip link set tun0 up"]);
+    shell(&behind, "ip link set tun0 up");
     succeeds(&host, &moves);
     assert!(runs(&behind, server) && !runs(&host, server));
     serves_old_connections(&mut client);
@@ -399,6 +413,23 @@ fn held(host: &Host, verb: &str) -> nix::unistd::Pid {
     let pid = runner(host, verb);
     assert!(eventually(WITHIN, || is_stopped(pid)));
     pid
+}
+
+/// Kills the CRIU that waits for its images under a `migrate`.
+fn kill_criu_of(migrate: nix::unistd::Pid) {
+    let mut killed = 0;
+    for task in fs::read_dir(format!("/proc/{migrate}/task")).unwrap() {
+        let children = fs::read_to_string(task.unwrap().path().join("children")).unwrap();
+        for child in children.split_whitespace() {
+            let name = fs::read_to_string(format!("/proc/{child}/comm")).unwrap_or_default();
+            if name.trim() == "criu" {
+                let child = nix::unistd::Pid::from_raw(child.parse().unwrap());
+                kill(child, Signal::SIGKILL).unwrap();
+                killed += 1;
+            }
+        }
+    }
+    assert_eq!(killed, 1);
 }
 
 /// A file of the set, changed and put back.

@@ -54,6 +54,17 @@ impl Tree {
             _ => None,
         })
     }
+
+    /// Whether the tree has one tunnel device open, once, and it is this one.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn serves_only(&self, planned: &TunnelFacts) -> Result<bool, ProcError> {
+        let descriptors = self.descriptors()?;
+        let mut ends = descriptors.iter().filter(|d| is_tunnel(d));
+        let end = ends.next().and_then(|end| examine(end, 1).ok());
+        Ok(end.as_ref() == Some(planned) && ends.next().is_none())
+    }
 }
 
 /// Whether a descriptor is open on the device.
@@ -149,9 +160,33 @@ fn attribute(name: &str, attribute: &str) -> Option<String> {
 /// Whether this host has the device for a copy.
 #[must_use]
 pub fn compare_tunnel(tunnel: &TunnelFacts) -> Finding {
+    let name = &tunnel.name;
+    let up = attribute(name, "flags").is_some_and(|flags| is_up(&flags));
     // The carrier is there while somebody is attached, and read while it is up.
-    let served = attribute(&tunnel.name, "carrier").is_some_and(|carrier| carrier == "1");
-    compare(tunnel, flags_here(&tunnel.name), served)
+    let state = match attribute(name, "carrier").as_deref() {
+        _ if !up => State::Down,
+        Some("1") => State::Served,
+        _ => State::Free,
+    };
+    compare(tunnel, flags_here(name), state)
+}
+
+/// What an interface is to a copy that wants it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Free,
+    /// Somebody is attached.
+    Served,
+    /// Nothing passes, and nobody can see whether somebody is attached.
+    Down,
+}
+
+/// Whether the flags that /sys has of an interface say that it is up.
+fn is_up(flags: &str) -> bool {
+    /// `IFF_UP` of `linux/if.h`.
+    const UP: u32 = 0x1;
+    let flags = flags.strip_prefix("0x").unwrap_or(flags);
+    u32::from_str_radix(flags, 16).is_ok_and(|flags| flags & UP != 0)
 }
 
 /// Whether one device may take the place of the other.
@@ -159,7 +194,7 @@ fn alike(one: u32, other: u32) -> bool {
     one & !OF_THE_FILE == other & !OF_THE_FILE
 }
 
-fn compare(tunnel: &TunnelFacts, here: Option<u32>, served: bool) -> Finding {
+fn compare(tunnel: &TunnelFacts, here: Option<u32>, state: State) -> Finding {
     let name = &tunnel.name;
     let subject = format!("tunnel device {name}");
     match here {
@@ -179,7 +214,12 @@ fn compare(tunnel: &TunnelFacts, here: Option<u32>, served: bool) -> Finding {
             ),
             format!("make it anew as it was: ip -details link show {name} tells"),
         ),
-        Some(_) if served => Finding::refused(
+        Some(_) if state == State::Down => Finding::refused(
+            subject,
+            "is down on the destination",
+            format!("ip link set {name} up"),
+        ),
+        Some(_) if state == State::Served => Finding::refused(
             subject,
             "is served by another process on the destination",
             "end that process, which may be the same program, started at the boot",
@@ -250,17 +290,20 @@ mod tests {
             flags: 0x3801,
             open_flags: libc::O_RDWR,
         };
-        for (here, served, words) in [
-            (None, false, "not there"),
-            (Some(0x1901), false, "0x1901"),
-            (Some(0x1801), true, "another process"),
+        for (here, state, words) in [
+            (None, State::Down, "not there"),
+            (Some(0x1901), State::Free, "0x1901"),
+            (Some(0x1801), State::Served, "another process"),
+            (Some(0x1801), State::Down, "is down"),
         ] {
-            let finding = compare(&tunnel, here, served);
+            let finding = compare(&tunnel, here, state);
             assert_eq!(finding.severity, Severity::Refused);
             assert!(finding.finding.contains(words), "{finding:?}");
         }
-        let finding = compare(&tunnel, Some(0x1801), false);
+        let finding = compare(&tunnel, Some(0x1801), State::Free);
         assert_eq!(finding.severity, Severity::Ok);
+        assert!(is_up("0x1091") && is_up("0x10d1"));
+        assert!(!is_up("0x1090") && !is_up(""));
     }
 
     #[test]

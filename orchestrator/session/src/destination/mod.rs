@@ -15,6 +15,7 @@ mod tracking;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -209,6 +210,9 @@ struct Destination {
     staged: Vec<Staged>,
     images: Option<ImageDir>,
     home: Option<Home>,
+    /// The end of the tunnel device, until a CRIU that runs has it. A device
+    /// gives a second end to nobody, so each CRIU gets a duplicate of this one.
+    tunnel: Option<OwnedFd>,
     /// Memory that arrives while the copy runs.
     lazy: lazy::Memory,
     /// Keys of files that lead out of the tree, in the order of the worker's inherited fds.
@@ -246,6 +250,7 @@ impl Destination {
             staged: Vec::new(),
             images: None,
             home: None,
+            tunnel: None,
             lazy: lazy::Memory::default(),
             streams: Vec::new(),
             engine: Engine::None,
@@ -470,6 +475,7 @@ impl Destination {
                 );
             }
         }
+        self.tunnel = None;
         // The copy is dead, and the keeper lives in its cgroup.
         std::mem::take(&mut self.lazy).give_up();
         if let Some(home) = self.home.take() {

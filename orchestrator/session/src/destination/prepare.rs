@@ -129,8 +129,13 @@ impl Destination {
         let images = self.images.as_ref().ok_or_else(no_order)?;
         let (mut streams, mut inherit) = reattach(&order.tree.stdio, &order.stdio)?;
         if let Some(tunnel) = &order.tree.tunnel {
-            let attached = migrate_proc::attach_tunnel(tunnel);
-            inherit.push(attached.map_err(Error::file("attach to tunnel device", &tunnel.name))?);
+            let failed = Error::file("attach to tunnel device", &tunnel.name);
+            let attached = match &self.tunnel {
+                Some(end) => end.try_clone(),
+                None => migrate_proc::attach_tunnel(tunnel)
+                    .and_then(|end| self.tunnel.insert(end).try_clone()),
+            };
+            inherit.push(attached.map_err(failed)?);
             streams.push(migrate_proc::TUNNEL_DEVICE.to_owned());
         }
         let worker = criu

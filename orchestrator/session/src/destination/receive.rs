@@ -368,6 +368,8 @@ impl Destination {
         };
         let mut inbox = Inbox::new(self.peer.clone(), receiver);
         let session = self.released().await?;
+        // Nobody but the copy keeps the device served from here on.
+        self.tunnel = None;
         self.engine = Engine::Held(session);
         let held = tokio::select! {
             held = self.held() => held,
