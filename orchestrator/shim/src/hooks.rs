@@ -7,7 +7,7 @@
 
 use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 use crate::paths::{self, LinkBuffer, PLACE_BYTES_MAX, PathBuffer};
 use crate::probe;
@@ -31,6 +31,12 @@ const PROBE: &CStr = c"MIGRATE_SHIM_PROBE";
 
 /// Holds the number of a descriptor of the page that names segments.
 const SEGMENTS: &CStr = c"MIGRATE_SHIM_SEGMENTS";
+
+/// Is there when a tunnel device is to look like one without a state.
+const TUNNELS: &CStr = c"MIGRATE_SHIM_TUNNELS";
+
+/// Whether it was there. Else CRIU sees what is there, and refuses it.
+static SHOW_TUNNELS: AtomicBool = AtomicBool::new(false);
 
 /// The page that names segments; null where there is none. Never unmapped.
 static TABLE: AtomicPtr<Table> = AtomicPtr::new(core::ptr::null_mut());
@@ -91,6 +97,7 @@ extern "C" fn start() {
     unsafe {
         PLACE.set(variable(KDAT).unwrap_or_default());
         let probe = variable(PROBE).and_then(paths::number_at_end);
+        SHOW_TUNNELS.store(variable(TUNNELS).is_some(), Ordering::Release);
         // The library was loaded from a descriptor, which is of no more use.
         if let Some(fd) = variable(PRELOAD).and_then(paths::number_at_end) {
             call(number::CLOSE, [whole(fd), 0, 0, 0, 0, 0]);
@@ -99,7 +106,7 @@ extern "C" fn start() {
             share(fd);
             call(number::CLOSE, [whole(fd), 0, 0, 0, 0, 0]);
         }
-        for name in [PRELOAD, KDAT, PROBE, SEGMENTS] {
+        for name in [PRELOAD, KDAT, PROBE, SEGMENTS, TUNNELS] {
             unsetenv(name.as_ptr());
         }
         if let Some(socket) = probe {
@@ -319,7 +326,7 @@ unsafe fn status(fd: c_int, stat: *mut c_void) -> c_int {
             [whole(fd), address(stat.cast_const()), 0, 0, 0, 0],
         )
     };
-    if result == 0 {
+    if result == 0 && SHOW_TUNNELS.load(Ordering::Acquire) {
         // SAFETY: the kernel has just written the structure, which has room for
         // both fields and is aligned.
         unsafe {
@@ -784,9 +791,11 @@ mod tests {
     }
 
     #[test]
-    fn a_tunnel_device_looks_like_one_without_a_state() {
+    fn a_tunnel_device_looks_like_one_without_a_state_when_it_is_to() {
         use std::os::unix::fs::MetadataExt as _;
-        for path in ["/dev/net/tun", "/dev/null", "/proc/self/exe"] {
+        let paths = ["/dev/net/tun", "/dev/null", "/proc/self/exe"];
+        for (path, shown) in paths.iter().flat_map(|&path| [(path, false), (path, true)]) {
+            SHOW_TUNNELS.store(shown, Ordering::Release);
             let Ok(file) = File::open(path) else {
                 std::println!("SKIP {path}: {}", Error::last_os_error());
                 continue;
@@ -800,7 +809,7 @@ mod tests {
             let meta = file.metadata().unwrap();
             assert_eq!((seen.st_ino, seen.st_mode), (meta.ino(), meta.mode()));
             let expected = match path {
-                "/dev/net/tun" => libc::makedev(1, 3),
+                "/dev/net/tun" if shown => libc::makedev(1, 3),
                 _ => meta.rdev(),
             };
             assert_eq!(seen.st_rdev, expected, "{path}");

@@ -30,7 +30,8 @@
 //! - `lseek` for the data of a shared segment whose pages reach the destination
 //!   another way: there is none. CRIU, which dumps such segments whole, then
 //!   lists no page of it.
-//! - `fstat` of `/dev/net/tun`: a device without a state, as `/dev/null` is one.
+//! - `fstat` of `/dev/net/tun`, where `MIGRATE_SHIM_TUNNELS` asks for it: a device
+//!   without a state, as `/dev/null` is one.
 //!   CRIU dumps a tunnel device only along with a whole network namespace; so it
 //!   writes down an open file, and the destination puts one in its place that
 //!   it has attached to its own device.

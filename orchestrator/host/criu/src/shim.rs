@@ -49,6 +49,9 @@ const PROBE: &str = "MIGRATE_SHIM_PROBE";
 /// Names a descriptor of the page that names segments.
 const SEGMENTS: &str = "MIGRATE_SHIM_SEGMENTS";
 
+/// Makes tunnel devices look like plain open files.
+const TUNNELS: &str = "MIGRATE_SHIM_TUNNELS";
+
 /// `MFD_NOEXEC_SEAL` of `linux/memfd.h`, since Linux 6.3: it can be mapped
 /// and never run, which is all that a host may allow.
 const MFD_NOEXEC_SEAL: libc::c_uint = 8;
@@ -102,6 +105,7 @@ pub(crate) fn preload(command: &mut Command, version: CriuVersion) -> io::Result
     command
         .env("LD_PRELOAD", format!("/proc/self/fd/{fd}"))
         .env_remove(PROBE)
+        .env_remove(TUNNELS)
         .env_remove(SEGMENTS);
     match place() {
         Some(place) => command.env(KDAT, place.join(format!("criu-{version}.kdat"))),
@@ -109,6 +113,12 @@ pub(crate) fn preload(command: &mut Command, version: CriuVersion) -> io::Result
         None => command.env_remove(KDAT),
     };
     Ok(fd)
+}
+
+/// Has a command's library show tunnel devices as plain open files; behind
+/// [`preload`].
+pub(crate) fn show_tunnels(command: &mut Command) {
+    command.env(TUNNELS, "1");
 }
 
 /// The page by which the library learns which shared segments CRIU need not

@@ -66,6 +66,9 @@ pub struct WorkerOptions {
     /// pages, for a dump with [`Marks::Tracker`]. Ask
     /// [`Criu::self_check_shim`] first whether it works here.
     pub shim: bool,
+    /// With that library, have CRIU take an end of a tunnel device for a plain
+    /// open file. Without this it refuses to dump one.
+    pub tunnel: bool,
     /// Start CRIU without transparent huge pages, for a restore with
     /// [`RestoreOptions::lazy`]: where one page of a mapping comes at once, the
     /// kernel may provide 512, and those that were to come later would be there
@@ -405,6 +408,9 @@ fn start(criu: &Criu, options: WorkerOptions) -> io::Result<Worker> {
     if options.shim {
         let table = SegmentTable::preload(&mut command)?;
         keep.extend([shim::preload(&mut command, criu.version)?, table.fd()]);
+        if options.tunnel {
+            shim::show_tunnels(&mut command);
+        }
         segments = Some(table);
     }
     let cgroup_fd = cgroup.as_ref().map(|file| file.as_raw_fd());

@@ -447,6 +447,68 @@ async fn move_a_connection() {
 }
 
 #[tokio::test]
+async fn a_tunnel_device_is_a_plain_open_file_only_where_that_is_said() {
+    let Some(criu) = criu().await else { return };
+    let tunnel = match File::options().read(true).write(true).open("/dev/net/tun") {
+        Ok(file) => file,
+        Err(error) => {
+            println!("SKIP tunnel: {error}");
+            return;
+        }
+    };
+    let scratch = scratch();
+    let file = scratch.path().join("counter");
+    let mut command = workload(&["count", file.to_str().unwrap(), "1"]);
+    let fd = tunnel.as_raw_fd();
+    // SAFETY: one system call between fork and exec.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(fd, 50) {
+            50 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        });
+    }
+    let tree = Killed::of(command);
+    advances(&file);
+    for tunnel in [false, true] {
+        let mut images = Images::new(scratch.path(), &format!("tunnel-{tunnel}"));
+        let options = WorkerOptions {
+            shim: true,
+            tunnel,
+            ..WorkerOptions::default()
+        };
+        let worker = criu.worker(options).await.unwrap();
+        let mut session = worker.dump(&images.dump_options(tree.0)).await.unwrap();
+        let pages = session.page_socket().unwrap();
+        let mut sink = ToImages {
+            images: &mut images.destination,
+            refuse_after_pages: u64::MAX,
+            refuse_close: false,
+        };
+        let serve = serve_pages(pages, criu.version, &mut sink, LIMIT);
+        let drive = async {
+            loop {
+                match session.next(LIMIT).await? {
+                    Notice::PostDump => return session.answer(false).await,
+                    _ => session.answer(true).await?,
+                }
+            }
+        };
+        let (served, driven) = tokio::join!(serve, drive);
+        if tunnel {
+            driven.unwrap();
+            assert!(served.unwrap().pages > 0);
+            let end = session.next(LIMIT).await.unwrap();
+            assert_eq!(end, Notice::Finished(Outcome::Refused));
+        } else {
+            let error = driven.unwrap_err();
+            let log = format!("{:?}", error.log());
+            assert!(log.contains("tun link"), "{error}: {log}");
+        }
+        advances(&file);
+    }
+}
+
+#[tokio::test]
 async fn whatever_breaks_before_the_commit_the_tree_runs_on() {
     let Some(criu) = criu().await else { return };
     let scratch = scratch();

@@ -120,6 +120,17 @@ impl Migration {
                 stranger.ip
             )));
         }
+        // CRIU has been told to take every end of a tunnel device for an open file,
+        // and the destination has one to put in its place.
+        if let Some(tunnel) = &plan.facts.tunnel
+            && !tree.serves_only(tunnel)?
+        {
+            return Err(Error::Changed(format!(
+                "the tree has opened or closed tunnel devices since it was checked, beside or \
+                 instead of {}",
+                tunnel.name
+            )));
+        }
         if let Some(&(listener, waiting)) = sockets.unaccepted.first() {
             return Err(Error::NotAccepted {
                 listener,

@@ -141,11 +141,14 @@ impl Migration {
         self.images = Some(images.clone());
         make_private(&images)?;
         let plan = self.plan()?;
-        let shim = plan.engine == MemoryEngine::Uffd || plan.facts.tunnel.is_some();
+        // CRIU refuses one that the tree opens from here on, unless it is told.
+        let tunnel = plan.facts.tunnel.is_some();
+        let shim = plan.engine == MemoryEngine::Uffd || tunnel;
         let worker = self
             .criu()?
             .worker(WorkerOptions {
                 shim,
+                tunnel,
                 ..WorkerOptions::default()
             })
             .await?;
