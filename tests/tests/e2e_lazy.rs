@@ -193,7 +193,7 @@ fn half_way(lab: &Lab, workload: &Workload) -> (i32, thread::JoinHandle<Migratio
         if let Some(keeper) = stopped {
             signal(&destination, "-CONT", keeper);
         }
-        moving.join().unwrap().expect_committed();
+        assert_eq!(moving.join().unwrap().expect_committed().pid, workload.pid);
         moves(lab, workload, HostName::Host2, HostName::Host1);
     }
     panic!("all memory had arrived before the keeper was stopped, {ATTEMPTS_MAX} times");
