@@ -475,6 +475,9 @@ impl PageRun {
     /// here.
     pub const LATE: u32 = 1 << 17;
 
+    /// Pages that the final list has named as in store; this is what they hold.
+    pub const AGAIN: u32 = 1 << 18;
+
     /// `PE_LAZY` of CRIU's `include/pagemap.h`: the page may come after the
     /// restore.
     pub const LAZY: u32 = 1 << 1;

@@ -30,6 +30,7 @@
 //! ([`UntrackedReason::Pinned`]).
 
 mod arena;
+mod code;
 mod content;
 mod digests;
 mod error;
@@ -52,6 +53,7 @@ mod sys;
 mod trace;
 mod tree;
 
+pub use code::{code_pages, read_page};
 pub use content::ContentPrecopy;
 pub use digests::{Listed, digests};
 pub use error::{MemoryError, RoundError, StoreError, Unsupported, UntrackedReason};

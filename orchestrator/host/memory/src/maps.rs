@@ -11,6 +11,7 @@ use crate::error::MemoryError;
 pub(crate) struct Vma {
     pub(crate) range: Range<u64>,
     pub(crate) readable: bool,
+    pub(crate) executable: bool,
     pub(crate) shared: bool,
     /// Major and minor number of the file system.
     pub(crate) device: (u32, u32),
@@ -94,7 +95,7 @@ fn parse(line: &str) -> Option<Vma> {
         field
     };
     let (start, end) = field().split_once('-')?;
-    let [read, _, _, share] = *field().as_bytes() else {
+    let [read, _, execute, share] = *field().as_bytes() else {
         return None;
     };
     let _offset = field();
@@ -111,6 +112,7 @@ fn parse(line: &str) -> Option<Vma> {
     whole.then(|| Vma {
         range,
         readable: read == b'r',
+        executable: execute == b'x',
         shared: share == b's',
         device,
         inode,

@@ -88,6 +88,10 @@ impl Memory {
         if !self.frozen {
             return Ok(self.store.put(run, data)?);
         }
+        if run.flags & PageRun::AGAIN != 0 {
+            let flags = PageRun::PRESENT;
+            return Ok(self.store.put(PageRun { flags, ..run }, data)?);
+        }
         self.room_bytes = self
             .room_bytes
             .checked_sub(data.len() as u64)

@@ -1,5 +1,7 @@
 //! Freeze and dump: from the closed gate to the last image.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -225,6 +227,9 @@ impl Migration {
                 }
             }
         };
+        if dumped.is_ok() {
+            sink.send_code(&link.peer).await?;
+        }
         self.pages = sink.pages;
         self.in_store = sink.in_store;
         let listed = sink.listed.take();
@@ -394,6 +399,10 @@ pub(super) struct Outgoing<'a> {
     listed: Option<Listed>,
     /// What goes over after the commit.
     kept: Option<Kept>,
+    /// Pages of a task that CRIU puts code of its own into, by task.
+    code: BTreeMap<u32, Vec<u64>>,
+    /// Those that CRIU has sent: what they hold is read when it has done.
+    awaited: Vec<(u32, u64)>,
     /// Who wants to see it go.
     tally: Option<Tally>,
 }
@@ -432,6 +441,8 @@ impl<'a> Outgoing<'a> {
             segments: None,
             listed: None,
             kept: None,
+            code: BTreeMap::new(),
+            awaited: Vec::new(),
             tally: None,
         }
     }
@@ -471,6 +482,74 @@ impl<'a> Outgoing<'a> {
         self.listed
             .as_mut()
             .map_or(Ok(()), |listed| listed.add(run))
+    }
+
+    /// Sends what CRIU has listed, without the content of pages in which CRIU is
+    /// at work.
+    async fn send_stable(&mut self, run: PageRun, data: &Bytes) -> Result<(), DumpSinkError> {
+        let PageOwner::Task(pid) = run.owner else {
+            return self.send_listed(run, data).await;
+        };
+        if data.is_empty() {
+            return self.send_listed(run, data).await;
+        }
+        let code = match self.code.entry(pid) {
+            Entry::Occupied(pages) => pages.into_mut(),
+            Entry::Vacant(unknown) => unknown.insert(migrate_memory::code_pages(pid)?),
+        };
+        let end = run.vaddr + data.len() as u64;
+        let within = code.partition_point(|&page| page < run.vaddr)
+            ..code.partition_point(|&page| page < end);
+        let pages = code[within].to_vec();
+        let mut at = run.vaddr;
+        let part = |from: u64, to: u64| {
+            let offset = |vaddr: u64| usize::try_from(vaddr - run.vaddr).unwrap_or(data.len());
+            let pages = (to - from) / PAGE_BYTES as u64;
+            let run = PageRun {
+                vaddr: from,
+                pages,
+                ..run
+            };
+            (run, data.slice(offset(from)..offset(to)))
+        };
+        for page in pages {
+            if at < page {
+                let (run, data) = part(at, page);
+                self.send_listed(run, &data).await?;
+            }
+            at = page + PAGE_BYTES as u64;
+            let flags = run.flags & !PageRun::PRESENT | PARENT;
+            let (run, _) = part(page, at);
+            let head = PageRun { flags, ..run };
+            self.list(head)?;
+            self.send(head, &[]).await?;
+            self.awaited.push((pid, page));
+        }
+        if at < end {
+            let (run, data) = part(at, end);
+            self.send_listed(run, &data).await?;
+        }
+        Ok(())
+    }
+
+    /// CRIU has done with the tree: sends what it has put back in place of its
+    /// own code.
+    async fn send_code(&mut self, peer: &str) -> Result<(), Error> {
+        for (pid, vaddr) in std::mem::take(&mut self.awaited) {
+            let page = migrate_memory::read_page(pid, vaddr)?;
+            let run = PageRun {
+                owner: PageOwner::Task(pid),
+                vaddr,
+                pages: 1,
+                flags: PageRun::PRESENT | PageRun::AGAIN,
+            };
+            let sent = self.sender.pages(&run, &page).await;
+            sent.map_err(|source| Error::Channel {
+                peer: peer.to_owned(),
+                source,
+            })?;
+        }
+        Ok(())
     }
 
     /// Sends what CRIU has listed; pages that are as a round has sent them go
@@ -576,7 +655,7 @@ impl PageSink for Outgoing<'_> {
             .as_ref()
             .is_some_and(|segments| segments.has(run.owner))
         {
-            self.send_listed(run, &data).await?;
+            self.send_stable(run, &data).await?;
         }
         self.send_compared().await
     }
