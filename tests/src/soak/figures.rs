@@ -22,8 +22,10 @@ const LOGS_MAX: u64 = 35;
 /// Reports that a host keeps (`KEPT_MAX` of `migrate-session`).
 const REPORTS_MAX: u64 = 100;
 /// Memory that an agent or the tree may have more of in the end. Allocators
-/// keep what threads gave back, and which threads did differs from hop to hop.
-const MEMORY_SLACK_KIB: u64 = 8 << 10;
+/// keep what threads gave back, and which threads did differs from hop to hop: an
+/// agent has gone from 40 to 57 MiB within 20 hops and stayed there for 200. What
+/// is left of a page store in each hop shows all the same.
+const MEMORY_SLACK_KIB: u64 = 32 << 10;
 /// Pieces of address space that the tree may have more of in the end.
 const MAPPINGS_SLACK: u64 = 16;
 /// In bytes, whatever the file system.
