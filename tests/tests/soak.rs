@@ -41,16 +41,37 @@ fn what_is_left_behind_is_counted() {
     require!("what_is_left_behind_is_counted": root, tcx, migrate);
     let lab = scoped("soak-count");
     let host = lab.host(HostName::Host1);
-    // Its init in the places of an agent and a tree.
-    let before = count(&host, 1, Some(1)).unwrap();
+    // In the places of an agent and a tree: one that opens nothing and ends no
+    // sooner than the test. The host's init would not do, it reads what its
+    // children tell it while they start.
+    let standing = host.spawn_detached(["sleep", "600"], "/dev/null").unwrap();
+    let state = host.path(format!("/proc/{standing}/stat"));
+    assert!(
+        eventually(SOON, || fs::read_to_string(&state)
+            .is_ok_and(|text| text.contains(" (sleep) S "))),
+        "it does not sleep"
+    );
+    let counted = || count(&host, standing, Some(standing)).unwrap();
+    // What made the host is still ending.
+    let mut before = counted();
+    assert!(
+        eventually(SOON, || {
+            let earlier = std::mem::replace(&mut before, counted());
+            earlier == before
+        }),
+        "the host does not come to rest: {before:?}"
+    );
     shell(&host, LEFT_BEHIND);
     fs::create_dir(host.cgroups().unwrap().join("left")).unwrap();
     // The shell's own helpers end a moment later.
     let mut after = before.clone();
-    assert!(eventually(SOON, || {
-        after = count(&host, 1, Some(1)).unwrap();
-        after[&Figure::Processes] == before[&Figure::Processes] + 1
-    }));
+    assert!(
+        eventually(SOON, || {
+            after = counted();
+            after[&Figure::Processes] == before[&Figure::Processes] + 1
+        }),
+        "{before:?} and then {after:?}"
+    );
     for figure in [
         Figure::BpfObjects,
         Figure::Mounts,
