@@ -503,10 +503,24 @@ fn down_leaves_nothing() {
             .exec(["sh", "-c", "mkdir /run/m && mount -t tmpfs none /run/m"])
             .unwrap(),
     );
-    let cgroup = "c=$(awk '$0 ~ / - cgroup2 /{print $5}' /proc/self/mountinfo | tail -1)
+    let cgroup =
+        "echo inside; c=$(awk '$0 ~ / - cgroup2 /{print $5}' /proc/self/mountinfo | tail -1)
         test -z \"$c\" && exit
         mkdir -p $c/a/b && echo $$ > $c/a/b/cgroup.procs && exec sleep 1000";
-    let mut visitor = host.command("sh").args(["-c", cgroup]).spawn().unwrap();
+    let mut visitor = host
+        .command("sh")
+        .args(["-c", cgroup])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = [0; 7];
+    visitor
+        .stdout
+        .take()
+        .unwrap()
+        .read_exact(&mut said)
+        .unwrap();
+    assert_eq!(&said, b"inside\n");
     assert_ne!(Traces::of(&name, &namespaces), Traces::NONE);
 
     Lab::down(&name).unwrap();

@@ -659,6 +659,13 @@ mod tests {
             .arg("60")
             .spawn()
             .unwrap();
+        // Whoever starts a program goes on before its memory is set up. The words
+        // of its command line come last.
+        let line = format!("/proc/{}/cmdline", child.id());
+        while std::fs::read(&line).unwrap() != b"sleep\x0060\0" {
+            assert!(child.try_wait().unwrap().is_none(), "it has ended");
+            std::thread::yield_now();
+        }
         let opened = std::fs::OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_DIRECT)

@@ -235,12 +235,19 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (ours, _) = listener.accept().unwrap();
-        let child = Command::new("sleep")
+        let mut child = Command::new("sleep")
             .arg("1000")
             .stdin(OwnedFd::from(ours))
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
+        // Whoever starts a program goes on before it has closed what is not for
+        // it. The words of its command line come last.
+        let line = format!("/proc/{}/cmdline", child.id());
+        while std::fs::read(&line).unwrap() != b"sleep\x001000\0" {
+            assert!(child.try_wait().unwrap().is_none(), "it has ended");
+            std::thread::yield_now();
+        }
         (child, peer)
     }
 

@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Running, eventually, require};
+use migrate_core::facts::ProcessFacts;
 use migrate_proc::{ProcError, validate_target};
 
 #[test]
@@ -102,7 +103,14 @@ fn without_root() {
 fn a_tree_lists_parents_first_and_notices_change() {
     require!(root);
     let running = Running::start(&["sh", "-c", "(sleep 1000; :) & sleep 1000 & wait"]);
-    let tree = running.await_processes(4);
+    running.await_processes(4);
+    // Until it is another program, a child has its parent's name.
+    let sleep = |p: &ProcessFacts| p.name == "sleep";
+    eventually("both sleep", || {
+        let processes = running.tree().processes;
+        processes.into_iter().filter(sleep).count() == 2
+    });
+    let tree = running.tree();
     assert_eq!(tree.pids()[0], running.pid());
     for (index, process) in tree.processes.iter().enumerate().skip(1) {
         let parent = tree.pids().iter().position(|pid| *pid == process.parent);
@@ -111,7 +119,7 @@ fn a_tree_lists_parents_first_and_notices_change() {
     assert!(tree.still_same());
     assert!(!tree.shell_job(), "leads its own session");
     assert!(tree.resident_bytes() > 0);
-    let child = tree.processes.iter().rfind(|p| p.name == "sleep").unwrap();
+    let child = tree.processes.iter().rfind(|p| sleep(p)).unwrap();
     migrate_proc::kill_tree(&[child.pid]).unwrap();
     eventually("a change", || !tree.still_same());
 }

@@ -104,6 +104,12 @@ impl Foreign {
     }
 }
 
+/// Takes a program off its hook: the last one that has the link does.
+fn take_off(link: OwnedFd) {
+    let _starting = super::network::starting();
+    drop(link);
+}
+
 /// For commands that make something.
 fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<OwnedFd> {
     // SAFETY: the callers here give the structure of the command, with
@@ -200,7 +206,7 @@ fn an_open_gate_leaves_packets_to_programs_behind() {
     assert!(pair.server.run(|| gate.is_in_place()));
     let refused = pair.connect(address, SILENCE).unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::TimedOut);
-    drop(link);
+    take_off(link);
     pair.connect(address, PATIENCE).unwrap();
     pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
@@ -224,7 +230,7 @@ fn a_program_in_front_is_noticed() {
             .server
             .run(|| foreign.attach("gate0", direction, BEFORE));
         assert!(!pair.server.run(|| gate.is_in_place()), "{direction:?}");
-        drop(link);
+        take_off(link);
         assert!(pair.server.run(|| gate.is_in_place()), "{direction:?}");
         pair.server.run(|| detach(gate));
         pair.assert_nothing_left();

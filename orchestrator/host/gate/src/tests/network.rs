@@ -29,6 +29,10 @@ const SERVER_V6: &str = "fd00:9::1";
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) const SILENCE: Duration = Duration::from_millis(250);
 
+/// Of a gate whose owner is killed: what is looked at before it has run out
+/// may take that long on a busy machine.
+const LEASE: Duration = Duration::from_secs(5);
+
 /// Names a directory to the process that plays the dying owner.
 const OWNER_DIRECTORY: &str = "MIGRATE_GATE_TEST_DIRECTORY";
 /// Has that process ask for holding.
@@ -104,6 +108,10 @@ impl Pair {
             ip("addr add fd00:9::2/64 dev gate1 nodad");
             ip("link set gate1 up");
         });
+        // Both ends are up now, and take packets a moment later.
+        for (host, device) in [(&server, "gate0"), (&client, "gate1")] {
+            host.run(|| await_carrier(device));
+        }
         let scratch = tempfile::tempdir().unwrap();
         let directory = scratch.path().join("bpf");
         Self {
@@ -212,6 +220,24 @@ pub(super) fn ip(arguments: &str) {
         .output()
         .unwrap();
     assert!(output.status.success(), "ip {arguments}: {output:?}");
+}
+
+/// Waits until the kernel has noticed that a device's other end is up: before
+/// that it drops what is sent.
+fn await_carrier(device: &str) {
+    let end = Instant::now() + PATIENCE;
+    while !shown(device).contains("state UP") {
+        assert!(Instant::now() < end, "{}", shown(device));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// What iproute2 says of a device.
+fn shown(device: &str) -> String {
+    let _starting = starting();
+    let mut ip = Command::new("ip");
+    let output = ip.args(["link", "show", "dev", device]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
 }
 
 /// The result of reading one byte within a while.
@@ -388,7 +414,7 @@ fn killed_owner(holds: bool) {
     assert_eq!(pair.taps(), [""; 0], "the devices go with their owner");
     let left = found[0].deadline_in.unwrap();
     // The SYN is sent again after 1 s, 2 s, 4 s.
-    drop(pair.connect(address, PATIENCE).unwrap());
+    drop(pair.connect(address, LEASE + PATIENCE).unwrap());
     assert!(killed.elapsed() >= left.saturating_sub(Duration::from_millis(20)));
     let found = pair.server.run(|| leftovers(&pair.directory).unwrap());
     assert_eq!(found[0].mode, LeftoverMode::Open);
@@ -426,7 +452,7 @@ fn an_owner_to_be_killed() {
         v6only: false,
     }])
     .unwrap();
-    gate.lease(Some(Duration::from_millis(1500))).unwrap();
+    gate.lease(Some(LEASE)).unwrap();
     gate.close().unwrap();
     println!("closed");
     // Ends with the killing, or with the parent.

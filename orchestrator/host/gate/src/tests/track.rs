@@ -6,6 +6,7 @@ use migrate_core::Flow;
 use migrate_ebpf_common::Mode;
 use migrate_ebpf_common::state::NEWCOMERS_MAX;
 
+use super::network::PATIENCE;
 use super::packets::{ACK, FIN, Packet, RST, SYN};
 use super::{DROP, LOCAL, NEXT, OWN_MARK, PEER, Programs, flow, listener};
 use crate::tables;
@@ -69,7 +70,7 @@ fn a_flow_is_dirty_until_a_round_without_traffic() {
     assert_eq!(programs.tables.next_round().unwrap(), count(2));
     // The clock of both sides moves on with the tick: traffic of the tick in
     // which a round begins is that round's as well.
-    let end = Instant::now() + std::time::Duration::from_secs(2);
+    let end = Instant::now() + PATIENCE;
     while programs.tables.next_round().unwrap() != count(0) {
         assert!(Instant::now() < end, "the flows stay dirty");
         std::thread::yield_now();
@@ -151,7 +152,7 @@ fn newcomers_leave_room_for_the_flows_that_are_named() {
     assert_eq!(programs.flows(), newcomers + named.len());
     // A look at the tree's sockets clears what is left of the storm, once it
     // has been idle for a round.
-    let end = Instant::now() + std::time::Duration::from_secs(5);
+    let end = Instant::now() + PATIENCE;
     while programs.flows() > named.len() {
         assert!(Instant::now() < end, "{} flows stay", programs.flows());
         programs.tables.next_round().unwrap();

@@ -75,7 +75,16 @@ impl Running {
         }
         let mut child = built.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
         let lines = child.stdout.take().map(BufReader::new);
-        Self { child, lines }
+        let running = Self { child, lines };
+        // Whoever starts a program goes on before it has its name and its
+        // memory. The words of its command line come last.
+        let line = |pid: &str| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+        let (pid, ours) = (running.pid().to_string(), line("self"));
+        eventually("the program begins", || {
+            let words = line(&pid);
+            (!words.is_empty() && words != ours) || state(running.pid()) == 'Z'
+        });
+        running
     }
 
     /// A Python program that says `ready` once it is.
