@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use migrate_test_hosts::{Host, INTERFACE};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
 
 use crate::hosts::eventually;
 
@@ -345,15 +344,6 @@ impl Running {
             stderr,
             events: Vec::new(),
         })
-    }
-
-    /// Waits for an event about a phase: `saw("ended", "track")`.
-    pub fn saw(&mut self, event: &str, phase: &str) -> bool {
-        await_line(&self.lines, &mut self.events, SOON, |line| {
-            serde_json::from_str::<Value>(line)
-                .is_ok_and(|value| value["event"] == event && value["phase"] == phase)
-        })
-        .is_some()
     }
 
     /// Sends it a signal, and not to what stands for it outside of the host.

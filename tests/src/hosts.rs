@@ -11,6 +11,7 @@ use aya::programs::SchedClassifier;
 use aya::programs::tc::TcAttachType;
 use migrate_test_hosts::{Host, INTERFACE};
 use migrate_test_vms::Kernel;
+use nix::sys::signal::Signal;
 
 /// Between two looks at something that announces itself to nobody.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
@@ -37,6 +38,19 @@ pub fn runs(host: &Host, pid: i32) -> bool {
     // The state follows the name, which may hold anything but ends with `)`.
     stat.rsplit_once(") ")
         .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// Whether a process has a handler for a signal; before that the signal would
+/// end it.
+#[must_use]
+pub fn catches(host: &Host, pid: i32, signal: Signal) -> bool {
+    let status = fs::read_to_string(host.path(format!("/proc/{pid}/status"))).unwrap_or_default();
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigCgt:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0);
+    mask >> (signal as i32 - 1) & 1 == 1
 }
 
 /// The name of a process in the host, empty when there is none.
@@ -234,7 +248,7 @@ impl ResetCapture {
     /// When tcpdump does not end.
     pub fn stop(mut self) -> io::Result<Vec<String>> {
         let pid = nix::unistd::Pid::from_raw(self.tcpdump.id().cast_signed());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+        nix::sys::signal::kill(pid, Signal::SIGTERM)?;
         let mut said = String::new();
         if let Some(stdout) = &mut self.tcpdump.stdout {
             stdout.read_to_string(&mut said)?;

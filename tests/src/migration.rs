@@ -26,7 +26,7 @@ const MIGRATE_TIMEOUT: Duration = Duration::from_secs(120);
 const SERVED_REQUESTS: u64 = 50;
 /// Time for them, beyond the worst blackout: a lost reply is sent again after
 /// the 3 s of a restored socket.
-const SERVED_WITHIN: Duration = Duration::from_secs(60);
+const SERVED_WITHIN: Duration = Duration::from_secs(120);
 /// A large tree gives its memory back before it is gone.
 const GONE_WITHIN: Duration = Duration::from_secs(60);
 /// The source's end may outlast the command by a little.

@@ -341,6 +341,37 @@ impl Scene {
         command
     }
 
+    /// Starts a migration whose driver stands still at the beginning of a
+    /// phase until the second value is dropped: nothing has to be faster than
+    /// it.
+    ///
+    /// # Panics
+    ///
+    /// When it does not get that far.
+    #[track_caller]
+    pub fn held_at(&self, mut command: Command, phase: Phase) -> (Running, Held) {
+        command.env("MIGRATE_STOP_AT", phase.name());
+        let running = Running::start(command);
+        let held = Held::by_itself(driver(&self.source()));
+        (running, held)
+    }
+
+    /// Starts a migration whose dump does not come to its end as long as the
+    /// second value lives: its agent stands still from before the freeze.
+    ///
+    /// # Panics
+    ///
+    /// When it does not get that far.
+    #[track_caller]
+    pub fn in_dump(&self, command: Command) -> (Running, Held) {
+        let (mut running, at_freeze) = self.held_at(command, Phase::Freeze);
+        let held = Held::stop(agent(&self.destination()));
+        drop(at_freeze);
+        let begun = running.await_started(Phase::Dump);
+        assert!(begun, "no dump: {:#?}", running.stdout);
+        (running, held)
+    }
+
     /// Runs a command that must fail with `code` and say all of `words`, and
     /// demands that nothing has been harmed.
     ///
@@ -367,8 +398,13 @@ impl Scene {
         for host in [self.source(), self.destination()] {
             clean(&host);
             if !self.has_records {
-                let said = shell(&host, "migrate status");
                 let nothing = "nothing is under way and nothing was left behind";
+                let mut said = String::new();
+                // Who clears up ends a moment after all is cleared.
+                eventually(SETTLE_WITHIN, || {
+                    said = shell(&host, "migrate status");
+                    said == nothing
+                });
                 assert_eq!(said, nothing, "on {}", host.name());
             }
         }
@@ -645,9 +681,9 @@ pub fn criu_if_any(owner: Pid) -> Vec<Pid> {
 #[track_caller]
 fn the_migrate(host: &Host, wanted: impl Fn(&[String]) -> bool) -> Pid {
     let mut found = Vec::new();
-    // What it starts has its command line until it has become the other
-    // program.
-    eventually(SETTLE_WITHIN, || {
+    // It may be on its way through a login, and what it starts has its command
+    // line until it has become the other program.
+    eventually(EVENT_WITHIN, || {
         found = machine_pids(host, |words| {
             words.first().is_some_and(|word| word.ends_with("migrate")) && wanted(words)
         });
@@ -676,6 +712,18 @@ impl Held {
             Ok(()) => Self(pid),
             Err(error) => panic!("could not stop {pid}: {error}"),
         }
+    }
+
+    /// Waits until it has stopped itself.
+    ///
+    /// # Panics
+    ///
+    /// When it does not.
+    #[track_caller]
+    pub fn by_itself(pid: Pid) -> Self {
+        let stands = eventually(EVENT_WITHIN, || is_stopped(pid));
+        assert!(stands, "{pid} does not stop");
+        Self(pid)
     }
 }
 

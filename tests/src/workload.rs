@@ -7,9 +7,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use migrate_test_hosts::{Host, HostName, Lab, WORKLOAD_V4, WORKLOAD_V6};
+use nix::sys::signal::Signal;
 
 use crate::client::{ClientError, StrictClient, program};
-use crate::hosts::{eventually, listens, runs};
+use crate::hosts::{catches, eventually, listens, runs};
 
 /// From the start until it listens: redis needs 50 ms, Python 300.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -203,7 +204,8 @@ pub struct Workload {
 }
 
 impl Workload {
-    /// Starts it on `host1` and waits until it listens.
+    /// Starts it on `host1` and waits until it listens; the shell loop, until
+    /// it can be asked.
     ///
     /// # Errors
     ///
@@ -224,7 +226,7 @@ impl Workload {
             .map_err(|source| WorkloadError::Start { kind, source })?;
         let workload = Self { kind, pid };
         let is_up = || match kind {
-            Kind::ShellLoop => runs(&host, pid),
+            Kind::ShellLoop => catches(&host, pid, Signal::SIGUSR1),
             _ => listens(&host, kind.port()),
         };
         if eventually(START_TIMEOUT, is_up) {

@@ -172,6 +172,9 @@ fn half_way(lab: &Lab, workload: &Workload) -> (i32, thread::JoinHandle<Migratio
     const ATTEMPTS_MAX: usize = 5;
     let (source, destination) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
     for _ in 0..ATTEMPTS_MAX {
+        // That of an attempt before may still be ending.
+        let ended = eventually(SOON, || named(&destination, "memory-keeper").is_none());
+        assert!(ended, "a keeper outlives its tree's stay");
         let before = done(&destination);
         let (source, pid) = (source.clone(), workload.pid.to_string());
         let moving = thread::spawn(move || {
@@ -182,6 +185,7 @@ fn half_way(lab: &Lab, workload: &Workload) -> (i32, thread::JoinHandle<Migratio
             keeper = keeper.or_else(|| named(&destination, "memory-keeper"));
             !done(&destination).is_subset(&before)
         });
+        let keeper = keeper.or_else(|| named(&destination, "memory-keeper"));
         let stopped = keeper.filter(|&keeper| {
             let stop = ["kill", "-STOP", &keeper.to_string()];
             destination.exec(stop).unwrap().status.success()

@@ -7,7 +7,8 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 
 use migrate_test_hosts::{HostName, Lab, LabGuard};
-use migrate_tests::hosts::{ResetCapture, runs};
+use migrate_tests::field::SOON;
+use migrate_tests::hosts::{ResetCapture, eventually, runs};
 use migrate_tests::migration::{migrate, no_gate_left, serves_old_connections};
 use migrate_tests::refusals::{REFUSED, shell};
 use migrate_tests::require;
@@ -41,7 +42,8 @@ fn moves_with(lock: &str, kind: Kind) {
         assert_eq!(report.held_packets, 0, "{report:?}");
         let said = format!("{:?}", moved.events);
         assert!(said.contains("packets are dropped, not held"), "{said}");
-        assert!(runs(&destination, workload.pid) && !runs(&source, workload.pid));
+        assert!(runs(&destination, workload.pid));
+        assert!(eventually(SOON, || !runs(&source, workload.pid)));
         serves_old_connections(&mut client);
         for host in [&source, &destination] {
             no_gate_left(host);

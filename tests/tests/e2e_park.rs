@@ -14,7 +14,9 @@ use std::time::Duration;
 
 use migrate_test_hosts::{Host, HostName, INTERFACE, WORKLOAD_V4};
 use migrate_tests::client::{StrictClient, program};
-use migrate_tests::hosts::{ResetCapture, TcpCounts, eventually, listens, reset_connections, runs};
+use migrate_tests::hosts::{
+    ResetCapture, TcpCounts, eventually, listens, process_name, reset_connections, runs,
+};
 use migrate_tests::migration::serves_old_connections;
 use migrate_tests::refusals::{
     Ended, REFUSED, Running, Scene, guards, is_stopped, runner, scoped, shell,
@@ -31,6 +33,10 @@ const ROLLED_BACK: i32 = 6;
 
 /// To hold a process at a moment, to end, to settle.
 const WITHIN: Duration = Duration::from_secs(60);
+
+/// Clients that wait for as long as a boot may take on a busy machine, and for
+/// the timers of their kernel, which may run for as long again.
+const PATIENT: [&str; 2] = ["--reply-timeout-ms", "300000"];
 
 fn make_directory(host: &Host) {
     shell(host, &format!("mkdir -m 700 {DIR}"));
@@ -57,7 +63,8 @@ fn parks(host: &Host, pids: &[i32], more: &[&str]) -> Ended {
     arguments.extend(more);
     let ended = succeeds(host, &arguments);
     for pid in pids {
-        assert!(!runs(host, pid.parse().unwrap()), "{pid} is parked");
+        let pid = pid.parse().unwrap();
+        assert!(eventually(WITHIN, || !runs(host, pid)), "{pid} is parked");
     }
     ended
 }
@@ -100,9 +107,10 @@ fn two_trees_come_back_after_a_boot() {
     let memcached = Workload::start(Kind::Memcached, &lab).unwrap();
     let keys = ["--keys", "20000", "--populate", "--verify"];
     let mut clients = [
-        redis.client(&lab, 5, &keys).unwrap(),
-        memcached.client(&lab, 5, &[]).unwrap(),
-    ];
+        redis.client(&lab, 5, &[&keys[..], &PATIENT].concat()),
+        memcached.client(&lab, 5, &PATIENT),
+    ]
+    .map(Result::unwrap);
     clients.iter_mut().for_each(serves_old_connections);
     let capture = ResetCapture::start(&lab.host(HostName::Client)).unwrap();
     make_directory(&host);
@@ -193,8 +201,9 @@ fn a_tree_on_the_hosts_own_address_comes_back() {
     let pid = host.spawn_detached(argv, "/dev/null").unwrap();
     assert!(eventually(WITHIN, || listens(&host, 7000)));
     let client = lab.host(HostName::Client);
-    let mut client =
-        StrictClient::start(&client, ["echo", "--addr", &listen, "--connections", "4"]).unwrap();
+    let arguments = ["echo", "--addr", &listen, "--connections", "4"];
+    let arguments = arguments.iter().chain(&PATIENT);
+    let mut client = StrictClient::start(&client, arguments).unwrap();
     serves_old_connections(&mut client);
     make_directory(&host);
     parks(&host, &[pid], &[]);
@@ -241,6 +250,7 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
         .unwrap();
     assert!(eventually(WITHIN, || listens(&behind, 7000)));
     let arguments = ["echo", "--addr", &listen, "--connections", "4"];
+    let arguments = arguments.iter().chain(&PATIENT);
     let mut client = StrictClient::start(&peer, arguments).unwrap();
     serves_old_connections(&mut client);
     make_directory(&host);
@@ -294,7 +304,8 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
     run(&host, &moves).expect(REFUSED, &["is down on", "ip link set tun0 up"]);
     shell(&behind, "ip link set tun0 up");
     succeeds(&host, &moves);
-    assert!(runs(&behind, server) && !runs(&host, server));
+    assert!(runs(&behind, server));
+    assert!(eventually(WITHIN, || !runs(&host, server)));
     serves_old_connections(&mut client);
     // One that would go with the program would not be there for it.
     let other = tunnel::openvpn("tun9", 1195, &["--proto", "tcp-server"]);
@@ -457,8 +468,9 @@ fn what_cannot_be_resumed_waits_on() {
         .unwrap();
     assert!(eventually(WITHIN, || listens(&host, 7000)));
     let client = lab.host(HostName::Client);
-    let mut client =
-        StrictClient::start(&client, ["echo", "--addr", &listen, "--connections", "4"]).unwrap();
+    let arguments = ["echo", "--addr", &listen, "--connections", "4"];
+    let arguments = arguments.iter().chain(&PATIENT);
+    let mut client = StrictClient::start(&client, arguments).unwrap();
     serves_old_connections(&mut client);
     make_directory(&host);
     parks(&host, &[pid], &["--name", "echo"]);
@@ -562,6 +574,8 @@ fn what_cannot_be_resumed_waits_on() {
         .unwrap();
     let taker = String::from_utf8(taker.stdout).unwrap();
     assert_eq!(taker.trim(), pid.to_string());
+    // Until then it has the shell's name.
+    assert!(eventually(WITHIN, || process_name(&host, pid) == "sleep"));
     let ended = run(&host, &["resume", "--dir", DIR, "--name", "echo"]);
     ended.expect(
         REFUSED,

@@ -23,7 +23,7 @@ use migrate_tests::refusals::{
 use migrate_tests::require;
 use migrate_tests::workload::Kind;
 use nix::sys::signal::{Signal, kill, killpg};
-use nix::unistd::{Pid, getpgid};
+use nix::unistd::getpgid;
 
 /// An address of the lab's network that nobody has.
 const NOBODY: &str = "10.77.0.99";
@@ -341,6 +341,11 @@ fn a_taken_pid_is_named_with_its_holder() {
             ),
         );
         assert_eq!(sleeper, taken.to_string());
+        // Until then it has the shell's name.
+        assert!(eventually(Duration::from_secs(10), || process_name(
+            &destination,
+            taken
+        ) == "sleep"));
         let command = scene.to_destination(&[]);
         let words = format!("{what} {taken}: is taken on the destination by sleep");
         let way_out = format!("-> end or restart PID {taken} there");
@@ -508,11 +513,8 @@ fn a_tmpfs_that_fills_up_rolls_back() {
     let mount = "mkdir -p /srv/img && mount -t tmpfs -o size=256m tmpfs /srv/img";
     shell(&destination, mount);
     let remote = "env MIGRATE_IMAGE_DIR=/srv/img migrate";
-    let mut running = Running::start(with_agent(&scene, remote, &["--json"]));
-    assert!(running.await_event(|event| event["event"] == "connected"));
-    let agent = agent(&destination);
-    assert!(running.await_started(Phase::Freeze));
-    let held = Held::stop(agent);
+    let command = with_agent(&scene, remote, &["--json"]);
+    let (running, held) = scene.held_at(command, Phase::Freeze);
     // Checked, and not yet used.
     let full = "dd if=/dev/zero of=/srv/img/filler bs=1M 2>/dev/null; test -s /srv/img/filler";
     shell(&destination, full);
@@ -545,19 +547,13 @@ fn a_lost_agent_rolls_back() {
         (Phase::Restore, Signal::SIGKILL),
     ] {
         let destination = scene.destination();
-        let mut running = Running::start(scene.to_destination(&["--json"]));
-        assert!(running.await_event(|event| event["event"] == "connected"));
-        let agent = agent(&destination);
-        if phase == Phase::Dump {
-            assert!(running.await_started(Phase::Freeze));
-            let held = Held::stop(agent);
-            assert!(running.await_started(phase));
-            kill(agent, signal).unwrap();
-            drop(held);
-        } else {
-            assert!(running.await_started(phase));
-            kill(agent, signal).unwrap();
-        }
+        let command = scene.to_destination(&["--json"]);
+        let (running, held) = match phase {
+            Phase::Dump => scene.in_dump(command),
+            _ => scene.held_at(command, phase),
+        };
+        kill(agent(&destination), signal).unwrap();
+        drop(held);
         let ended = running.finish();
         ended.expect(ROLLED_BACK, &["host"]);
         scene.serves_here();
@@ -565,7 +561,7 @@ fn a_lost_agent_rolls_back() {
         let left = leftovers(&destination);
         println!("{phase}, {signal}: the agent left {} things", left.len());
         if signal == Signal::SIGTERM {
-            assert_eq!(left, Vec::<String>::new());
+            clean(&destination);
         }
         // Whatever a dead agent has left, the next one clears.
         scene.moves();
@@ -573,32 +569,21 @@ fn a_lost_agent_rolls_back() {
     scene.moves_now();
 }
 
-/// Whether a CRIU that has made the copy waits for an answer.
-fn asks(criu: Pid) -> bool {
-    fs::read_to_string(format!("/proc/{criu}/wchan")).is_ok_and(|place| place.contains("skb_wait"))
-}
-
 #[test]
 fn an_agent_lost_before_the_copy_runs_gives_the_tree_back() {
     require!("an_agent_lost_before_the_copy_runs_gives_the_tree_back": root, tcx, criu, migrate);
     let mut scene = Scene::start("owned", Kind::Echo, 5);
-    let (source, destination) = (scene.source(), scene.destination());
-    let pid = scene.workload.pid;
-    let mut running = Running::start(scene.to_destination(&["--json"]));
-    assert!(running.await_event(|event| event["event"] == "connected"));
+    let destination = scene.destination();
+    let remote = "env MIGRATE_STOP_AT=restored migrate";
+    let running = Running::start(with_agent(&scene, remote, &["--json"]));
     let agent = agent(&destination);
-    let driver = driver(&source);
-    assert!(running.await_started(Phase::Restore));
-    // The source hears of the copy only when CRIU there cannot take a word.
-    let driver = Held::stop(driver);
+    // The copy is complete, and is owned only when CRIU cannot take a word.
+    let restored = Held::by_itself(agent);
+    assert!(runs(&destination, scene.workload.pid));
     let criu = criu_of(agent);
-    let complete = eventually(Duration::from_secs(3), || {
-        runs(&destination, pid) && (0..3).all(|_| asks(criu))
-    });
-    assert!(complete, "the copy is complete");
     let held = Held::stop(criu);
-    drop(driver);
-    let owned = eventually(Duration::from_secs(10), || {
+    drop(restored);
+    let owned = eventually(UNDONE_WITHIN, || {
         shell(&destination, "cat /run/migrate/journal/*.json").contains("\"owned\"")
     });
     assert!(owned, "the destination has it on record");
@@ -664,26 +649,36 @@ fn an_interrupt_rolls_back_in_every_phase() {
         let mut hits = 0;
         let signals = [Signal::SIGINT, Signal::SIGTERM];
         for signal in signals {
-            let mut running = Running::start(scene.to_destination(&["--json"]));
-            assert!(running.await_started(Phase::Preflight));
-            let driver = driver(&scene.source());
-            let interrupt = || match signal {
-                // A terminal sends it to all that the command has started.
-                Signal::SIGINT => killpg(getpgid(Some(driver)).unwrap(), signal).unwrap(),
-                _ => kill(driver, signal).unwrap(),
+            let interrupt = || {
+                let driver = driver(&scene.source());
+                match signal {
+                    // A terminal sends it to all that the command has started.
+                    Signal::SIGINT => killpg(getpgid(Some(driver)).unwrap(), signal).unwrap(),
+                    _ => kill(driver, signal).unwrap(),
+                }
             };
-            if phase == Phase::Dump {
-                assert!(running.await_event(|event| event["event"] == "connected"));
-                let agent = agent(&scene.destination());
-                assert!(running.await_started(Phase::Freeze));
-                let held = Held::stop(agent);
-                assert!(running.await_started(phase));
-                interrupt();
-                drop(held);
-            } else {
-                assert!(phase == Phase::Preflight || running.await_started(phase));
-                interrupt();
-            }
+            let command = scene.to_destination(&["--json"]);
+            let running = match phase {
+                // At once: the command has not come far.
+                Phase::Preflight => {
+                    let mut running = Running::start(command);
+                    assert!(running.await_started(phase));
+                    interrupt();
+                    running
+                }
+                Phase::Dump => {
+                    let (running, held) = scene.in_dump(command);
+                    interrupt();
+                    drop(held);
+                    running
+                }
+                _ => {
+                    let (running, held) = scene.held_at(command, phase);
+                    interrupt();
+                    drop(held);
+                    running
+                }
+            };
             let ended = running.finish();
             if ended.status.success() {
                 // The commit was faster.
@@ -713,12 +708,7 @@ fn a_cut_network_rolls_back_in_bounded_time() {
     require!("a_cut_network_rolls_back_in_bounded_time": root, tcx, criu, migrate, redis, nft);
     let mut scene = big_redis("cut");
     let destination = scene.destination();
-    let mut running = Running::start(scene.to_destination(&["--json", "--max-blackout", "2"]));
-    assert!(running.await_event(|event| event["event"] == "connected"));
-    let agent = agent(&destination);
-    assert!(running.await_started(Phase::Freeze));
-    let held = Held::stop(agent);
-    assert!(running.await_started(Phase::Dump));
+    let (running, held) = scene.in_dump(scene.to_destination(&["--json", "--max-blackout", "2"]));
     let cut = Instant::now();
     shell(
         &destination,
@@ -756,10 +746,8 @@ fn a_cut_network_rolls_back_in_bounded_time() {
 fn one_tree_is_moved_once_at_a_time() {
     require!("one_tree_is_moved_once_at_a_time": root, tcx, criu, migrate);
     let mut scene = Scene::start("twice", Kind::Echo, 5);
-    let mut first = Running::start(scene.to_destination(&["--json"]));
-    assert!(first.await_event(|event| event["event"] == "connected"));
     // It holds the tree for as long as it lives, here by standing still.
-    let held = Held::stop(driver(&scene.source()));
+    let (first, held) = scene.held_at(scene.to_destination(&["--json"]), Phase::Track);
     let second = Running::start(scene.to_destination(&[])).finish();
     drop(held);
     let words = format!("process {} is being migrated already", scene.workload.pid);

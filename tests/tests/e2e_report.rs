@@ -82,7 +82,7 @@ fn run(host: &Host, arguments: &[&str]) -> String {
 /// The browser's standard output.
 fn browse(profile: &Path, options: &[&str], page: &Path) -> String {
     let output = Command::new("timeout")
-        .args(["60", "chromium-headless-shell", "--no-sandbox"])
+        .args(["240", "chromium-headless-shell", "--no-sandbox"])
         .args(["--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"])
         .arg(format!("--user-data-dir={}", profile.display()))
         .args(options)
@@ -236,7 +236,11 @@ fn a_migration_is_shown_as_it_happens_and_can_be_read_afterwards() {
     assert_eq!(bars("timeline"), spans);
     assert!(bars("blackout") >= 5 + 4, "{document}");
     assert_eq!(bars("rounds"), 2 * report.precopy.len());
-    assert_eq!(bars("silence"), 5);
+    // All peers who were answered before the destination told what it saw.
+    let heard = report.continuity.as_ref().unwrap().worst.iter();
+    let heard = heard.filter(|flow| flow.silence_us.is_some()).count();
+    assert!((1..=5).contains(&heard), "{report:#?}");
+    assert_eq!(bars("silence"), heard);
     let picture = scratch.path().join("page.png");
     let option = format!("--screenshot={}", picture.display());
     browse(&profile, &["--window-size=1000,2600", &option], &page);

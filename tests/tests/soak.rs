@@ -7,6 +7,7 @@ use std::fs;
 use std::time::Duration;
 
 use migrate_test_hosts::HostName;
+use migrate_tests::field::processes;
 use migrate_tests::hosts::eventually;
 use migrate_tests::refusals::{scoped, shell};
 use migrate_tests::require;
@@ -52,15 +53,15 @@ fn what_is_left_behind_is_counted() {
         "it does not sleep"
     );
     let counted = || count(&host, standing, Some(standing)).unwrap();
-    // What made the host is still ending.
-    let mut before = counted();
-    assert!(
-        eventually(SOON, || {
-            let earlier = std::mem::replace(&mut before, counted());
-            earlier == before
-        }),
-        "the host does not come to rest: {before:?}"
-    );
+    // What made the host and the process is still ending: an init, an sshd and
+    // the process are all that stays.
+    let names = || -> Vec<String> {
+        let all = processes(&host).unwrap();
+        all.into_iter().map(|process| process.name).collect()
+    };
+    assert!(eventually(SOON, || names().len() == 3), "{:?}", names());
+    let before = counted();
+    assert_eq!(before[&Figure::Processes], 3, "{before:?} {:?}", names());
     shell(&host, LEFT_BEHIND);
     fs::create_dir(host.cgroups().unwrap().join("left")).unwrap();
     // The shell's own helpers end a moment later.

@@ -81,7 +81,7 @@ fn a_frozen_workload_shows_as_a_gap() {
     let host1 = lab.host(HostName::Host1);
     host1.exec(["kill", "-STOP", &pid]).unwrap();
     // The gap itself is under test, so time must pass.
-    std::thread::sleep(Duration::from_millis(250));
+    std::thread::sleep(Duration::from_millis(500));
     host1.exec(["kill", "-CONT", &pid]).unwrap();
     serves_old_connections(&mut client);
     let verdict = client.stop().unwrap();
@@ -90,7 +90,8 @@ fn a_frozen_workload_shows_as_a_gap() {
         verdict
             .worst_gap_us_by_connection
             .iter()
-            .all(|gap| *gap > 240_000),
+            // A client that is late with its question waits less.
+            .all(|gap| *gap > 250_000),
         "{verdict:?}"
     );
 }

@@ -32,6 +32,8 @@ const MAPPINGS_SLACK: u64 = 16;
 const BLOCK_BYTES: u64 = 512;
 /// How deep directories are looked into: deeper than any of ours.
 const DEPTH_MAX: u32 = 16;
+/// Where `migrate` keeps what is its own.
+const DIRECTORY: &str = "/run/migrate";
 /// Ours write there, and nobody else on a test host.
 const TMPFS: [&str; 2] = ["/run", "/dev/shm"];
 
@@ -117,14 +119,7 @@ pub type Figures = BTreeMap<Figure, u64>;
 pub fn count(host: &Host, agent: i32, tree: Option<i32>) -> io::Result<Figures> {
     let mut figures = Figures::new();
     let processes = processes(host)?;
-    let journal = files(&host.path("/run/migrate/journal"));
-    let log = files(&host.path("/run/migrate/log"));
-    let reports = files(&host.path("/run/migrate/report"));
-    let mut tmpfs_bytes = 0;
-    for mount in TMPFS {
-        let state = statvfs(&host.path(mount))?;
-        tmpfs_bytes += (state.blocks() - state.blocks_free()) * state.fragment_size();
-    }
+    let ([journal, log, reports], tmpfs_bytes) = kept(host)?;
     let kept_bytes = journal.bytes + log.bytes + reports.bytes;
     let init = host.init_pid();
     let lines =
@@ -186,6 +181,27 @@ fn memory_kib(host: &Host, pid: i32) -> io::Result<u64> {
     number.ok_or_else(|| io::Error::other(format!("no VmRSS of {pid}")))
 }
 
+/// Records, logs and reports, and all that tmpfs holds with them: of one moment,
+/// or what a log has grown by between two looks would be missing elsewhere.
+fn kept(host: &Host) -> io::Result<([Files; 3], u64)> {
+    const LOOKS_MAX: u32 = 1000;
+    let look = || ["journal", "log", "report"].map(|name| files(&host.path(DIRECTORY).join(name)));
+    for _ in 0..LOOKS_MAX {
+        let before = look();
+        let mut tmpfs_bytes = 0;
+        for mount in TMPFS {
+            let state = statvfs(&host.path(mount))?;
+            tmpfs_bytes += (state.blocks() - state.blocks_free()) * state.fragment_size();
+        }
+        if look() == before {
+            return Ok((before, tmpfs_bytes));
+        }
+    }
+    Err(io::Error::other(
+        "records, logs or reports change all the time",
+    ))
+}
+
 /// What has an identifier and is open in a process of the host, what is pinned
 /// there, and what hangs on its interfaces. Nothing else keeps one alive.
 fn bpf_objects(host: &Host, processes: &[i32]) -> io::Result<u64> {
@@ -208,7 +224,7 @@ fn bpf_objects(host: &Host, processes: &[i32]) -> io::Result<u64> {
 }
 
 /// Files below a directory, and what they take on their file system.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Files {
     count: u64,
     bytes: u64,

@@ -19,7 +19,7 @@ use crate::hosts::eventually;
 
 /// A peer that takes or gives nothing for this long is lost: longer than a
 /// migration with every retransmission.
-const IO_TIMEOUT: Duration = Duration::from_secs(10);
+const IO_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a client does, over and over or on and on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
