@@ -30,6 +30,10 @@ const NOBODY: &str = "10.77.0.99";
 /// What the destination undoes by itself once it hears that the source is gone.
 const UNDONE_WITHIN: Duration = Duration::from_secs(30);
 
+/// Of our own accord, after 10 s of silence or less, and not with the kernel,
+/// which tries for two minutes.
+const GIVEN_UP_WITHIN: Duration = Duration::from_secs(45);
+
 /// `migrate` on the source, with the agent started in another way.
 fn with_agent(scene: &Scene, remote_command: &str, more: &[&str]) -> Command {
     let mut command = scene.to_destination(more);
@@ -244,7 +248,7 @@ fn a_destination_out_of_reach_is_named() {
     let command = to(&scene, NOBODY);
     let words = ["10.77.0.99 cannot be reached", "help: ", "is up"];
     let ended = scene.fails(command, CONNECT, &words);
-    assert!(ended.took < Duration::from_secs(20), "{:?}", ended.took);
+    assert!(ended.took < GIVEN_UP_WITHIN, "{:?}", ended.took);
     // The client host has no sshd.
     let command = to(&scene, "client");
     scene.fails(
@@ -271,7 +275,7 @@ fn a_silent_destination_is_given_up() {
     shell(&scene.destination(), &format!("{wall} 22 drop"));
     let command = scene.to_destination(&[]);
     let ended = scene.fails(command, CONNECT, &["host2", "help: "]);
-    assert!(ended.took < Duration::from_secs(20), "{:?}", ended.took);
+    assert!(ended.took < GIVEN_UP_WITHIN, "{:?}", ended.took);
     shell(&scene.destination(), "nft delete table inet wall");
 
     // SSH gets through, the port beside it does not.
@@ -283,7 +287,7 @@ fn a_silent_destination_is_given_up() {
         "migrate agent",
     ];
     let ended = scene.fails(command, CONNECT, &words);
-    assert!(ended.took < Duration::from_secs(20), "{:?}", ended.took);
+    assert!(ended.took < GIVEN_UP_WITHIN, "{:?}", ended.took);
     shell(&scene.destination(), "nft delete table inet wall");
     scene.moves_now();
 }
@@ -679,13 +683,14 @@ fn an_interrupt_rolls_back_in_every_phase() {
                     running
                 }
             };
+            let interrupted = Instant::now();
             let ended = running.finish();
             if ended.status.success() {
                 // The commit was faster.
                 scene.has_moved();
             } else {
                 ended.expect(INTERRUPTED, &["interrupted"]);
-                assert!(ended.took < Duration::from_secs(15), "{ended:#?}");
+                assert!(interrupted.elapsed() < GIVEN_UP_WITHIN, "{ended:#?}");
                 let events = ended.events();
                 let failed = events.iter().find(|event| event["event"] == "failure");
                 let failed = failed.expect("a failure in the events");
@@ -727,7 +732,7 @@ fn a_cut_network_rolls_back_in_bounded_time() {
     scene.serves_on();
     clean(&scene.source());
     println!("{took:?} from the cut to the end of the command");
-    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert!(took < GIVEN_UP_WITHIN, "{took:?}");
     let worst = scene.client.snapshot().unwrap();
     println!("{worst:?}");
 
