@@ -9,9 +9,9 @@ use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
-use crate::paths::{self, LinkBuffer, PLACE_BYTES_MAX, PathBuffer};
+use crate::paths::{self, LinkBuffer, PLACE_BYTES_MAX, PathBuffer, TargetBuffer};
 use crate::probe;
-use crate::scan::{self, Kind, PAGEMAP_SCAN, PAGEMAP_SOFT_DIRTY, ScanArg};
+use crate::scan::{self, Kind, MapQuery, PAGEMAP_SCAN, PAGEMAP_SOFT_DIRTY, ScanArg};
 use crate::segments::{self, TABLE_BYTES, Table};
 use crate::sys::{AT_FDCWD, STAT_MODE_AT, STAT_RDEV_AT, address, call, getenv, number, unsetenv};
 
@@ -40,6 +40,13 @@ static SHOW_TUNNELS: AtomicBool = AtomicBool::new(false);
 
 /// The page that names segments; null where there is none. Never unmapped.
 static TABLE: AtomicPtr<Table> = AtomicPtr::new(core::ptr::null_mut());
+
+/// Room for `struct stat`, which begins with the numbers of device and inode, and
+/// has 144 bytes or fewer on these machines.
+type StatBuffer = [u64; 32];
+
+/// `O_RDONLY | O_CLOEXEC`.
+const READ_ONLY: isize = 0o2_000_000;
 
 /// Entries of a pagemap have eight bytes.
 const ENTRY_BYTES: usize = 8;
@@ -174,10 +181,18 @@ pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: usize, argument: *mut 
         // SAFETY: as above; the regions are where CRIU wants them, and there
         // are as many as the kernel says.
         Kind::Asks => unsafe {
-            let wanted = (*scan).return_mask;
+            let asked = *scan;
+            let wanted = asked.return_mask;
             (*scan).return_mask = scan::question(wanted);
+            if asked.spares_files() && open_on_anonymous(fd, asked.start, asked.end) {
+                // True of every page there, so that nobody has to look.
+                (*scan).category_mask &= !scan::FILE;
+                (*scan).category_inverted &= !scan::FILE;
+            }
             let count = pass(argument);
             (*scan).return_mask = wanted;
+            (*scan).category_mask = asked.category_mask;
+            (*scan).category_inverted = asked.category_inverted;
             let regions = (*scan).vec;
             for index in 0..usize::try_from(count).unwrap_or(0) {
                 let region = regions.add(index);
@@ -264,11 +279,10 @@ unsafe fn all_dirty(fd: c_int, buffer: *mut c_void, bytes: usize) {
     }
 }
 
-/// Leaves `errno` as it was.
-fn open_on_pagemap(fd: u32) -> bool {
+/// What `fd` is open on; `None` where that cannot be told. Leaves `errno` as it
+/// was.
+fn target_of(fd: u32, target: &mut TargetBuffer) -> Option<&[u8]> {
     let mut link: LinkBuffer = [0; 32];
-    // Longer targets are cut off, and are no pagemaps.
-    let mut target = [0u8; 64];
     let link = paths::fd_link(fd, &mut link);
     // SAFETY: a path with a zero at its end, and a buffer of that length;
     // `errno` belongs to this thread.
@@ -281,7 +295,7 @@ fn open_on_pagemap(fd: u32) -> bool {
                 AT_FDCWD,
                 address(link.as_ptr()),
                 address(target.as_mut_ptr()),
-                64,
+                size_of::<TargetBuffer>().cast_signed(),
                 0,
                 0,
             ],
@@ -292,7 +306,61 @@ fn open_on_pagemap(fd: u32) -> bool {
     usize::try_from(length)
         .ok()
         .and_then(|length| target.get(..length))
-        .is_some_and(paths::is_pagemap)
+}
+
+/// Leaves `errno` as it was.
+fn open_on_pagemap(fd: u32) -> bool {
+    let mut target: TargetBuffer = [0; 64];
+    target_of(fd, &mut target).is_some_and(paths::is_pagemap)
+}
+
+/// Whether `fd` is open on the `pagemap` of a process that has nothing but private
+/// memory without a file in a range. `false` where that cannot be told. Leaves
+/// `errno` as it was.
+fn open_on_anonymous(fd: c_int, start: u64, end: u64) -> bool {
+    let mut target: TargetBuffer = [0; 64];
+    let mut buffer: TargetBuffer = [0; 64];
+    let Some(path) = u32::try_from(fd)
+        .ok()
+        .and_then(|fd| target_of(fd, &mut target))
+        .and_then(|pagemap| paths::maps_beside(pagemap, &mut buffer))
+    else {
+        return false;
+    };
+    // SAFETY: a path with a zero at its end, an argument of the request's size, a
+    // descriptor of our own; `errno` belongs to this thread.
+    unsafe {
+        let errno = crate::sys::__errno_location();
+        let before = *errno;
+        let arguments = [AT_FDCWD, address(path.as_ptr()), READ_ONLY, 0, 0, 0];
+        let maps = call(number::OPENAT, arguments);
+        let mut query = MapQuery::at(start);
+        let known = maps != -1 && {
+            // Another /proc has other processes.
+            let same = device_of(whole(fd)).is_some_and(|own| device_of(maps) == Some(own));
+            let request = scan::PROCMAP_QUERY.cast_signed();
+            let place = address((&raw mut query).cast_const());
+            let known = same && call(number::IOCTL, [maps, request, place, 0, 0, 0]) == 0;
+            call(number::CLOSE, [maps, 0, 0, 0, 0, 0]);
+            known
+        };
+        *errno = before;
+        // Written by the kernel, which the compiler does not see.
+        let found = (&raw mut query).read_volatile();
+        known && found.is_anonymous(start, end)
+    }
+}
+
+/// The file system that a descriptor is open on.
+///
+/// # Safety
+///
+/// As for `fstat`.
+unsafe fn device_of(fd: isize) -> Option<u64> {
+    let mut stat: StatBuffer = [0; 32];
+    // SAFETY: room for the structure that the call writes.
+    let done = unsafe { call(number::FSTAT, [fd, address(stat.as_mut_ptr()), 0, 0, 0, 0]) };
+    (done == 0).then_some(stat[0])
 }
 
 /// Whether `fd` is open on a segment that the table names.
@@ -302,9 +370,7 @@ fn open_on_segment(fd: c_int) -> bool {
     let Some(table) = (unsafe { TABLE.load(Ordering::Acquire).as_ref() }) else {
         return false;
     };
-    // `struct stat`, which begins with the numbers of device and inode, and has
-    // 144 bytes or fewer on these machines.
-    let mut stat = [0u64; 32];
+    let mut stat: StatBuffer = [0; 32];
     // SAFETY: room for the structure that the call writes.
     let done = unsafe {
         call(
@@ -705,6 +771,85 @@ mod tests {
         let _other = protect(at, 8, 0).unwrap();
         assert_eq!(run(&mut scan_of(at, 8, &mut regions)), 1);
         assert_eq!(regions[0].categories, PRESENT | SOFT_DIRTY);
+    }
+
+    /// Asks as CRIU does, which wants no pages of files; what it is told.
+    fn found_without_files(at: *mut u8, count: usize) -> Vec<(u64, u64, u64)> {
+        const FILE: u64 = scan::FILE;
+        let nothing = scan::Region {
+            start: 0,
+            end: 0,
+            categories: 0,
+        };
+        let mut regions = vec![nothing; count];
+        let mut scan = scan_of(at, count, &mut regions);
+        (scan.category_mask, scan.category_inverted) = (FILE, FILE);
+        let found = usize::try_from(run(&mut scan)).unwrap();
+        assert_eq!((scan.category_mask, scan.category_inverted), (FILE, FILE));
+        assert_eq!(scan.return_mask, PRESENT | SOFT_DIRTY);
+        regions[..found]
+            .iter()
+            .map(|region| (region.start, region.end, region.categories))
+            .collect()
+    }
+
+    #[test]
+    fn pages_of_files_are_left_out_where_there_are_some() {
+        const COUNT: usize = 1024;
+        const DIRTY: u64 = PRESENT | SOFT_DIRTY;
+        let at = pages(COUNT, COUNT);
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let fd = pagemap.as_raw_fd();
+        let (start, end) = (at.addr() as u64, (at.addr() + COUNT * PAGE) as u64);
+        let query = open_on_anonymous(fd, start, end);
+        assert_eq!(found_without_files(at, COUNT), [(start, end, DIRTY)]);
+        let elsewhere = File::open("/proc/self/maps").unwrap();
+        assert!(!open_on_anonymous(elsewhere.as_raw_fd(), start, end));
+        assert!(!open_on_anonymous(-1, start, end));
+
+        // A private file in its midst, of which one page was written to.
+        let file = tempfile();
+        file.set_len((64 * PAGE) as u64).unwrap();
+        let middle = 512 * PAGE;
+        // SAFETY: over a part of the mapping above, which stays.
+        unsafe {
+            let placed = libc::mmap(
+                at.add(middle).cast(),
+                64 * PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED,
+                file.as_raw_fd(),
+                0,
+            );
+            assert_eq!(placed, at.add(middle).cast());
+            for page in 0..64 {
+                at.add(middle + page * PAGE).read_volatile();
+            }
+            at.add(middle).write_volatile(1);
+        }
+        let (first, after) = (start + middle as u64, start + (middle + 64 * PAGE) as u64);
+        assert!(!open_on_anonymous(fd, start, end));
+        assert!(!open_on_anonymous(fd, first, after));
+        let page = PAGE as u64;
+        assert_eq!(
+            found_without_files(at, COUNT),
+            [(start, first + page, DIRTY), (after, end, DIRTY)]
+        );
+        // Before it there is nothing else, if this kernel can say so.
+        assert_eq!(open_on_anonymous(fd, start, first), query);
+    }
+
+    /// A file on a file system, without a name.
+    fn tempfile() -> File {
+        let path = std::env::temp_dir().join(std::format!("shim-file-{}", std::process::id()));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file
     }
 
     #[test]

@@ -36,9 +36,28 @@ pub(crate) fn redirect<'a>(
     Some(buffer)
 }
 
+/// Room for the target of a link to some process's `pagemap`. Longer targets are
+/// cut off, and are no pagemaps.
+pub(crate) type TargetBuffer = [u8; 64];
+
 /// Whether the target of a descriptor's link is some process's `pagemap`.
 pub(crate) fn is_pagemap(target: &[u8]) -> bool {
     target.ends_with(b"/pagemap")
+}
+
+/// Writes the path of the `maps` beside a `pagemap`, with a zero at its end;
+/// `None`: it is no `pagemap`.
+pub(crate) fn maps_beside<'a>(pagemap: &[u8], buffer: &'a mut TargetBuffer) -> Option<&'a [u8]> {
+    let process = pagemap.strip_suffix(b"/pagemap")?;
+    *buffer = [0; size_of::<TargetBuffer>()];
+    let path = process.iter().chain(b"/maps");
+    if process.len() + b"/maps".len() >= buffer.len() {
+        return None;
+    }
+    for (to, from) in buffer.iter_mut().zip(path) {
+        *to = *from;
+    }
+    Some(buffer)
 }
 
 /// The device number to show for a file of this mode and device number: that of

@@ -11,6 +11,8 @@ pub(crate) const PAGEMAP_SCAN: usize = 0xc060_6610;
 pub(crate) const WPALLOWED: u64 = 1 << 0;
 /// `PAGE_IS_WRITTEN`: written since it was protected, or never protected.
 pub(crate) const WRITTEN: u64 = 1 << 1;
+/// `PAGE_IS_FILE`: belongs to a file, or is shared.
+pub(crate) const FILE: u64 = 1 << 2;
 /// `PAGE_IS_SOFT_DIRTY`.
 pub(crate) const SOFT_DIRTY: u64 = 1 << 7;
 
@@ -46,6 +48,59 @@ pub(crate) struct Region {
 
 const _: () = assert!(size_of::<ScanArg>() == 96 && size_of::<Region>() == 24);
 
+/// `PROCMAP_QUERY`: `_IOWR('f', 17, struct procmap_query)`, since Linux 6.11.
+pub(crate) const PROCMAP_QUERY: usize = 0xc068_6611;
+
+/// `PROCMAP_QUERY_VMA_SHARED`.
+const SHARED: u64 = 1 << 3;
+
+/// A scan of fewer bytes is not worth the question what is mapped there, and what
+/// the kernel itself maps (`[vdso]`, `[uprobes]`) is far smaller.
+pub(crate) const ANONYMOUS_BYTES_MIN: u64 = 2 << 20;
+
+/// `struct procmap_query`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct MapQuery {
+    size: u64,
+    query_flags: u64,
+    query_addr: u64,
+    vma_start: u64,
+    vma_end: u64,
+    vma_flags: u64,
+    vma_page_size: u64,
+    vma_offset: u64,
+    inode: u64,
+    dev_major: u32,
+    dev_minor: u32,
+    vma_name_size: u32,
+    build_id_size: u32,
+    vma_name_addr: u64,
+    build_id_addr: u64,
+}
+
+const _: () = assert!(size_of::<MapQuery>() == 0x68);
+
+impl MapQuery {
+    /// Which mapping is at an address.
+    pub(crate) fn at(address: u64) -> Self {
+        Self {
+            size: size_of::<Self>() as u64,
+            query_addr: address,
+            ..Self::default()
+        }
+    }
+
+    /// Whether the mapping that was found is private memory without a file, and
+    /// there is no other one in a range.
+    pub(crate) fn is_anonymous(&self, start: u64, end: u64) -> bool {
+        self.vma_start <= start
+            && end <= self.vma_end
+            && self.vma_flags & SHARED == 0
+            && (self.inode, self.dev_major, self.dev_minor) == (0, 0, 0)
+    }
+}
+
 /// What a scan is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -68,6 +123,16 @@ impl ScanArg {
         } else {
             Kind::Other
         }
+    }
+
+    /// Whether it wants no pages of files, and wants to know nothing else of
+    /// them, in a range that may be worth a second look. The kernel looks at the
+    /// descriptor of every page for that, 30 ms a GiB, while peers wait.
+    pub(crate) fn spares_files(&self) -> bool {
+        let says_not = self.category_mask & self.category_inverted & FILE != 0;
+        let says_more = (self.category_anyof_mask | self.return_mask) & FILE != 0;
+        let bytes = self.end.saturating_sub(self.start);
+        says_not && !says_more && self.flags == 0 && bytes >= ANONYMOUS_BYTES_MIN
     }
 }
 
@@ -148,6 +213,69 @@ mod tests {
                     found & (WRITTEN | WPALLOWED) == WPALLOWED
                 );
             }
+        }
+    }
+
+    #[test]
+    fn only_a_scan_without_files_can_be_put_without_them() {
+        let scan = ScanArg {
+            end: ANONYMOUS_BYTES_MIN,
+            category_mask: FILE,
+            category_inverted: FILE,
+            category_anyof_mask: PRESENT | SWAPPED,
+            return_mask: CRIU,
+            ..argument()
+        };
+        assert!(scan.spares_files());
+        for other in [
+            ScanArg { end: 4096, ..scan },
+            ScanArg { flags: 1, ..scan },
+            ScanArg {
+                category_inverted: 0,
+                ..scan
+            },
+            ScanArg {
+                category_mask: 0,
+                ..scan
+            },
+            ScanArg {
+                return_mask: FILE,
+                ..scan
+            },
+            ScanArg {
+                category_anyof_mask: FILE,
+                ..scan
+            },
+        ] {
+            assert!(!other.spares_files(), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_mapping_is_anonymous_all_over_or_not() {
+        let found = MapQuery {
+            vma_start: 4096,
+            vma_end: 12288,
+            ..MapQuery::at(4096)
+        };
+        assert!(found.is_anonymous(4096, 12288) && found.is_anonymous(8192, 12288));
+        assert!(!found.is_anonymous(0, 8192) && !found.is_anonymous(8192, 16384));
+        for other in [
+            MapQuery { inode: 7, ..found },
+            MapQuery {
+                dev_minor: 1,
+                ..found
+            },
+            MapQuery {
+                dev_major: 8,
+                ..found
+            },
+            MapQuery {
+                vma_flags: SHARED,
+                ..found
+            },
+        ] {
+            assert!(!other.is_anonymous(4096, 12288), "{other:?}");
         }
     }
 
