@@ -94,7 +94,6 @@ pub struct Tree {
     pub(crate) stopped: BTreeSet<i32>,
     /// PIDs that have a controlling terminal.
     with_terminal: BTreeSet<i32>,
-    resident_bytes: u64,
     cgroup: String,
 }
 
@@ -130,16 +129,7 @@ pub fn tree(root: i32) -> Result<Tree, ProcError> {
     let Some((sight, stopped)) = last else {
         return Err(ProcError::NoSuchProcess { pid: root });
     };
-    let resident_bytes = resident(&sight)?;
-    let cgroup = cgroup::of_tree(root)?.unwrap_or_else(|| "/".to_owned());
-    Ok(Tree {
-        processes: sight.processes,
-        ended: sight.ended,
-        stopped,
-        with_terminal: sight.with_terminal,
-        resident_bytes,
-        cgroup,
-    })
+    Tree::seen(root, sight, stopped)
 }
 
 /// PIDs and start ticks of the tree as it is right now; empty when the root
@@ -236,34 +226,6 @@ fn look(root: i32) -> Result<Option<(Sight, BTreeSet<i32>)>, ProcError> {
     Ok(Some((sight, stopped)))
 }
 
-/// Memory that has to be carried: each page shared within the tree once.
-fn resident(sight: &Sight) -> Result<u64, ProcError> {
-    let mut sum = 0_u64;
-    let mut mapped_shared = 0_u64;
-    let mut segments = BTreeMap::new();
-    for process in &sight.processes {
-        if sight.ended.contains(&process.pid) {
-            continue;
-        }
-        // `Pss` splits a shared page among its holders.
-        let rollup = read::text_if_there(read::of(process.pid, "smaps_rollup"));
-        let bytes = match rollup.ok().flatten() {
-            Some(text) => {
-                let shared = parse::kilobytes(&text, "Pss_Shmem").unwrap_or(0);
-                mapped_shared = mapped_shared.saturating_add(shared);
-                parse::kilobytes(&text, "Pss")
-            }
-            None => read::text_if_there(read::of(process.pid, "status"))?
-                .and_then(|text| parse::kilobytes(&text, "VmRSS")),
-        };
-        sum = sum.saturating_add(bytes.unwrap_or(0));
-        add_segments(process.pid, &mut segments)?;
-    }
-    // What no living process has touched is in nobody's share.
-    let in_segments: u64 = segments.values().sum();
-    Ok(sum.saturating_add(in_segments.saturating_sub(mapped_shared)))
-}
-
 /// Notes the memory of the shared segments that a process has mapped, in bytes
 /// by inode.
 fn add_segments(pid: i32, segments: &mut BTreeMap<u64, u64>) -> Result<(), ProcError> {
@@ -288,6 +250,30 @@ fn add_segments(pid: i32, segments: &mut BTreeMap<u64, u64>) -> Result<(), ProcE
 }
 
 impl Tree {
+    fn seen(root: i32, sight: Sight, stopped: BTreeSet<i32>) -> Result<Self, ProcError> {
+        let cgroup = cgroup::of_tree(root)?.unwrap_or_else(|| "/".to_owned());
+        Ok(Self {
+            processes: sight.processes,
+            ended: sight.ended,
+            stopped,
+            with_terminal: sight.with_terminal,
+            cgroup,
+        })
+    }
+
+    /// The same tree as it is now that it stands still, which one read shows.
+    ///
+    /// # Errors
+    /// [`ProcError::NoSuchProcess`] when the root is not there,
+    /// [`ProcError::Unstable`] when something of it ended during every read.
+    pub fn frozen(&self) -> Result<Self, ProcError> {
+        let root = self.root();
+        let Some((sight, stopped)) = look_whole(root)? else {
+            return Err(ProcError::NoSuchProcess { pid: root });
+        };
+        Self::seen(root, sight, stopped)
+    }
+
     /// The root's PID.
     #[must_use]
     pub fn root(&self) -> i32 {
@@ -309,11 +295,36 @@ impl Tree {
             .collect()
     }
 
-    /// Memory of all processes that is in RAM, in bytes; a page that several
-    /// processes share counts once.
-    #[must_use]
-    pub fn resident_bytes(&self) -> u64 {
-        self.resident_bytes
+    /// Memory of all processes that is in RAM now, in bytes: what has to be
+    /// carried. A page that several processes share counts once.
+    ///
+    /// The kernel looks at every page to count them, which takes 15 ms a GiB: not
+    /// for when peers wait.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn resident_bytes(&self) -> Result<u64, ProcError> {
+        let mut sum = 0_u64;
+        let mut mapped_shared = 0_u64;
+        let mut segments = BTreeMap::new();
+        for process in self.living() {
+            // `Pss` splits a shared page among its holders.
+            let rollup = read::text_if_there(read::of(process.pid, "smaps_rollup"));
+            let bytes = match rollup.ok().flatten() {
+                Some(text) => {
+                    let shared = parse::kilobytes(&text, "Pss_Shmem").unwrap_or(0);
+                    mapped_shared = mapped_shared.saturating_add(shared);
+                    parse::kilobytes(&text, "Pss")
+                }
+                None => read::text_if_there(read::of(process.pid, "status"))?
+                    .and_then(|text| parse::kilobytes(&text, "VmRSS")),
+            };
+            sum = sum.saturating_add(bytes.unwrap_or(0));
+            add_segments(process.pid, &mut segments)?;
+        }
+        // What no living process has touched is in nobody's share.
+        let in_segments: u64 = segments.values().sum();
+        Ok(sum.saturating_add(in_segments.saturating_sub(mapped_shared)))
     }
 
     /// cgroup path of the root: in the v2 hierarchy, else in v1's freezer,
@@ -371,7 +382,7 @@ impl Tree {
             addresses: Vec::new(),
             stdio: self.stdio()?,
             tunnel: self.tunnel()?,
-            resident_bytes: self.resident_bytes,
+            resident_bytes: self.resident_bytes()?,
             shell_job: self.shell_job(),
             cgroup: self.cgroup.clone(),
         })

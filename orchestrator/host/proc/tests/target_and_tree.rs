@@ -118,10 +118,14 @@ fn a_tree_lists_parents_first_and_notices_change() {
     }
     assert!(tree.still_same());
     assert!(!tree.shell_job(), "leads its own session");
-    assert!(tree.resident_bytes() > 0);
+    assert!(tree.resident_bytes().unwrap() > 0);
+    assert_eq!(tree.frozen().unwrap().processes, tree.processes);
     let child = tree.processes.iter().rfind(|p| sleep(p)).unwrap();
     migrate_proc::kill_tree(&[child.pid]).unwrap();
     eventually("a change", || !tree.still_same());
+    eventually("the same change at one look", || {
+        !tree.frozen().unwrap().pids().contains(&child.pid)
+    });
 }
 
 #[test]

@@ -109,7 +109,7 @@ impl Migration {
     async fn last_look(&mut self) -> Result<String, Error> {
         let net = self.net.as_ref().ok_or_else(|| not_yet("netlink"))?;
         let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
-        let tree = migrate_proc::tree(self.request.pid)?;
+        let tree = plan.tree.frozen()?;
         let sockets = survey(net, &self.request.choices, &tree).await?;
         let known = &plan.facts.addresses;
         if let Some(stranger) = sockets

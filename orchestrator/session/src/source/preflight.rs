@@ -238,7 +238,7 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
         addresses: sockets.addresses,
         stdio,
         tunnel: tree.tunnel()?,
-        resident_bytes: tree.resident_bytes(),
+        resident_bytes: tree.resident_bytes()?,
         shell_job: tree.shell_job(),
         cgroup: tree.cgroup().to_owned(),
     };
