@@ -41,6 +41,9 @@ pub(super) struct Memory {
     link: Option<(Sender, Receiver)>,
     late: Option<Late>,
     pages: u64,
+    /// Giving its memory back takes a while, in which this process can map nothing
+    /// else: not while peers wait. The keeper has it as well until all is in place.
+    store: Option<PageStore>,
     /// For the end of a copy that cannot have its memory.
     home: String,
     pids: Vec<i32>,
@@ -138,18 +141,20 @@ impl Memory {
         &mut self,
         peer: &str,
         images: &ImageDir,
-        store: &PageStore,
+        store: PageStore,
         hot: Vec<(PageOwner, Range<u64>)>,
         late: LateRuns,
         expected: Expected,
     ) -> Result<(), Error> {
         let link = self.link.take();
         let (Some(keeper), Some(arriving)) = (self.keeper.take(), &self.arriving) else {
+            give_back(store);
             return Ok(());
         };
         let plan = images.lazy_ranges();
         let bytes: u64 = plan.iter().map(|(_, range)| range.end - range.start).sum();
         if bytes == 0 {
+            give_back(store);
             return Ok(());
         }
         let hold = arriving
@@ -165,6 +170,7 @@ impl Memory {
         let pages = LatePages::new(late.pages());
         let pages = Arc::new(pages.map_err(Error::file("make room for", "memory to come"))?);
         let shared = (Arc::clone(&pages), &late);
+        let store = self.store.insert(store);
         self.serving = Some(keeper.serve(server, store, &plan, options, shared, Some(hold))?);
         if late.pages() > 0 {
             let link = link.ok_or_else(|| nothing("the connection for memory to come"))?;
@@ -215,6 +221,9 @@ impl Memory {
     /// Waits until all memory is in place. A copy that can never have it is
     /// killed: it must not find zeros where its memory was.
     pub(super) async fn complete(mut self) -> Result<(), Error> {
+        if let Some(store) = self.store.take() {
+            give_back(store);
+        }
         let Some(mut serving) = self.serving.take() else {
             self.give_up();
             return Ok(());
@@ -269,10 +278,18 @@ impl Memory {
         self.late = None;
         self.serving = None;
         self.keeper = None;
+        if let Some(store) = self.store.take() {
+            give_back(store);
+        }
         if let Some(arriving) = self.arriving.take() {
             arriving.done();
         }
     }
+}
+
+/// Gives back a store's memory, for which nobody waits.
+fn give_back(store: PageStore) {
+    tokio::task::spawn_blocking(move || drop(store));
 }
 
 /// Brings all pages. Without them the copy cannot go on, and nobody waits with its

@@ -261,17 +261,8 @@ impl Destination {
             )));
         }
         let late = memory.late.unwrap_or_default();
-        self.lazy.serve(
-            &self.peer,
-            images,
-            &memory.store,
-            memory.hot,
-            late,
-            expected,
-        )?;
-        // Giving back the store's memory takes a while, and nothing waits for it.
-        tokio::task::spawn_blocking(move || drop(memory.store));
-        Ok(())
+        self.lazy
+            .serve(&self.peer, images, memory.store, memory.hot, late, expected)
     }
 
     async fn take_frames(
