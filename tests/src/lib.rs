@@ -13,6 +13,7 @@ pub mod hosts;
 pub mod migration;
 pub mod refusals;
 pub mod soak;
+pub mod standing;
 pub mod streams;
 pub mod strict;
 pub mod tunnel;

@@ -15,12 +15,13 @@ use std::fmt::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use migrate_test_hosts::{Authority, Host, HostName, LabGuard};
+use migrate_test_hosts::{HostName, LabGuard};
 
 use crate::client::StrictClient;
-use crate::hosts::{TcpCounts, eventually, listens};
+use crate::hosts::{TcpCounts, eventually};
 use crate::migration::{arrives, moves_by, serves_old_connections};
 use crate::refusals::{clean, scoped};
+use crate::standing;
 use crate::workload::{Kind, Workload};
 use figures::{Figure, Figures, count};
 use judge::{Course, Rule};
@@ -35,12 +36,6 @@ const ROUND_HOPS: usize = 4;
 pub const HOPS_MIN: usize = WARM_UP_HOPS + 2 * ROUND_HOPS;
 /// Keys that the client writes first and reads back at the end.
 const KEYS: &str = "1000";
-/// The standing agents' port, at each host.
-const PORT: u16 = 7070;
-/// What belongs to the authority, at each host.
-const CERTIFICATES: &str = "/srv/tls";
-/// An agent listens at once.
-const LISTENS_WITHIN: Duration = Duration::from_secs(20);
 /// What a migration leaves on its way out is gone a moment later.
 const SETTLE_WITHIN: Duration = Duration::from_secs(10);
 /// All memory of a small tree has arrived in a moment.
@@ -211,7 +206,7 @@ struct Soak {
 impl Soak {
     fn start(connections: usize) -> Self {
         let lab = scoped("soak");
-        let agents = BTreeMap::from_iter(stand(&lab));
+        let agents = stand(&lab);
         let workload = match Workload::start(Kind::Redis, &lab) {
             Ok(workload) => workload,
             Err(error) => panic!("{error}"),
@@ -241,21 +236,9 @@ impl Soak {
         let (from, to) = (self.at, other(self.at));
         // Each way with both.
         let restore = ["eager", "lazy"][(number - 1) / 2 % 2];
-        let file = |end: &str| format!("{CERTIFICATES}/{from}.{end}");
-        let (ca, cert, key) = (format!("{CERTIFICATES}/ca.pem"), file("cert"), file("key"));
-        let agent = format!("{to}:{PORT}");
-        let words = [
-            "--restore",
-            restore,
-            "--ca",
-            &ca,
-            "--cert",
-            &cert,
-            "--key",
-            &key,
-            "--to",
-            &agent,
-        ];
+        let words = standing::words(from, to);
+        let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
+        words.extend(["--restore", restore]);
         let (report, _) = moves_by(&self.lab, &self.workload, (from, to), &words);
         self.at = to;
         let Some(client) = &mut self.client else {
@@ -344,48 +327,12 @@ fn resets(lab: &LabGuard) -> u64 {
 }
 
 /// Starts an agent on each host that waits for the other one; their PIDs.
-fn stand(lab: &LabGuard) -> Vec<(HostName, i32)> {
-    let hosts = [HostName::Host1, HostName::Host2].map(|name| lab.host(name));
-    let made = tempfile::tempdir()
-        .map_err(|error| error.to_string())
-        .and_then(|directory| certify(directory.path(), &hosts).map_err(|error| error.to_string()));
-    if let Err(error) = made {
-        panic!("could not certify the hosts: {error}");
-    }
-    let started = hosts.map(|host| {
-        let name = host.name();
-        let at = |end: &str| format!("{CERTIFICATES}/{end}");
-        let own = |end: &str| at(&format!("{name}.{end}"));
-        let listen = format!("{}:{PORT}", host.ipv4());
-        let (ca, cert, key) = (at("ca.pem"), own("cert"), own("key"));
-        let argv = [
-            "migrate", "agent", "--listen", &listen, "--ca", &ca, "--cert", &cert, "--key", &key,
-        ];
-        let pid = match host.spawn_detached(argv, "/srv/agent.log") {
-            Ok(pid) => pid,
-            Err(error) => panic!("{}", error.chain()),
-        };
-        let up = eventually(LISTENS_WITHIN, || listens(&host, PORT));
-        assert!(up, "the agent on {name}, PID {pid}, does not listen");
-        (name, pid)
-    });
-    started.to_vec()
-}
-
-/// Gives each host a certificate of one authority.
-fn certify(directory: &std::path::Path, hosts: &[Host]) -> std::io::Result<()> {
-    let authority = Authority::in_dir(directory).map_err(std::io::Error::other)?;
-    for host in hosts {
-        let (cert, key) = authority
-            .certify(host.name().as_str())
-            .map_err(std::io::Error::other)?;
-        std::fs::create_dir_all(host.path(CERTIFICATES))?;
-        for file in [authority.ca(), cert, key] {
-            let name = file.file_name().unwrap_or_default();
-            std::fs::copy(&file, host.path(CERTIFICATES).join(name))?;
-        }
-    }
-    Ok(())
+fn stand(lab: &LabGuard) -> BTreeMap<HostName, i32> {
+    let names = [HostName::Host1, HostName::Host2];
+    standing::certify(lab, &names);
+    names
+        .map(|name| (name, standing::start(&lab.host(name))))
+        .into()
 }
 
 #[cfg(test)]
