@@ -44,6 +44,13 @@ fn an_aborted_agent_leaves_no_core() {
         assert!(Instant::now() < deadline, "the agent begins");
         thread::yield_now();
     }
+    // What it starts, CRIU for one, has the limit that stops dumps to programs, too.
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let core = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max core file size"))
+        .and_then(|line| line.split_whitespace().next());
+    assert_eq!(core, Some("1"), "{limits}");
     kill(pid, Signal::SIGABRT).unwrap();
     let agent = agent.wait().unwrap();
     assert_eq!(agent.signal(), Some(Signal::SIGABRT as i32));

@@ -3,17 +3,22 @@
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+/// A soft limit, in bytes, that allows no core dump at all. None to a file, for a
+/// page has more; and none to a program either, for which the kernel takes this
+/// one number as a refusal and would not look at any other, zero included
+/// (`coredump_pipe` in Linux's fs/coredump.c).
+const NO_CORES_BYTES: u64 = 1;
+
 /// From here on this process leaves no core dump, and only root may look into
-/// it. What it starts has no core dump by the soft limit; CRIU gives each
-/// process of a tree its own limits back, for which the hard one stays.
+/// it. What it starts, CRIU above all, has no core dump by the soft limit; CRIU
+/// gives each process of a tree its own limits back, for which the hard one stays.
 ///
 /// # Errors
 ///
 /// The kernel refuses.
 pub fn leave_no_cores() -> std::io::Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_CORE)?;
-    setrlimit(Resource::RLIMIT_CORE, 0, hard)?;
-    // The limit does not count where the kernel pipes core dumps to a program.
+    setrlimit(Resource::RLIMIT_CORE, NO_CORES_BYTES.min(hard), hard)?;
     prctl::set_dumpable(false)?;
     Ok(())
 }
