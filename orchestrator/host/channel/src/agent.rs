@@ -41,7 +41,7 @@ const SOURCE_LIMIT: Duration = Duration::from_secs(30);
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Handshakes under way at one time; more wait in the kernel's backlog.
-const HANDSHAKES_MAX: usize = 16;
+pub(crate) const HANDSHAKES_MAX: usize = 16;
 
 /// How far up the process tree the variables of the SSH session are looked
 /// for: `sudo` and a shell or two may stand in between.

@@ -24,7 +24,7 @@ use tokio::{
 
 use crate::{
     ChannelError, Connection, Frame,
-    agent::Door,
+    agent::{Door, HANDSHAKES_MAX},
     connect::shake_hands,
     connection::{First, answer, introduce, receive_first},
     frame::{FrameReader, FrameWriter, STALL_LIMIT},
@@ -596,6 +596,38 @@ async fn a_silent_peer_meets_the_deadline_and_no_byte_is_lost() {
     assert_eq!(reader.control(limit).await.unwrap(), Message::Go);
 }
 
+/// Whatever it sends, byte by byte: the deadline is that of the whole frame.
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_sends_byte_by_byte_meets_the_deadline() {
+    let body = postcard::to_stdvec(&Message::Hello(hello("1"))).unwrap();
+    let header = encode_header(FrameKind::Control, body.len()).unwrap();
+    let all = [&header[..], &body].concat();
+    assert!(all.len() > 20, "more than what comes in the time");
+    let (mut near, far) = duplex(4096);
+    let mut reader = FrameReader::new(far, "peer".into());
+    let sending = tokio::spawn(async move {
+        for byte in all {
+            near.write_all(&[byte]).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        near
+    });
+    let begun = Instant::now();
+    let error = receive_first(&mut reader, "peer", begun + SOON)
+        .await
+        .unwrap_err();
+    assert!(error.is_deadline(), "{error}");
+    assert!(
+        error.to_string().contains("peer to introduce itself"),
+        "{error}"
+    );
+    assert_eq!(begun.elapsed(), SOON);
+    // Nothing is wrong with the frame but its sender.
+    let late = receive_first(&mut reader, "peer", begun + 60 * SOON).await;
+    assert!(matches!(late, Ok(First::Hello(_))));
+    drop(sending.await);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_peer_that_takes_nothing_meets_the_stall_limit() {
     let (mut writer, _reader) = pipe(1000);
@@ -874,7 +906,51 @@ async fn a_client_with_another_certificate_is_refused_and_the_right_one_still_se
     accepted.unwrap();
 }
 
+/// They are always about to say something, and take every place there is.
+#[tokio::test]
+async fn strangers_who_speak_byte_by_byte_are_not_waited_for() {
+    /// A record of TLS of the full length, of which the contents never end.
+    const RECORD: [u8; 5] = [22, 3, 1, 0x40, 0];
+    let (server, client) = identities();
+    let pinned = server.certificate.clone();
+    let mut door = door(server, client.certificate.clone()).await;
+    let address = door.local_addr;
+    let mut strangers = tokio::task::JoinSet::new();
+    for _ in 0..HANDSHAKES_MAX {
+        let mut tcp = TcpStream::connect(address).await.unwrap();
+        strangers.spawn(async move {
+            let mut next = RECORD.into_iter().chain(std::iter::repeat(1));
+            // Until the agent has had enough.
+            while tcp.write_all(&[next.next().unwrap()]).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+    }
+    let ours = hello("1");
+    let patient = Instant::now() + 6 * SOON;
+    let visit = async {
+        let knocked = knock_until(patient, address, client, pinned).await;
+        // Nobody has been let in, and all of them have been sent away.
+        while strangers.join_next().await.is_some() {}
+        knocked
+    };
+    let (source, accepted) = tokio::join!(visit, door.next(&ours));
+    assert_eq!(
+        accepted.unwrap().hello.hostname,
+        source.unwrap().hello.hostname
+    );
+}
+
 async fn knock_at(
+    address: std::net::SocketAddr,
+    client: OneTimeIdentity,
+    server: CertificateDer<'static>,
+) -> Result<Connection, ChannelError> {
+    knock_until(Instant::now() + SOON, address, client, server).await
+}
+
+async fn knock_until(
+    ends_at: Instant,
     address: std::net::SocketAddr,
     client: OneTimeIdentity,
     server: CertificateDer<'static>,
@@ -882,7 +958,7 @@ async fn knock_at(
     let tcp = TcpStream::connect(address).await.unwrap();
     let name = ServerName::try_from(ONE_TIME_NAME).unwrap();
     let config = client.client(server).unwrap();
-    shake_hands(tcp, name, config, hello("1"), Instant::now() + SOON).await
+    shake_hands(tcp, name, config, hello("1"), ends_at).await
 }
 
 /// Shows a certificate and signs with a key that is not its own.
