@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 use migrate_core::Phase;
 use migrate_test_hosts::{Host, HostName};
 use migrate_tests::client::program;
-use migrate_tests::hosts::{eventually, process_name, runs};
+use migrate_tests::hosts::{eventually, listens, process_name, runs};
 use migrate_tests::refusals::{
     CONNECT, Held, INTERRUPTED, REFUSED, ROLLED_BACK, Running, Scene, USAGE, agent, clean, criu_of,
     driver, is_stopped, leftovers, scoped, shell,
 };
 use migrate_tests::require;
+use migrate_tests::standing;
 use migrate_tests::workload::Kind;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::getpgid;
@@ -431,9 +432,7 @@ fn the_hosts_own_address_stays() {
     let server = program("echo-server");
     let argv = [server.as_os_str(), own.as_ref()];
     let pid = source.spawn_detached(argv, "/dev/null").unwrap();
-    let listening = eventually(Duration::from_secs(20), || {
-        migrate_tests::hosts::listens(&source, 7100)
-    });
+    let listening = eventually(Duration::from_secs(20), || listens(&source, 7100));
     assert!(listening);
     let client = ["echo", "--addr", &own, "--connections", "3"];
     let host = scene.lab.host(HostName::Client);
@@ -759,6 +758,89 @@ fn one_tree_is_moved_once_at_a_time() {
     second.expect(REFUSED, &[&words, "help: `migrate status`"]);
     let first = first.finish();
     assert_eq!(first.status.code(), Some(0), "{first:#?}");
+    scene.has_moved();
+    scene.unharmed();
+    scene.moves_now();
+}
+
+/// A process that leads a session and listens, with this PID where one is given.
+fn listener(host: &Host, pid: Option<i32>, address: &str, port: u16) -> i32 {
+    let counter = pid.map_or_else(String::new, |pid| {
+        format!("echo {} >/proc/sys/kernel/ns_last_pid;", pid - 1)
+    });
+    let script = format!(
+        "import signal, socket; s = socket.create_server(('{address}', {port})); signal.pause()"
+    );
+    let started = shell(
+        host,
+        &format!(
+            "cd /; {counter} setsid /usr/bin/python3 -c \"{script}\" </dev/null >/dev/null 2>&1 & echo $!"
+        ),
+    );
+    let started: i32 = started.parse().unwrap();
+    assert!(
+        pid.is_none_or(|pid| pid == started),
+        "{pid:?}, not {started}"
+    );
+    let up = eventually(UNDONE_WITHIN, || listens(host, port));
+    assert!(up, "{started} does not listen on {}", host.name());
+    started
+}
+
+#[test]
+fn who_wants_what_another_has_claimed_waits() {
+    require!("who_wants_what_another_has_claimed_waits": root, tcx, criu, migrate);
+    const ADDRESS: &str = "10.77.0.150";
+    let mut scene = Scene::start("claims", Kind::Echo, 5);
+    let third = scene.lab.host(HostName::Client);
+    let (source, destination) = (scene.source(), scene.destination());
+    standing::certify(&scene.lab, &HostName::ALL);
+    let _agent = standing::start(&destination);
+    let moving = |from: &Host, pid: i32| {
+        let mut command = from.command("migrate");
+        command.args(standing::words(from.name(), destination.name()));
+        command.arg(pid.to_string());
+        command
+    };
+    // Held when the destination is ready for it, and nothing of it is there yet.
+    let hold = |pid: i32| {
+        let mut command = moving(&source, pid);
+        command.env("MIGRATE_STOP_AT", "precopy");
+        let running = Running::start(command);
+        let held = driver(&source);
+        assert!(eventually(UNDONE_WITHIN, || is_stopped(held)));
+        (running, held)
+    };
+    let refused = |from: &Host, pid: i32, what: &str, by: &str| {
+        let ended = Running::start(moving(from, pid)).finish();
+        let words = format!("{what}: is claimed by {by}, which is on its way here from host1");
+        ended.expect(REFUSED, &[&words, "wait until that migration has ended"]);
+        assert!(runs(from, pid), "{pid} runs on {}", from.name());
+    };
+    let commits = |(running, held): (Running, Pid), pid: i32| {
+        kill(held, Signal::SIGCONT).unwrap();
+        let ended = running.finish();
+        assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
+        assert!(runs(&destination, pid) && !runs(&source, pid));
+    };
+
+    for host in [&source, &third] {
+        shell(host, &format!("ip address add {ADDRESS}/24 dev eth0"));
+    }
+    let first = listener(&source, None, ADDRESS, 7150);
+    let second = listener(&third, None, ADDRESS, 7151);
+    let held = hold(first);
+    refused(&third, second, &format!("address {ADDRESS}"), "python3");
+    commits(held, first);
+
+    let pid = scene.workload.pid;
+    let held = hold(pid);
+    let second = listener(&third, Some(pid), "127.0.0.1", 7152);
+    refused(&third, second, &format!("pid {pid}"), "echo-server");
+    let port = scene.workload.kind.address().port();
+    let second = listener(&third, None, "0.0.0.0", port);
+    refused(&third, second, &format!("port {port}"), "echo-server");
+    commits(held, pid);
     scene.has_moved();
     scene.unharmed();
     scene.moves_now();

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::facts::AddressFacts;
+use crate::flow::Listener;
 use crate::wire::NetworkLock;
 
 /// Version of the record's form; a record of another version is not read.
@@ -101,6 +102,20 @@ pub struct Record {
     /// Destination: the cgroup that the copy is made in.
     #[serde(default)]
     pub home: Option<String>,
+    /// Destination: what the copy will take of this host, beside its
+    /// addresses.
+    #[serde(default)]
+    pub claims: Claims,
+}
+
+/// What is free on a host and nobody else's all the same: a migration under way
+/// will need it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claims {
+    /// Ids of processes and threads, of their sessions and process groups.
+    pub ids: Vec<i32>,
+    /// Where the copy will listen.
+    pub listeners: Vec<Listener>,
 }
 
 /// How a destination is reached.

@@ -16,6 +16,7 @@ use migrate_net::NetError;
 use migrate_proc::ProcError;
 use thiserror::Error;
 
+use crate::destination::claims;
 use crate::park::ParkError;
 
 /// Why a migration ended without moving the tree.
@@ -163,6 +164,15 @@ pub enum Error {
         /// The tree's root.
         pid: i32,
     },
+    /// Another migration to this host came first.
+    #[error("{}", .0.join("; "))]
+    Claimed(Vec<String>),
+    /// A second migration of the same name.
+    #[error("a migration named {migration_id} has been here already")]
+    NameTaken {
+        /// The name that its source has given it.
+        migration_id: String,
+    },
     /// The policy of this agent does not allow the tree.
     #[error(transparent)]
     NotAllowed(#[from] NotAllowed),
@@ -245,6 +255,8 @@ impl Error {
             Self::Policy { .. } => Some("docs/threat-model.md describes the file; without one, everything is allowed".to_owned()),
             Self::Changed(_) => Some("try again".to_owned()),
             Self::Busy { .. } => Some("`migrate status` shows what is under way".to_owned()),
+            Self::Claimed(_) => Some(claims::WAY_OUT.to_owned()),
+            Self::NameTaken { .. } => Some("run the same command again: each attempt has a name of its own".to_owned()),
             Self::Unexpected { .. } | Self::OutOfOrder { .. } | Self::Illegal(_) => {
                 Some("this is a defect of migrate: please report it with the output of `migrate -vv`".to_owned())
             }

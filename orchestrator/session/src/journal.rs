@@ -222,6 +222,16 @@ pub fn all(state: &State) -> Result<Vec<Record>, Error> {
     Ok(records.into_iter().map(|(_, record)| record).collect())
 }
 
+/// Whether a migration of this name has, or has had, the destination's side
+/// here. One that was undone has left nothing.
+///
+/// # Errors
+///
+/// Names that are kept cannot be read.
+pub fn is_known(state: &State, migration_id: &str) -> Result<bool, Error> {
+    Ok(path(state, migration_id, Side::Destination).exists() || retired(state, migration_id)?)
+}
+
 /// Removes a record that was read by [`all`].
 pub fn remove(state: &State, record: &Record) {
     unlink(&path(state, &record.migration_id, record.side));
@@ -340,6 +350,8 @@ fn store(path: &Path, record: &Record) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use migrate_core::journal::Claims;
+
     use super::*;
 
     fn record(side: Side) -> Record {
@@ -362,6 +374,7 @@ mod tests {
             withdrawn: None,
             network_lock: migrate_core::wire::NetworkLock::Gate,
             home: None,
+            claims: Claims::default(),
         }
     }
 

@@ -203,6 +203,19 @@ impl State {
         Ok(TreeLock(lock))
     }
 
+    /// Held while somebody compares what migrations will take of this host and
+    /// adds to it. The moment of a record, so that it is waited for.
+    ///
+    /// # Errors
+    ///
+    /// The lock cannot be made.
+    pub(crate) fn lock_claims(&self) -> Result<Flock<File>, Error> {
+        let path = self.locks().join("claims");
+        let file = File::create(&path).map_err(Error::file("create", &path))?;
+        Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| Error::file("lock", &path)(errno.into()))
+    }
+
     /// PID and start of the process that has claimed a tree, if it lives.
     #[must_use]
     pub fn holder(&self, pid: i32) -> Option<(i32, u64)> {

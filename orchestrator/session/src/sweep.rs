@@ -64,7 +64,7 @@ pub fn runs(pid: i32) -> bool {
 mod tests {
     use std::fs;
 
-    use migrate_core::journal::RECORD_VERSION;
+    use migrate_core::journal::{Claims, RECORD_VERSION};
     use migrate_proc::HoldDownRecord;
 
     use super::*;
@@ -91,6 +91,7 @@ mod tests {
             withdrawn: None,
             network_lock: migrate_core::wire::NetworkLock::Gate,
             home: None,
+            claims: Claims::default(),
         }
     }
 

@@ -191,8 +191,10 @@ pub fn compare_pids(tree: &TreeFacts) -> Vec<Finding> {
     findings
 }
 
-/// Ids the restore has to hand out, and what for.
-fn wanted_ids(tree: &TreeFacts) -> BTreeMap<i32, &'static str> {
+/// Ids the restore has to hand out, and what for: `pid`, `thread`, `session` or
+/// `process group`.
+#[must_use]
+pub fn wanted_ids(tree: &TreeFacts) -> BTreeMap<i32, &'static str> {
     let mut wanted = BTreeMap::new();
     for process in &tree.processes {
         for &thread in &process.threads {

@@ -4,6 +4,7 @@
 //! step by step. Until `Owned` is on record everything is undone when the
 //! connection ends, whatever the reason; after it nothing is.
 
+pub(crate) mod claims;
 mod clock;
 mod fetch;
 mod lazy;

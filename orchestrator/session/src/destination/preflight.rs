@@ -28,6 +28,11 @@ impl Destination {
         host.criu = criu.as_ref().map(|criu| criu.version);
         findings.extend(migrate_proc::compare_hosts(source, &host, &tree));
         findings.extend(migrate_proc::compare_pids(&tree));
+        findings.extend(super::claims::compare(
+            &self.state,
+            &self.migration_id,
+            &tree,
+        )?);
         findings.extend(redirect_files(&mut tree, &stdio));
         findings.extend(migrate_proc::compare_files(&tree.files));
         findings.extend(judge_stdio(&tree.stdio, &stdio));

@@ -19,7 +19,6 @@ use migrate_proc::Home;
 use super::{Destination, Engine, Incoming, Order, SILENCE};
 use crate::error::Error;
 use crate::guard::Guard;
-use crate::journal::Journal;
 
 /// journald's socket for services' standard output (systemd
 /// `src/journal/journald-stream.c`).
@@ -44,7 +43,7 @@ impl Destination {
 
         let images = self.state.image_root()?.join(&self.migration_id);
         let record = self.record(order, &images.display().to_string());
-        self.journal = Some(Journal::begin(&self.state, record)?);
+        self.journal = Some(super::claims::begin(&self.state, record, &order.tree)?);
         self.guard = Guard::start(&self.migration_id, Side::Destination);
 
         let addresses = self.addresses();
@@ -231,6 +230,7 @@ impl Destination {
             withdrawn: None,
             network_lock: NetworkLock::Gate,
             home: None,
+            claims: super::claims::of(&order.tree),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use migrate_core::journal::{RECORD_VERSION, Record, Side, Stage};
+use migrate_core::journal::{Claims, RECORD_VERSION, Record, Side, Stage};
 use migrate_core::report::counted;
 use migrate_core::wire::{Message, NetworkLock};
 use migrate_criu::WorkerOptions;
@@ -228,6 +228,7 @@ impl Migration {
             withdrawn: None,
             network_lock: self.request.choices.lock,
             home: None,
+            claims: Claims::default(),
         })
     }
 }
