@@ -1,5 +1,5 @@
 //! A redis that moves back and forth, and what stays behind: `cargo xtask soak`
-//! for as long as a run of the tests allows.
+//! for as long as a run of the tests allows, or for `MIGRATE_SOAK_HOPS` hops.
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
@@ -27,8 +27,11 @@ const LEFT_BEHIND: &str = "mkdir -p /run/migrate/journal /run/migrate/log /run/m
 #[test]
 fn nothing_grows_from_hop_to_hop() {
     require!("nothing_grows_from_hop_to_hop": root, tcx, criu, migrate, redis);
+    let hops = std::env::var("MIGRATE_SOAK_HOPS").map_or(HOPS_MIN + 8, |hops| {
+        hops.parse().expect("MIGRATE_SOAK_HOPS is a number")
+    });
     let options = Options {
-        hops: HOPS_MIN + 8,
+        hops,
         connections: 50,
     };
     let outcome = run(options, |line| println!("{line}"), || false);
