@@ -769,7 +769,8 @@ fn listener(host: &Host, pid: Option<i32>, address: &str, port: u16) -> i32 {
         format!("echo {} >/proc/sys/kernel/ns_last_pid;", pid - 1)
     });
     let script = format!(
-        "import signal, socket; s = socket.create_server(('{address}', {port})); signal.pause()"
+        "import socket; s = socket.create_server(('{address}', {port})); \
+         [c.close() for c, _ in iter(s.accept, None)]"
     );
     let started = shell(
         host,
@@ -807,9 +808,7 @@ fn who_wants_what_another_has_claimed_waits() {
         let mut command = moving(&source, pid);
         command.env("MIGRATE_STOP_AT", "precopy");
         let running = Running::start(command);
-        let held = driver(&source);
-        assert!(eventually(UNDONE_WITHIN, || is_stopped(held)));
-        (running, held)
+        (running, Held::by_itself(driver(&source)))
     };
     let refused = |from: &Host, pid: i32, what: &str, by: &str| {
         let ended = Running::start(moving(from, pid)).finish();
@@ -817,8 +816,8 @@ fn who_wants_what_another_has_claimed_waits() {
         ended.expect(REFUSED, &[&words, "wait until that migration has ended"]);
         assert!(runs(from, pid), "{pid} runs on {}", from.name());
     };
-    let commits = |(running, held): (Running, Pid), pid: i32| {
-        kill(held, Signal::SIGCONT).unwrap();
+    let commits = |(running, held): (Running, Held), pid: i32| {
+        drop(held);
         let ended = running.finish();
         assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
         assert!(runs(&destination, pid) && !runs(&source, pid));
@@ -844,4 +843,44 @@ fn who_wants_what_another_has_claimed_waits() {
     scene.has_moved();
     scene.unharmed();
     scene.moves_now();
+}
+
+/// Before the driver's own last look, and behind it: CRIU is about to take
+/// whoever has the PID.
+#[test]
+fn another_process_under_the_same_pid_is_left_alone() {
+    require!("another_process_under_the_same_pid_is_left_alone": root, tcx, criu, migrate);
+    let lab = scoped("reused");
+    let (source, destination) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
+    let mut pid = listener(&source, None, "127.0.0.1", 7150);
+    let moving = |pid: i32| {
+        let mut command = source.command("migrate");
+        command.args(["--to", destination.name().as_str(), &pid.to_string()]);
+        command
+    };
+    for moment in ["freeze", "loaded"] {
+        let mut command = moving(pid);
+        command.env("MIGRATE_STOP_AT", moment);
+        let running = Running::start(command);
+        let held = Held::by_itself(driver(&source));
+        shell(&source, &format!("kill -KILL {pid}"));
+        let gone = || !source.path(format!("/proc/{pid}")).exists();
+        assert!(eventually(UNDONE_WITHIN, gone));
+        assert_eq!(listener(&source, Some(pid), "127.0.0.1", 7151), pid);
+        drop(held);
+        let words = format!("process {pid} is not the one that was checked");
+        running.finish().expect(ROLLED_BACK, &[&words]);
+        for host in [&source, &destination] {
+            clean(host);
+        }
+        // It runs, and does what it is asked.
+        let asked = "import socket; socket.create_connection(('127.0.0.1', 7151)).recv(1)";
+        shell(&source, &format!("/usr/bin/python3 -c \"{asked}\""));
+        shell(&source, &format!("kill -KILL {pid}"));
+        assert!(eventually(UNDONE_WITHIN, gone));
+        pid = listener(&source, None, "127.0.0.1", 7150);
+    }
+    let ended = Running::start(moving(pid)).finish();
+    assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
+    assert!(runs(&destination, pid) && !runs(&source, pid));
 }

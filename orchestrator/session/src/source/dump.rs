@@ -33,15 +33,7 @@ impl Migration {
         if !plan.tree.still_same() {
             // A child that came or went is CRIU's business and fits the
             // destination or not; another process under the root's PID is not.
-            let fresh = migrate_proc::tree(self.request.pid)?;
-            let same_root = fresh.processes.first().map(|p| (p.pid, p.start_ticks))
-                == plan.tree.processes.first().map(|p| (p.pid, p.start_ticks));
-            if !same_root {
-                return Err(Error::Changed(format!(
-                    "process {} is not the one that was checked",
-                    self.request.pid
-                )));
-            }
+            self.must_be_checked()?;
         }
         let images = self
             .images
@@ -65,6 +57,7 @@ impl Migration {
         self.engine = Engine::Dumping(session);
         self.expect(&Notice::PreDump, "the start of the dump")
             .await?;
+        crate::pause::at("loaded");
 
         // The limit is for the tree's sake, and must not keep it frozen.
         self.link()?.sender.set_limit(None);
@@ -100,8 +93,25 @@ impl Migration {
             self.gate_closed_in = Some(closed_in);
         }
         self.moments.frozen = Some(Instant::now());
+        // CRIU has taken it by its PID alone, and now it cannot end any more.
+        self.must_be_checked()?;
         self.compare_segments()?;
         self.last_look().await
+    }
+
+    /// The root is the process that preflight has examined, and not another one
+    /// that has got its PID since.
+    fn must_be_checked(&self) -> Result<(), Error> {
+        let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
+        let checked = plan.tree.processes.first();
+        let now = migrate_proc::start_ticks(self.request.pid);
+        if now.is_some() && now == checked.map(|root| root.start_ticks) {
+            return Ok(());
+        }
+        Err(Error::Changed(format!(
+            "process {} is not the one that was checked",
+            self.request.pid
+        )))
     }
 
     /// The tree stands still: connections that came since the first look are
