@@ -1,5 +1,6 @@
-//! CRIU's own network locks in place of the gate, which are there to be compared
-//! with it: they cost peers more time, and no connection.
+//! A gate that drops, and CRIU's own network locks, which are there to be
+//! compared with the gate that holds: they cost peers more time, and no
+//! connection.
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
@@ -72,6 +73,12 @@ fn nftables_keep_connections_over_ipv6() {
 fn iptables_keep_connections_and_are_gone_after() {
     require!("iptables_keep_connections_and_are_gone_after": root, tcx, criu, migrate, tcpdump, iptables);
     moves_with("iptables", Kind::Echo);
+}
+
+#[test]
+fn a_gate_that_drops_keeps_connections() {
+    require!("a_gate_that_drops_keeps_connections": root, tcx, criu, migrate, tcpdump);
+    moves_with("drop", Kind::Echo);
 }
 
 /// A lock is taken off with the migration that is called off.

@@ -621,7 +621,7 @@ mod tests {
             held_packets: 1_020,
             dropped_packets: 3,
             rst_sent: 0,
-            gate_close_us: None,
+            gate_close_ns: None,
             total_us: 1_235_300,
             continuity: Some(Continuity {
                 was_quiet: true,

@@ -329,10 +329,10 @@ pub struct Report {
     pub dropped_packets: u64,
     /// RST segments that left either host for the tree's flows.
     pub rst_sent: u64,
-    /// How long it took to close the source's gate, in microseconds; none where
+    /// How long it took to close the source's gate, in nanoseconds; none where
     /// it is not what kept packets from the frozen tree.
     #[serde(default)]
-    pub gate_close_us: Option<u64>,
+    pub gate_close_ns: Option<u64>,
     /// From the command to the end, in microseconds.
     pub total_us: u64,
     /// What peers noticed; none without a gate.

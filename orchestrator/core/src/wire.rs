@@ -347,6 +347,16 @@ pub enum NetworkLock {
     Iptables,
     /// Nothing, until the tree is handed over.
     Skip,
+    /// Our gate: it drops them.
+    Drop,
+}
+
+impl NetworkLock {
+    /// Whether the gate keeps packets from the frozen tree.
+    #[must_use]
+    pub const fn is_gate(self) -> bool {
+        matches!(self, Self::Gate | Self::Drop)
+    }
 }
 
 /// When the copy gets its memory.

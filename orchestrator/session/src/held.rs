@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use migrate_core::Flow;
 use migrate_core::facts::WindowFacts;
 use migrate_ebpf_common::Direction;
-use migrate_gate::{Gate, GateError, HeldPacket, HeldPackets, HoldOptions};
+use migrate_gate::{Gate, GateError, HeldPacket, HeldPackets, HoldOptions, without_repeats};
 
 /// The most that one host ever holds.
 pub(crate) const BYTES_CAP: usize = 256 << 20;
@@ -100,9 +100,11 @@ pub(crate) fn release(
         waiting.extend(drain(held));
         let (inward, outward) = parted(waiting.drain(..));
         answers.extend(outward);
-        give_back(gate, &inward);
         // Acknowledgements may overtake each other.
-        if inward.iter().all(HeldPacket::is_bare) {
+        let was_last = inward.iter().all(HeldPacket::is_bare);
+        // After seconds most of it has been said before.
+        give_back(gate, &without_repeats(inward));
+        if was_last {
             break;
         }
     }

@@ -70,7 +70,9 @@ fn dropped_packets(counted: &migrate_gate::Counters) -> u64 {
 fn criu_lock(lock: migrate_core::wire::NetworkLock) -> migrate_criu::NetworkLock {
     use migrate_core::wire::NetworkLock;
     match lock {
-        NetworkLock::Gate | NetworkLock::Skip => migrate_criu::NetworkLock::Caller,
+        NetworkLock::Gate | NetworkLock::Drop | NetworkLock::Skip => {
+            migrate_criu::NetworkLock::Caller
+        }
         NetworkLock::Nftables => migrate_criu::NetworkLock::Nftables,
         NetworkLock::Iptables => migrate_criu::NetworkLock::Iptables,
     }

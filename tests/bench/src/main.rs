@@ -22,16 +22,18 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Parser;
 use method::Method;
+use migrate_gate::cost;
 use migrate_test_hosts::{Lab, LabGuard};
-use record::{Run, Store, micros, retransmissions};
+use record::{Run, Store, Tcp, micros, tcp};
 use scenario::Scenario;
 use suite::Suite;
 
-/// Right replies on every connection before the move, and after it.
-const SETTLED_REPLIES: u64 = 20;
-/// For them: a connection among many asks once a second, and stock CRIU with
+/// For clients to be served: a connection among many asks once a second, and stock CRIU with
 /// many connections stands still for minutes.
 const SETTLE_LIMIT: Duration = Duration::from_secs(180);
+
+/// Connections in the gate's table when a packet's cost is taken.
+const PACKET_FLOWS: [u32; 2] = [1, 100_000];
 
 /// Moves workloads between two test hosts and compares ways to do it.
 #[derive(Debug, Parser)]
@@ -46,6 +48,9 @@ struct Arguments {
     /// Runs of each method in each scenario [default: 10, with --quick 3]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: Option<u32>,
+    /// Only scenarios whose name has this text, for instance "10000 conn"
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
     /// Where results are kept; a run that is there is not made again
     #[arg(long, default_value = "target/bench")]
     results: PathBuf,
@@ -82,14 +87,17 @@ fn bench(arguments: &Arguments) -> anyhow::Result<usize> {
         .runs
         .unwrap_or(if arguments.quick { 3 } else { 10 });
     let mut failed = 0;
-    let mut measured = Vec::new();
+    let (mut measured, mut costs) = (Vec::new(), Vec::new());
     for suite in suites {
         let path = arguments.results.join(format!("{}.jsonl", suite.name()));
         if arguments.fresh && path.exists() {
             std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
         }
         let mut store = Store::open(&path)?;
-        let plan = suite.plan(arguments.quick);
+        let mut plan = suite.plan(arguments.quick);
+        if let Some(text) = &arguments.only {
+            plan.retain(|(scenario, _)| scenario.name().contains(text.as_str()));
+        }
         let made = store.made();
         for (scenario, methods) in &plan {
             // A B A B: what drifts on the machine meets all methods alike.
@@ -112,10 +120,16 @@ fn bench(arguments: &Arguments) -> anyhow::Result<usize> {
             .count();
         let table = show::table(suite, &plan, &store.runs);
         println!("{table}");
+        if suite == Suite::Gate {
+            for flows in PACKET_FLOWS {
+                costs.extend(cost::open_gate(flows)?);
+            }
+            println!("{}", show::packet_costs(&costs));
+        }
         measured.push((suite, plan, store.runs));
     }
     if let Some(docs) = &arguments.docs {
-        show::write_docs(docs, &measured)?;
+        show::write_docs(docs, &measured, &costs)?;
     }
     Ok(failed)
 }
@@ -131,7 +145,8 @@ fn measure(suite: Suite, scenario: Scenario, method: Method, number: u32) -> Run
         client_lag_us: 0,
         client_errors: 0,
         took_us: 0,
-        retransmissions: 0,
+        client_tcp: Tcp::default(),
+        hosts_tcp: Tcp::default(),
         report: None,
         failure: None,
     };
@@ -144,20 +159,30 @@ fn measure(suite: Suite, scenario: Scenario, method: Method, number: u32) -> Run
 fn migrate(scenario: Scenario, method: Method, run: &mut Run) -> anyhow::Result<()> {
     let lab: LabGuard = Lab::scoped(&format!("bench-{}", std::process::id()))?;
     let pid = scenario.start(&lab)?;
-    let mut client = scenario.client(&lab)?;
-    client.await_progress(SETTLED_REPLIES, SETTLE_LIMIT)?;
+    let mut clients = scenario.clients(&lab, method.reply_limit())?;
+    clients.are_served(SETTLE_LIMIT)?;
     let prepared = method.prepare(&lab)?;
-    let before = retransmissions(&lab)?;
+    let (client_before, hosts_before) = tcp(&lab)?;
+    clients.begin();
     let moved = method.perform(&lab, pid, prepared);
     if let Ok((took, report)) = &moved {
         run.took_us = micros(*took);
         run.report.clone_from(report);
-        client.await_progress(SETTLED_REPLIES, SETTLE_LIMIT)?;
     }
-    run.retransmissions = retransmissions(&lab)?.saturating_sub(before);
-    let verdict = client.stop()?;
-    run.heard(&verdict);
+    // One that has lost a request waits for its limit and ends.
+    let served = clients.are_served(method.reply_limit() * 3 / 2);
+    let (client_after, hosts_after) = tcp(&lab)?;
+    run.client_tcp = client_after.since(client_before);
+    run.hosts_tcp = hosts_after.since(hosts_before);
+    let heard = clients.stop()?;
+    run.heard(&heard);
     moved?;
-    anyhow::ensure!(verdict.is_clean(), "the client: {:?}", verdict.first_errors);
+    anyhow::ensure!(
+        heard.errors == 0,
+        "{} errors at the client: {}",
+        heard.errors,
+        heard.first_errors.join("; ")
+    );
+    served?;
     Ok(())
 }

@@ -17,6 +17,12 @@ const PRIVATE_CRIU: &str = "/opt/migrate/criu/bin/criu";
 /// Image directory of the stock way, on tmpfs of either host.
 const IMAGES: &str = "/run/stock";
 
+/// For a reply, as a rule.
+const REPLY_LIMIT: Duration = Duration::from_secs(120);
+
+/// For a reply that may never come.
+const LOST_LIMIT: Duration = Duration::from_secs(10);
+
 /// A way to move a tree from `host1` to `host2`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Method {
@@ -24,16 +30,32 @@ pub(crate) enum Method {
     Ours {
         name: &'static str,
         options: &'static [&'static str],
+        /// Whether requests are lost with them.
+        lossy: bool,
     },
     /// `criu dump`, a copy from tmpfs to tmpfs, `criu restore`, gratuitous ARP.
-    Stock { lock: &'static str },
+    Stock {
+        lock: &'static str,
+        /// Whether requests are lost with it.
+        lossy: bool,
+    },
 }
 
 impl Method {
     pub(crate) fn name(self) -> String {
         match self {
             Self::Ours { name, .. } => name.to_owned(),
-            Self::Stock { lock } => format!("stock, {lock}"),
+            Self::Stock { lock, .. } => format!("stock, {lock}"),
+        }
+    }
+
+    /// How long a client waits for a reply: iptables with many connections stand
+    /// still for a minute, and where nothing keeps packets from the frozen tree
+    /// some replies never come.
+    pub(crate) const fn reply_limit(self) -> Duration {
+        match self {
+            Self::Ours { lossy: true, .. } | Self::Stock { lossy: true, .. } => LOST_LIMIT,
+            _ => REPLY_LIMIT,
         }
     }
 
@@ -81,7 +103,7 @@ impl Method {
                     ),
                 }
             }
-            Self::Stock { lock } => {
+            Self::Stock { lock, .. } => {
                 stock(lab, pid, lock, prepared)?;
                 Ok((begun.elapsed(), None))
             }

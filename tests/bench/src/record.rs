@@ -10,8 +10,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use migrate_core::report::Report;
 use migrate_test_hosts::{Host, HostName, Lab};
-use migrate_tests::strict::Verdict;
 use serde::{Deserialize, Serialize};
+
+use crate::scenario::Heard;
 
 /// One migration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -20,7 +21,7 @@ pub(crate) struct Run {
     pub scenario: String,
     pub method: String,
     pub number: u32,
-    /// Longest time from a request to its reply.
+    /// Longest time from a request to its reply; for streams, without a byte.
     pub client_gap_us: u64,
     /// How late the client itself was at worst.
     pub client_lag_us: u64,
@@ -28,8 +29,11 @@ pub(crate) struct Run {
     pub client_errors: u64,
     /// From the command to its end.
     pub took_us: u64,
-    /// On the client and on both hosts, over the whole run.
-    pub retransmissions: u64,
+    /// What the client's kernel counted.
+    pub client_tcp: Tcp,
+    /// What the kernels of both hosts counted, for the connections that carry
+    /// memory as well.
+    pub hosts_tcp: Tcp,
     /// This product's own figures.
     pub report: Option<Report>,
     /// Why there are no figures.
@@ -42,10 +46,10 @@ impl Run {
     }
 
     /// Fills in what the client has to say.
-    pub(crate) fn heard(&mut self, verdict: &Verdict) {
-        self.client_gap_us = verdict.worst_gap_us;
-        self.client_lag_us = verdict.client_lag_us;
-        self.client_errors = verdict.errors;
+    pub(crate) fn heard(&mut self, heard: &Heard) {
+        self.client_gap_us = heard.gap_us;
+        self.client_lag_us = heard.lag_us;
+        self.client_errors = heard.errors;
     }
 
     pub(crate) fn blackout_us(&self) -> Option<u64> {
@@ -98,22 +102,65 @@ impl Store {
     }
 }
 
-/// Segments sent again so far, by the client and both hosts.
-pub(crate) fn retransmissions(lab: &Lab) -> anyhow::Result<u64> {
-    HostName::ALL.into_iter().try_fold(0, |sum, name| {
-        Ok(sum
-            + retransmissions_of(&lab.host(name)).with_context(|| format!("counters of {name}"))?)
-    })
+/// Counters of a kernel, or their growth over a run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Tcp {
+    /// Segments sent again (`RetransSegs`).
+    pub retransmissions: u64,
+    /// Timers of them that ran out (`TCPTimeouts`).
+    pub timeouts: u64,
+    /// RST segments (`OutRsts`).
+    pub resets: u64,
 }
 
-fn retransmissions_of(host: &Host) -> anyhow::Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{}/net/snmp", host.init_pid()))?;
-    let mut lines = text.lines().filter(|line| line.starts_with("Tcp:"));
-    let (names, values) = lines.next().zip(lines.next()).context("no TCP counters")?;
+impl Tcp {
+    /// What has come since.
+    pub(crate) fn since(self, before: Self) -> Self {
+        let grown = |value: fn(&Self) -> u64| value(&self).saturating_sub(value(&before));
+        Self {
+            retransmissions: grown(|tcp| tcp.retransmissions),
+            timeouts: grown(|tcp| tcp.timeouts),
+            resets: grown(|tcp| tcp.resets),
+        }
+    }
+
+    fn of(host: &Host) -> anyhow::Result<Self> {
+        let read = |table: &str| {
+            let path = format!("/proc/{}/net/{table}", host.init_pid());
+            fs::read_to_string(&path).with_context(|| format!("read {path}"))
+        };
+        let (snmp, netstat) = (read("snmp")?, read("netstat")?);
+        Ok(Self {
+            retransmissions: counter(&snmp, "Tcp:", "RetransSegs")?,
+            timeouts: counter(&netstat, "TcpExt:", "TCPTimeouts")?,
+            resets: counter(&snmp, "Tcp:", "OutRsts")?,
+        })
+    }
+}
+
+/// What the client's kernel and those of both hosts have counted so far.
+pub(crate) fn tcp(lab: &Lab) -> anyhow::Result<(Tcp, Tcp)> {
+    let of = |name| Tcp::of(&lab.host(name)).with_context(|| format!("counters of {name}"));
+    let (one, two) = (of(HostName::Host1)?, of(HostName::Host2)?);
+    let hosts = Tcp {
+        retransmissions: one.retransmissions + two.retransmissions,
+        timeouts: one.timeouts + two.timeouts,
+        resets: one.resets + two.resets,
+    };
+    Ok((of(HostName::Client)?, hosts))
+}
+
+/// One of a table with a line of names and a line of values.
+fn counter(text: &str, table: &str, name: &str) -> anyhow::Result<u64> {
+    let mut lines = text.lines().filter(|line| line.starts_with(table));
+    let (names, values) = lines
+        .next()
+        .zip(lines.next())
+        .with_context(|| format!("no counters {table}"))?;
     let at = names
         .split_whitespace()
-        .position(|name| name == "RetransSegs")
-        .context("no RetransSegs")?;
+        .position(|other| other == name)
+        .with_context(|| format!("no counter {name}"))?;
     Ok(values.split_whitespace().nth(at).context("torn")?.parse()?)
 }
 
@@ -147,6 +194,13 @@ pub(crate) fn micros(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn counters_are_found_by_name() {
+        let text = "Ip: A B\nIp: 7 8\nTcp: B A\nTcp: 1 2\n";
+        assert_eq!(counter(text, "Tcp:", "A").ok(), Some(2));
+        assert!(counter(text, "Tcp:", "C").is_err() && counter(text, "Udp:", "A").is_err());
+    }
 
     #[test]
     fn percentiles_are_measured_values() {

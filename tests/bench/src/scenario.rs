@@ -1,9 +1,14 @@
 //! What is moved: memory, how fast it changes, and connections.
 
-use migrate_test_hosts::{HostName, Lab, WORKLOAD_V4};
-use migrate_tests::client::{ClientError, StrictClient, program};
-use migrate_tests::hosts::{eventually, listens};
+use std::net::SocketAddr;
 use std::time::Duration;
+
+use migrate_test_hosts::{HostName, Lab, WORKLOAD_V4, WORKLOAD_V6};
+use migrate_tests::client::{StrictClient, program};
+use migrate_tests::hosts::{eventually, listens};
+use migrate_tests::streams::{Kind, Running};
+
+use crate::record::micros;
 
 /// Filling 4 GiB takes seconds on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -27,14 +32,26 @@ pub(crate) enum Server {
     Redis { keys: u32 },
     /// memcached, empty: all that counts is its connections.
     Memcached,
+    /// `echo-server` on the workload's IPv6 address.
+    EchoV6,
+    /// Connections that one side fills, or that last for one request.
+    Streams(Kind),
 }
 
 impl Server {
     const fn port(self) -> u16 {
         match self {
-            Self::Ballast { .. } => 7000,
-            Self::Redis { .. } => 6379,
+            Self::Ballast { .. } | Self::EchoV6 => 7000,
+            Self::Redis { .. } | Self::Streams(Kind::Subscribe) => 6379,
+            Self::Streams(_) => 7100,
             Self::Memcached => 11211,
+        }
+    }
+
+    fn address(self) -> SocketAddr {
+        match self {
+            Self::EchoV6 => (WORKLOAD_V6, self.port()).into(),
+            _ => (WORKLOAD_V4, self.port()).into(),
         }
     }
 
@@ -51,7 +68,11 @@ impl Server {
                 format!("--resident-mib={resident_mib}"),
                 format!("--dirty-mb-per-s={dirty_mb_per_s}"),
             ],
-            Self::Redis { .. } => words(&[
+            Self::EchoV6 => vec![
+                program("echo-server").to_string_lossy().into_owned(),
+                self.address().to_string(),
+            ],
+            Self::Redis { .. } | Self::Streams(Kind::Subscribe) => words(&[
                 "redis-server",
                 "--bind",
                 &address,
@@ -62,6 +83,10 @@ impl Server {
                 "--dir",
                 "/srv",
             ]),
+            Self::Streams(_) => vec![
+                program("stream-server").to_string_lossy().into_owned(),
+                self.address().to_string(),
+            ],
             Self::Memcached => words(&[
                 "memcached",
                 "-u",
@@ -88,6 +113,8 @@ impl Scenario {
             } => format!("{resident_mib} MiB, {dirty_mb_per_s} MB/s, {many} conn"),
             Server::Redis { keys } => format!("redis {keys} keys, {many} conn"),
             Server::Memcached => format!("memcached, {many} conn"),
+            Server::EchoV6 => format!("echo over IPv6, {many} conn"),
+            Server::Streams(kind) => format!("{}, {many} at a time", stream_name(kind)),
         }
     }
 
@@ -103,29 +130,122 @@ impl Scenario {
         Ok(pid)
     }
 
-    /// Starts its strict client.
-    pub(crate) fn client(&self, lab: &Lab) -> Result<StrictClient, ClientError> {
-        let address = format!("{WORKLOAD_V4}:{}", self.server.port());
+    /// Starts its clients, which give a request up for lost after `limit`; those
+    /// of streams have a limit of their own.
+    pub(crate) fn clients(&self, lab: &Lab, limit: Duration) -> anyhow::Result<Clients> {
+        let host = lab.host(HostName::Client);
+        let to = self.server.address();
+        if let Server::Streams(kind) = self.server {
+            let ports = "echo 1024 65535 >/proc/sys/net/ipv4/ip_local_port_range";
+            let output = host.exec(["sh", "-c", ports])?;
+            anyhow::ensure!(output.status.success(), "the client's ports");
+            let running = Running::start(kind, usize::from(self.connections), &host, to)?;
+            return Ok(Clients::Streams(running));
+        }
+        let (address, limit_ms) = (to.to_string(), limit.as_millis().to_string());
         let (connections, keys);
         connections = self.connections.to_string();
         let mut arguments = vec![
             match self.server {
-                Server::Ballast { .. } => "echo",
                 Server::Redis { .. } => "redis",
                 Server::Memcached => "memcached",
+                _ => "echo",
             },
             "--addr",
             &address,
             "--connections",
             &connections,
-            // iptables with many connections stands still for longer.
             "--reply-timeout-ms",
-            "120000",
+            &limit_ms,
         ];
         if let Server::Redis { keys: number } = self.server {
             keys = number.to_string();
             arguments.extend(["--keys", &keys, "--populate", "--verify"]);
         }
-        StrictClient::start(&lab.host(HostName::Client), arguments)
+        Ok(Clients::Strict(StrictClient::start(&host, arguments)?))
+    }
+}
+
+fn stream_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Upload => "bulk upload",
+        Kind::Download => "bulk download",
+        Kind::Storm | Kind::PoliteStorm => "a connection for each request",
+        Kind::BigStorm => "a connection for each megabyte",
+        Kind::HalfClosed => "half-closed connections",
+        Kind::Subscribe => "redis pub/sub",
+    }
+}
+
+/// Who talks to the server, and holds every byte against what is due.
+pub(crate) enum Clients {
+    /// Requests and their replies.
+    Strict(StrictClient),
+    /// Streams.
+    Streams(Running),
+}
+
+/// What clients have seen.
+pub(crate) struct Heard {
+    /// The longest time from a request to its reply; for streams, without a byte.
+    pub gap_us: u64,
+    /// How late the client itself was at worst, where that is known.
+    pub lag_us: u64,
+    /// What was not as it had to be.
+    pub errors: u64,
+    /// The first of it.
+    pub first_errors: Vec<String>,
+}
+
+/// Right replies on every connection before the move, and after it.
+const SETTLED_REPLIES: u64 = 20;
+/// Bytes, or replies, of all streams together.
+const SETTLED_PROGRESS: u64 = 20;
+
+impl Clients {
+    /// Waits until all are served.
+    pub(crate) fn are_served(&mut self, limit: Duration) -> anyhow::Result<()> {
+        match self {
+            Self::Strict(client) => {
+                client.await_progress(SETTLED_REPLIES, limit)?;
+            }
+            Self::Streams(running) => running.goes_on(SETTLED_PROGRESS)?,
+        }
+        Ok(())
+    }
+
+    /// What was before the move is no pause of its.
+    pub(crate) fn begin(&self) {
+        if let Self::Streams(running) = self {
+            running.forget_pauses();
+        }
+    }
+
+    pub(crate) fn stop(self) -> anyhow::Result<Heard> {
+        Ok(match self {
+            Self::Strict(client) => {
+                let verdict = client.stop()?;
+                let wrong = !verdict.is_clean();
+                Heard {
+                    gap_us: verdict.worst_gap_us,
+                    lag_us: verdict.client_lag_us,
+                    errors: verdict.errors.max(u64::from(wrong)),
+                    first_errors: verdict
+                        .first_errors
+                        .iter()
+                        .map(|error| format!("{error:?}"))
+                        .collect(),
+                }
+            }
+            Self::Streams(running) => {
+                let verdict = running.stop();
+                Heard {
+                    gap_us: micros(verdict.longest),
+                    lag_us: 0,
+                    errors: u64::try_from(verdict.failures.len())?,
+                    first_errors: verdict.failures,
+                }
+            }
+        })
     }
 }

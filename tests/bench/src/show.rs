@@ -7,10 +7,12 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::Context as _;
+use migrate_gate::Direction;
+use migrate_gate::cost::{Case, PacketCost};
 use plotters::prelude::*;
 
 use crate::method::Method;
-use crate::record::{Run, Spread};
+use crate::record::{Run, Spread, Tcp};
 use crate::scenario::{Scenario, Server};
 use crate::suite::Suite;
 
@@ -23,9 +25,9 @@ pub(crate) fn line(run: &Run) -> String {
     match &run.failure {
         Some(why) => format!("{what}: FAILED: {why}"),
         None => format!(
-            "{what}: client gap {} ms, {} retransmissions",
+            "{what}: client gap {} ms, {} segments sent again by the client",
             millis(run.client_gap_us),
-            run.retransmissions
+            run.client_tcp.retransmissions
         ),
     }
 }
@@ -43,13 +45,29 @@ fn spread(runs: &[&Run], value: impl Fn(&Run) -> Option<u64>) -> Option<Spread> 
     Spread::of(runs.iter().filter_map(|run| value(run)))
 }
 
+/// Columns of a suite's table behind those that name the row.
+const COLUMNS: [&str; 12] = [
+    "client gap median (p99, max), ms",
+    "ratio",
+    "blackout median, ms",
+    "gap beyond the blackout median, ms",
+    "frozen median, ms",
+    "gate closed in median, µs",
+    "sent median, MB",
+    "held (dropped) median",
+    "sent again: client, hosts",
+    "timers: client, hosts",
+    "RST: client, hosts",
+    "took median, ms",
+];
+
 /// The Markdown table of a suite.
 pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]) -> String {
     let mut text = format!(
-        "### {}\n\n\
-         | scenario | method | runs | client gap median (p99, max), ms | ratio | blackout median, ms | frozen median, ms | gate closed in median, µs | sent median, MB | retransmissions median |\n\
-         |---|---|---|---|---|---|---|---|---|---|\n",
-        suite.title()
+        "### {}\n\n| scenario | method | runs | {} |\n|---|---|---|{}\n",
+        suite.title(),
+        COLUMNS.join(" | "),
+        "---|".repeat(COLUMNS.len()),
     );
     for (scenario, methods) in plan {
         let mut first = None;
@@ -63,51 +81,131 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
                 .copied()
                 .filter(|run| run.failure.is_none())
                 .collect();
-            let Some(gap) = spread(&good, |run| Some(run.client_gap_us)) else {
-                if !of_both.is_empty() {
-                    let _ = writeln!(
-                        text,
-                        "| {} | {} | {} | all failed | | | | | | |",
-                        scenario.name(),
-                        method.name(),
-                        of_both.len()
-                    );
+            let (cells, count) = match row(&good, &mut first) {
+                Some(cells) if good.len() < of_both.len() => {
+                    let failed = of_both.len() - good.len();
+                    (
+                        cells.join(" | "),
+                        format!("{} ({failed} failed)", good.len()),
+                    )
                 }
-                continue;
+                Some(cells) => (cells.join(" | "), good.len().to_string()),
+                None => match of_both.iter().find_map(|run| run.failure.as_deref()) {
+                    Some(why) => (
+                        format!(
+                            "failed: {}{}",
+                            in_a_cell(why),
+                            " |".repeat(COLUMNS.len() - 1)
+                        ),
+                        of_both.len().to_string(),
+                    ),
+                    None => continue,
+                },
             };
-            let base = *first.get_or_insert(gap.median.max(1));
-            let tenths = gap.median * 10 / base;
-            let mut count = good.len().to_string();
-            if good.len() < of_both.len() {
-                let _ = write!(count, " ({} failed)", of_both.len() - good.len());
-            }
-            let own =
-                |value: Option<Spread>| value.map_or_else(|| "-".into(), |s| millis(s.median));
-            let closed = spread(&good, |run| run.report.as_ref()?.gate_close_us);
-            let sent = spread(&good, |run| Some(run.report.as_ref()?.bytes));
             let _ = writeln!(
                 text,
-                "| {} | {} | {count} | {} ({}, {}) | {}.{} | {} | {} | {} | {} | {} |",
+                "| {} | {} | {count} | {cells} |",
                 scenario.name(),
-                method.name(),
-                millis(gap.median),
-                millis(gap.p99),
-                millis(gap.max),
-                tenths / 10,
-                tenths % 10,
-                own(spread(&good, Run::blackout_us)),
-                own(spread(&good, |run| Some(run.report.as_ref()?.frozen_us))),
-                closed.map_or_else(|| "-".into(), |s| s.median.to_string()),
-                sent.map_or_else(|| "-".into(), |s| (s.median / 1_000_000).to_string()),
-                spread(&good, |run| Some(run.retransmissions)).map_or(0, |s| s.median),
+                method.name()
             );
         }
     }
     text
 }
 
+/// The cells of [`COLUMNS`]; none without a run that went well. `first` is the
+/// median gap with which the ratio is made.
+fn row(good: &[&Run], first: &mut Option<u64>) -> Option<Vec<String>> {
+    let gap = spread(good, |run| Some(run.client_gap_us))?;
+    let base = *first.get_or_insert(gap.median.max(1));
+    let tenths = gap.median * 10 / base;
+    let dash = || "-".to_owned();
+    let ms = |value: fn(&Run) -> Option<u64>| {
+        spread(good, value).map_or_else(dash, |s| millis(s.median))
+    };
+    let number = |value: fn(&Run) -> Option<u64>| {
+        spread(good, value).map_or_else(dash, |s| s.median.to_string())
+    };
+    let both = |value: fn(&Tcp) -> u64| {
+        let median =
+            |of: fn(&Run) -> Tcp| spread(good, |run| Some(value(&of(run)))).map_or(0, |s| s.median);
+        format!(
+            "{}, {}",
+            median(|run| run.client_tcp),
+            median(|run| run.hosts_tcp)
+        )
+    };
+    let closed = spread(good, |run| run.report.as_ref()?.gate_close_ns);
+    let held = number(|run| Some(run.report.as_ref()?.held_packets));
+    let dropped = number(|run| Some(run.report.as_ref()?.dropped_packets));
+    Some(vec![
+        format!(
+            "{} ({}, {})",
+            millis(gap.median),
+            millis(gap.p99),
+            millis(gap.max)
+        ),
+        format!("{}.{}", tenths / 10, tenths % 10),
+        ms(Run::blackout_us),
+        ms(|run| Some(run.client_gap_us.saturating_sub(run.blackout_us()?))),
+        ms(|run| Some(run.report.as_ref()?.frozen_us)),
+        closed.map_or_else(dash, |s| {
+            format!("{}.{}", s.median / 1000, s.median % 1000 / 100)
+        }),
+        number(|run| Some(run.report.as_ref()?.bytes / 1_000_000)),
+        format!("{held} ({dropped})"),
+        both(|tcp| tcp.retransmissions),
+        both(|tcp| tcp.timeouts),
+        both(|tcp| tcp.resets),
+        ms(|run| Some(run.took_us)),
+    ])
+}
+
+/// The first line of a text, without what would end a cell.
+fn in_a_cell(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    line.chars()
+        .filter(|&c| c != '|')
+        .take(FAILURE_CHARS)
+        .collect()
+}
+
+/// Of a failure's text, in a table.
+const FAILURE_CHARS: usize = 160;
+
+/// What the open gate takes for a packet, as a table.
+pub(crate) fn packet_costs(costs: &[PacketCost]) -> String {
+    let mut text = String::from(
+        "A packet at the open gate, mean of a million runs by the kernel (`BPF_PROG_TEST_RUN`), ns:\n\n\
+         | connections known | packet | ingress | egress |\n|---|---|---|---|\n",
+    );
+    for pair in costs.chunks(2) {
+        let ns = |direction| {
+            let cost = pair.iter().find(|cost| cost.direction == direction);
+            cost.map_or_else(|| "-".to_owned(), |cost| cost.ns.to_string())
+        };
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} |",
+            pair[0].flows,
+            match pair[0].case {
+                Case::Foreign => "not the tree's",
+                Case::Tracked => "the tree's",
+                Case::Watched => "the tree's, shortly before the blackout",
+            },
+            ns(Direction::Ingress),
+            ns(Direction::Egress),
+        );
+    }
+    text
+}
+
 /// Writes `benchmarks.md` and its plots.
-pub(crate) fn write_docs(directory: &Path, measured: &[Measured]) -> anyhow::Result<()> {
+pub(crate) fn write_docs(
+    directory: &Path,
+    measured: &[Measured],
+    costs: &[PacketCost],
+) -> anyhow::Result<()> {
     let plots = directory.join("benchmarks");
     fs::create_dir_all(&plots).with_context(|| format!("make {}", plots.display()))?;
     let mut text = format!(
@@ -117,7 +215,9 @@ pub(crate) fn write_docs(directory: &Path, measured: &[Measured]) -> anyhow::Res
          Every run has hosts of its own; methods take turns. The client holds every reply\n\
          against its request; the *client gap* is the longest time from a request to its reply. *Ratio* is the median gap over that of the first method. Stock is\n\
          `criu dump` and `criu restore` with everything done well: warm, images on tmpfs, copied\n\
-         from memory to memory, the new place announced at once. Figures of one machine that\n\
+         from memory to memory, the new place announced at once. *Sent again*, *timers* and *RST* are\n\
+         what the kernels counted in a run (`RetransSegs`, `TCPTimeouts`, `OutRsts`), medians; on\n\
+         the hosts the connections that carry memory count too. Figures of one machine that\n\
          others use too: read the ratios.\n\n",
         command_line(),
         machine(),
@@ -125,6 +225,10 @@ pub(crate) fn write_docs(directory: &Path, measured: &[Measured]) -> anyhow::Res
     for (suite, plan, runs) in measured {
         text += &table(*suite, plan, runs);
         text += "\n";
+        if *suite == Suite::Gate {
+            text += &packet_costs(costs);
+            text += "\n";
+        }
         for (name, title, axis, series) in plots_of(*suite, runs, plan) {
             let file = format!("{name}.svg");
             plot(&plots.join(&file), title, axis, &series)
@@ -215,7 +319,7 @@ fn plots_of(
             "connections",
             series,
         )],
-        Suite::Stores => Vec::new(),
+        Suite::Traffic | Suite::Stores => Vec::new(),
     }
 }
 

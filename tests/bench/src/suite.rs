@@ -1,5 +1,7 @@
 //! Which scenarios are moved by which methods.
 
+use migrate_tests::streams::Kind;
+
 use crate::method::Method;
 use crate::scenario::{Scenario, Server};
 
@@ -10,6 +12,8 @@ pub(crate) enum Suite {
     Memory,
     /// Connections and ways to keep packets from the tree.
     Gate,
+    /// Ways to talk.
+    Traffic,
     /// Data stores as people have them.
     Stores,
 }
@@ -17,34 +21,70 @@ pub(crate) enum Suite {
 const OURS: Method = Method::Ours {
     name: "migrate",
     options: &[],
+    lossy: false,
 };
 const FULL: Method = Method::Ours {
     name: "migrate, engine full",
     options: &["--engine", "full"],
+    lossy: false,
 };
-/// The locks to compare with the gate; not `skip`, with which requests are lost
-/// and their client waits for ever.
+/// What to compare the gate that holds with.
+const WITH_DROP: Method = Method::Ours {
+    name: "migrate, gate drops",
+    options: &["--network-lock", "drop"],
+    lossy: false,
+};
 const WITH_NFTABLES: Method = Method::Ours {
     name: "migrate, nftables",
     options: &["--network-lock", "nftables"],
+    lossy: false,
 };
 const WITH_IPTABLES: Method = Method::Ours {
     name: "migrate, iptables",
     options: &["--network-lock", "iptables"],
+    lossy: false,
 };
-const STOCK_NFTABLES: Method = Method::Stock { lock: "nftables" };
-const STOCK_IPTABLES: Method = Method::Stock { lock: "iptables" };
+const STOCK_NFTABLES: Method = Method::Stock {
+    lock: "nftables",
+    lossy: false,
+};
+const STOCK_IPTABLES: Method = Method::Stock {
+    lock: "iptables",
+    lossy: false,
+};
+/// Requests are lost with them: what comes of a run is for the table to say.
+const WITH_SKIP: Method = Method::Ours {
+    name: "migrate, skip",
+    options: &["--network-lock", "skip"],
+    lossy: true,
+};
+const STOCK_SKIP: Method = Method::Stock {
+    lock: "skip",
+    lossy: true,
+};
 
 /// Beyond this many connections iptables takes seconds for each hundred.
-const IPTABLES_CONNECTIONS_MAX: u16 = 200;
+const IPTABLES_CONNECTIONS_MAX: u16 = 1000;
+const IPTABLES_CONNECTIONS_MAX_QUICK: u16 = 200;
+
+/// Servers and how many talk to each.
+const TRAFFIC: [(Server, u16); 6] = [
+    (Server::EchoV6, 10),
+    (Server::Streams(Kind::Upload), 2),
+    (Server::Streams(Kind::Download), 2),
+    (Server::Streams(Kind::Subscribe), 5),
+    (Server::Streams(Kind::Storm), 2),
+    (Server::Streams(Kind::HalfClosed), 2),
+];
 
 impl Suite {
-    pub(crate) const ALL: [Self; 3] = [Self::Memory, Self::Gate, Self::Stores];
+    pub(crate) const ALL: [Self; 4] = [Self::Memory, Self::Gate, Self::Traffic, Self::Stores];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Memory => "memory",
             Self::Gate => "gate",
+            Self::Traffic => "traffic",
             Self::Stores => "stores",
         }
     }
@@ -53,6 +93,7 @@ impl Suite {
         match self {
             Self::Memory => "Memory and how fast it changes",
             Self::Gate => "Connections",
+            Self::Traffic => "Ways to talk",
             Self::Stores => "Data stores",
         }
     }
@@ -100,14 +141,34 @@ impl Suite {
                             server: Server::Memcached,
                             connections,
                         };
-                        let mut methods = vec![OURS, WITH_NFTABLES, STOCK_NFTABLES];
-                        if connections <= IPTABLES_CONNECTIONS_MAX {
+                        let mut methods = vec![OURS, WITH_DROP, WITH_NFTABLES, STOCK_NFTABLES];
+                        let most = if quick {
+                            IPTABLES_CONNECTIONS_MAX_QUICK
+                        } else {
+                            methods.extend([WITH_SKIP, STOCK_SKIP]);
+                            IPTABLES_CONNECTIONS_MAX
+                        };
+                        if connections <= most {
                             methods.extend([WITH_IPTABLES, STOCK_IPTABLES]);
                         }
                         (scenario, methods)
                     })
                     .collect()
             }
+            Self::Traffic => TRAFFIC
+                .iter()
+                .map(|&(server, connections)| {
+                    let scenario = Scenario {
+                        server,
+                        connections,
+                    };
+                    let mut methods = vec![OURS, STOCK_NFTABLES];
+                    if !quick {
+                        methods.push(WITH_DROP);
+                    }
+                    (scenario, methods)
+                })
+                .collect(),
             Self::Stores => vec![(
                 Scenario {
                     server: Server::Redis { keys: 100_000 },

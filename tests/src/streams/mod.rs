@@ -147,6 +147,12 @@ impl Running {
         }
     }
 
+    /// Forgets how long nothing came so far: the start of a connection is no
+    /// pause of the server's.
+    pub fn forget_pauses(&self) {
+        self.seen.longest_us.store(0, Ordering::Relaxed);
+    }
+
     /// Ends them in peace.
     #[must_use]
     pub fn stop(mut self) -> Verdict {

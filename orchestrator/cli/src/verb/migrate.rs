@@ -56,10 +56,10 @@ pub struct TreeArgs {
     /// read and compared, also of the frozen tree (full); auto takes the best that works
     #[arg(long, value_name = "auto|uffd|full", value_enum, default_value_t = EngineName::Auto)]
     pub engine: EngineName,
-    /// What keeps peers' packets from the frozen tree, to compare: our gate, which holds them;
-    /// CRIU by nftables or iptables, which drops them; or nothing (skip), which loses what peers
-    /// send meanwhile
-    #[arg(long, value_name = "gate|nftables|iptables|skip", value_enum, default_value_t = LockName::Gate)]
+    /// What keeps peers' packets from the frozen tree, to compare: our gate, which holds them, or
+    /// drops them (drop); CRIU by nftables or iptables, which drops them; or nothing (skip), which
+    /// loses what peers send meanwhile
+    #[arg(long, value_name = "gate|drop|nftables|iptables|skip", value_enum, default_value_t = LockName::Gate)]
     pub network_lock: LockName,
 }
 
@@ -166,6 +166,8 @@ impl From<EngineName> for EngineChoice {
 pub enum LockName {
     /// The gate holds packets.
     Gate,
+    /// The gate drops them.
+    Drop,
     /// CRIU drops them.
     Nftables,
     /// CRIU drops them.
@@ -178,6 +180,7 @@ impl From<LockName> for NetworkLock {
     fn from(name: LockName) -> Self {
         match name {
             LockName::Gate => Self::Gate,
+            LockName::Drop => Self::Drop,
             LockName::Nftables => Self::Nftables,
             LockName::Iptables => Self::Iptables,
             LockName::Skip => Self::Skip,

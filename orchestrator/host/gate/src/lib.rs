@@ -69,6 +69,7 @@
 //! otherwise the kernel leaves the tracing out of the programs.
 
 mod bpffs;
+pub mod cost;
 mod error;
 mod flows;
 mod hold;
@@ -102,7 +103,7 @@ pub use crate::error::GateError;
 pub use crate::flows::{FlowActivity, FlowCount};
 use crate::hold::Hold;
 pub use crate::hold::frame::{FRAME_BYTES_MAX, FrameError};
-pub use crate::hold::{HeldPacket, HeldPackets, HeldStats, HoldOptions};
+pub use crate::hold::{HeldPacket, HeldPackets, HeldStats, HoldOptions, without_repeats};
 use crate::owner::Owner;
 use crate::sys::DeviceKind;
 use crate::tables::Tables;

@@ -258,6 +258,15 @@ fn costs_per_packet() {
     cost(&mut programs, "closed, with a lease");
 }
 
+/// It refuses a frame that the gate takes for somebody else's.
+#[test]
+fn the_benchmark_measures_flows_of_the_tree() {
+    needs_root!("the_benchmark_measures_flows_of_the_tree");
+    let costs = crate::cost::open_gate(100).unwrap();
+    assert_eq!(costs.len(), 6);
+    assert!(costs.iter().all(|cost| cost.ns > 0), "{costs:?}");
+}
+
 #[test]
 fn ingress_closes_before_egress() {
     needs_root!("ingress_closes_before_egress");

@@ -10,9 +10,7 @@ use bytes::Bytes;
 use migrate_channel::{ChannelError, Sender};
 use migrate_core::late::LateError;
 use migrate_core::report::counted;
-use migrate_core::wire::{
-    ImagePiece, Message, NetworkLock, PAGE_BYTES, PageDigest, PageOwner, PageRun,
-};
+use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageDigest, PageOwner, PageRun};
 use migrate_criu::{CriuError, DumpOptions, Notice, PARENT, PageSink, PageStats, serve_pages};
 use migrate_memory::{ContentPrecopy, FrozenSegments, Listed, MemoryError};
 
@@ -71,7 +69,7 @@ impl Migration {
         // nothing reaches the tree any more. What it still says gets out: an
         // answer lost now would be sent again by the restored socket only
         // after 3 s, for that has no idea of the round-trip time.
-        let gate_locks = self.request.choices.lock == NetworkLock::Gate;
+        let gate_locks = self.request.choices.lock.is_gate();
         let closing = Instant::now();
         if let Some(gate) = self.gate().filter(|_| gate_locks) {
             gate.close_ingress()?;

@@ -22,7 +22,7 @@ use migrate_core::journal::Stage;
 use migrate_core::protocol::Machine as _;
 use migrate_core::protocol::source::{Event, Step};
 use migrate_core::report::{Continuity, FlowSeen};
-use migrate_core::wire::{Message, NetworkLock};
+use migrate_core::wire::Message;
 use migrate_criu::{Notice, Session};
 use migrate_gate::Gate;
 
@@ -74,7 +74,7 @@ impl Migration {
         }
         self.end().await?;
         if let Some(gate) = self.gate() {
-            if self.request.choices.lock != NetworkLock::Gate {
+            if !self.request.choices.lock.is_gate() {
                 // From here on nothing on this host may answer, whoever locked
                 // the network so far.
                 gate.close()?;

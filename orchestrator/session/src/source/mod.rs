@@ -856,7 +856,7 @@ impl Migration {
             held_packets: self.counted.held_ingress_packets + self.running.held_packets,
             dropped_packets: crate::dropped_packets(&self.counted) + self.running.dropped_packets,
             rst_sent: self.counted.rst_sent + self.running.rst_sent,
-            gate_close_us: self.gate_closed_in.map(micros),
+            gate_close_ns: self.gate_closed_in.map(nanos),
             total_us: micros(self.begun.elapsed()),
             continuity: self.continuity.clone(),
             precopy: self.precopy_rounds.clone(),
@@ -925,6 +925,10 @@ fn detach(gate: Arc<Gate>) -> Result<(), String> {
 
 pub(crate) fn micros(span: Duration) -> u64 {
     u64::try_from(span.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn nanos(span: Duration) -> u64 {
+    u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A step needed something that an earlier step has not made: a defect.

@@ -73,7 +73,7 @@ impl Migration {
             (NetworkLock::Gate, Some(reason)) => self
                 .reporter
                 .warn(format!("packets are dropped, not held: {reason}")),
-            (NetworkLock::Nftables | NetworkLock::Iptables, _) => self
+            (NetworkLock::Nftables | NetworkLock::Iptables | NetworkLock::Drop, _) => self
                 .reporter
                 .warn("packets are dropped, not held: peers send them again after 200 ms or more"),
             (NetworkLock::Skip, _) => self.reporter.warn(

@@ -123,6 +123,45 @@ pub(crate) fn segment_of(frame: &[u8], direction: Direction) -> Option<(FlowKey,
     }
 }
 
+/// What a segment says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Said {
+    /// The number of its first byte.
+    pub(crate) sequence: u32,
+    /// How many bytes it has, its stream's end (FIN) as one.
+    pub(crate) length: u32,
+    /// What it acknowledges, and the window.
+    pub(crate) acknowledged: [u8; 6],
+}
+
+/// What a segment of an established connection says; `None` for one that opens
+/// or resets it, and for what is not a whole packet without tags and extension
+/// headers.
+pub(crate) fn said(frame: &[u8], direction: Direction) -> Option<(FlowKey, Said)> {
+    let (key, segment) = segment_of(frame, direction)?;
+    let packet = frame.get(OFFLOAD_BYTES..)?;
+    let [high, low] = packet.load::<2>(12)?;
+    let ip = read_ip(packet, ETHERNET_BYTES, u16::from_be_bytes([high, low])).ok()?;
+    let ip_bytes = if ip.is_v4 { 20 } else { 40 };
+    if ip.is_fragment || ip.tcp != ETHERNET_BYTES + ip_bytes {
+        return None;
+    }
+    let tcp = packet.load::<TCP_HEADER_BYTES_MIN>(ip.tcp)?;
+    let unusual = segment.flags & !(TCP_FIN | TCP_PSH | TCP_ACK);
+    if unusual != 0 || segment.flags & TCP_ACK == 0 {
+        return None;
+    }
+    let ends = u32::from(segment.flags & TCP_FIN != 0);
+    Some((
+        key,
+        Said {
+            sequence: segment.sequence,
+            length: segment.payload_bytes.checked_add(ends)?,
+            acknowledged: [tcp[8], tcp[9], tcp[10], tcp[11], tcp[14], tcp[15]],
+        },
+    ))
+}
+
 /// Gives a frame a new destination address.
 pub(crate) fn set_destination(frame: &mut [u8], hardware_address: [u8; 6]) {
     if let Some(destination) = frame.get_mut(OFFLOAD_BYTES..OFFLOAD_BYTES + 6) {
@@ -132,6 +171,7 @@ pub(crate) fn set_destination(frame: &mut [u8], hardware_address: [u8; 6]) {
 
 const TCP_FIN: u8 = 0x01;
 const TCP_RST: u8 = 0x04;
+const TCP_PSH: u8 = 0x08;
 const TCP_ACK: u8 = 0x10;
 
 /// The acknowledgement of the end (FIN) in a sound frame that was received,

@@ -26,6 +26,7 @@
 //! and is taken out again when the frame comes back.
 
 pub(crate) mod frame;
+mod repeat;
 mod store;
 mod tap;
 
@@ -53,6 +54,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::Notify;
 
 use self::frame::FRAME_BYTES_MAX;
+pub use self::repeat::without_repeats;
 use self::store::Store;
 use self::tap::Tap;
 use crate::flows::flow;
