@@ -17,15 +17,17 @@ mod suite;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use clap::Parser;
 use method::Method;
 use migrate_gate::cost;
 use migrate_test_hosts::{Lab, LabGuard};
-use record::{Run, Store, Tcp, micros, tcp};
-use scenario::Scenario;
+use record::{Run, Served, Store, Tcp, micros, served_in_rounds, tcp};
+use scenario::{Clients, Scenario};
 use suite::Suite;
 
 /// For clients to be served: a connection among many asks once a second, and stock CRIU with
@@ -99,7 +101,14 @@ fn bench(arguments: &Arguments) -> anyhow::Result<usize> {
             plan.retain(|(scenario, _)| scenario.name().contains(text.as_str()));
         }
         let made = store.made();
+        if let Some(why) = suite.leaves_out(arguments.quick) {
+            eprintln!("{why}");
+        }
         for (scenario, methods) in &plan {
+            if let Some(why) = scenario.does_not_fit()? {
+                eprintln!("{}: left out, {why}", scenario.name());
+                continue;
+            }
             // A B A B: what drifts on the machine meets all methods alike.
             for number in 1..=runs {
                 for method in methods {
@@ -147,6 +156,7 @@ fn measure(suite: Suite, scenario: Scenario, method: Method, number: u32) -> Run
         took_us: 0,
         client_tcp: Tcp::default(),
         hosts_tcp: Tcp::default(),
+        served_in_rounds_percent: None,
         report: None,
         failure: None,
     };
@@ -164,10 +174,18 @@ fn migrate(scenario: Scenario, method: Method, run: &mut Run) -> anyhow::Result<
     let prepared = method.prepare(&lab)?;
     let (client_before, hosts_before) = tcp(&lab)?;
     clients.begin();
-    let moved = method.perform(&lab, pid, prepared);
+    let perform = || method.perform(&lab, pid, prepared);
+    let (moved, seen) = if scenario.is_pressed() {
+        watched(&mut clients, perform)?
+    } else {
+        (perform(), Vec::new())
+    };
     if let Ok((took, report)) = &moved {
         run.took_us = micros(*took);
         run.report.clone_from(report);
+        run.served_in_rounds_percent = report
+            .as_ref()
+            .and_then(|report| served_in_rounds(&seen, report));
     }
     // One that has lost a request waits for its limit and ends.
     let served = clients.are_served(method.reply_limit() * 3 / 2);
@@ -185,4 +203,39 @@ fn migrate(scenario: Scenario, method: Method, run: &mut Run) -> anyhow::Result<
     );
     served?;
     Ok(())
+}
+
+/// How long clients are watched before the move, to know what they get then.
+const WATCHED_BEFORE: Duration = Duration::from_secs(1);
+
+/// How often clients are asked how many replies they had.
+const WATCHED_EVERY: Duration = Duration::from_millis(5);
+
+/// Does something while it counts what clients get, which begins before.
+fn watched<T>(clients: &mut Clients, work: impl FnOnce() -> T) -> anyhow::Result<(T, Vec<Served>)> {
+    thread::scope(|scope| {
+        let (done, is_done) = mpsc::channel::<()>();
+        let watching = scope.spawn(move || {
+            let mut seen = Vec::new();
+            loop {
+                let requests = clients.replies()?;
+                let at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+                seen.push(Served {
+                    at_us: micros(at),
+                    requests,
+                });
+                // Its end stands for the word as well.
+                if is_done.recv_timeout(WATCHED_EVERY) != Err(RecvTimeoutError::Timeout) {
+                    return anyhow::Ok(seen);
+                }
+            }
+        });
+        thread::sleep(WATCHED_BEFORE);
+        let worked = work();
+        drop(done);
+        let seen = watching
+            .join()
+            .map_err(|_| anyhow::anyhow!("the watch panicked"))??;
+        Ok((worked, seen))
+    })
 }

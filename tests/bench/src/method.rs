@@ -126,6 +126,17 @@ pub(crate) fn criu() -> String {
     })
 }
 
+/// Whether the kernel marks the pages that are written, as CRIU's own rounds
+/// need it (`CONFIG_MEM_SOFT_DIRTY`).
+pub(crate) fn marks_soft_dirty() -> bool {
+    Command::new(criu())
+        .args(["check", "--feature", "mem_dirty_track"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
 fn run(host: &Host, script: &str) -> anyhow::Result<()> {
     let output = host.exec(["sh", "-c", script])?;
     ensure!(

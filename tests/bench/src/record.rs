@@ -34,6 +34,9 @@ pub(crate) struct Run {
     /// What the kernels of both hosts counted, for the connections that carry
     /// memory as well.
     pub hosts_tcp: Tcp,
+    /// Requests answered in a second of the rounds, in percent of those in a
+    /// second before; only where clients ask as fast as they can.
+    pub served_in_rounds_percent: Option<u64>,
     /// This product's own figures.
     pub report: Option<Report>,
     /// Why there are no figures.
@@ -55,6 +58,44 @@ impl Run {
     pub(crate) fn blackout_us(&self) -> Option<u64> {
         Some(self.report.as_ref()?.blackout.total_us())
     }
+
+    /// Bytes of pages in a second of the round that has sent most, reading them
+    /// included.
+    pub(crate) fn stream_bytes_per_s(&self) -> Option<u64> {
+        let rounds = &self.report.as_ref()?.precopy;
+        let most = rounds.iter().max_by_key(|round| round.bytes)?;
+        per_second(most.bytes, most.took_us)
+    }
+}
+
+/// How much of something there was in a second.
+fn per_second(amount: u64, us: u64) -> Option<u64> {
+    u64::try_from(u128::from(amount) * 1_000_000 / u128::from(us.max(1))).ok()
+}
+
+/// How many requests had been answered at a time, in microseconds since 1970.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Served {
+    pub at_us: u64,
+    pub requests: u64,
+}
+
+/// Requests answered in a second of the rounds, in percent of those in a second
+/// before the migration; none when there were no rounds to look at.
+pub(crate) fn served_in_rounds(seen: &[Served], report: &Report) -> Option<u64> {
+    let began_us = report.began_unix_ms * 1000;
+    let rounds = report.phases.iter().find(|phase| phase.name == "precopy")?;
+    let start_us = began_us.saturating_add_signed(rounds.start_us);
+    let rate = |from_us: u64, to_us: u64| {
+        let mut within = seen
+            .iter()
+            .filter(|seen| (from_us..=to_us).contains(&seen.at_us));
+        let (first, last) = (within.next()?, within.next_back()?);
+        per_second(last.requests - first.requests, last.at_us - first.at_us)
+    };
+    let before = rate(0, began_us)?;
+    let meanwhile = rate(start_us, start_us + rounds.took_us)?;
+    meanwhile.checked_mul(100)?.checked_div(before)
 }
 
 /// Runs on disk.
@@ -193,7 +234,34 @@ pub(crate) fn micros(duration: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use migrate_core::timeline::Span;
+
     use super::*;
+
+    #[test]
+    fn a_slower_client_is_seen_as_one() {
+        let seen = |at_us, requests| Served { at_us, requests };
+        let report = Report {
+            began_unix_ms: 1000,
+            phases: vec![Span {
+                name: "precopy".to_owned(),
+                start_us: 500_000,
+                took_us: 1_000_000,
+            }],
+            ..Report::default()
+        };
+        // 1000 a second before, 800 a second in the rounds, none in the freeze.
+        let all = [
+            seen(0, 0),
+            seen(900_000, 900),
+            seen(1_500_000, 1300),
+            seen(2_400_000, 2020),
+            seen(3_000_000, 2020),
+        ];
+        assert_eq!(served_in_rounds(&all, &report), Some(80));
+        assert_eq!(served_in_rounds(&all[..3], &report), None);
+        assert_eq!(served_in_rounds(&all, &Report::default()), None);
+    }
 
     #[test]
     fn counters_are_found_by_name() {

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use migrate_test_hosts::{HostName, Lab, WORKLOAD_V4, WORKLOAD_V6};
 use migrate_tests::client::{StrictClient, program};
 use migrate_tests::hosts::{eventually, listens};
@@ -30,6 +31,8 @@ pub(crate) enum Server {
     },
     /// redis with so many short keys.
     Redis { keys: u32 },
+    /// The same, whose clients ask again as soon as they have their reply.
+    PressedRedis { keys: u32 },
     /// memcached, empty: all that counts is its connections.
     Memcached,
     /// `echo-server` on the workload's IPv6 address.
@@ -42,7 +45,7 @@ impl Server {
     const fn port(self) -> u16 {
         match self {
             Self::Ballast { .. } | Self::EchoV6 => 7000,
-            Self::Redis { .. } | Self::Streams(Kind::Subscribe) => 6379,
+            Self::Redis { .. } | Self::PressedRedis { .. } | Self::Streams(Kind::Subscribe) => 6379,
             Self::Streams(_) => 7100,
             Self::Memcached => 11211,
         }
@@ -72,17 +75,19 @@ impl Server {
                 program("echo-server").to_string_lossy().into_owned(),
                 self.address().to_string(),
             ],
-            Self::Redis { .. } | Self::Streams(Kind::Subscribe) => words(&[
-                "redis-server",
-                "--bind",
-                &address,
-                "--save",
-                "",
-                "--protected-mode",
-                "no",
-                "--dir",
-                "/srv",
-            ]),
+            Self::Redis { .. } | Self::PressedRedis { .. } | Self::Streams(Kind::Subscribe) => {
+                words(&[
+                    "redis-server",
+                    "--bind",
+                    &address,
+                    "--save",
+                    "",
+                    "--protected-mode",
+                    "no",
+                    "--dir",
+                    "/srv",
+                ])
+            }
             Self::Streams(_) => vec![
                 program("stream-server").to_string_lossy().into_owned(),
                 self.address().to_string(),
@@ -112,10 +117,41 @@ impl Scenario {
                 dirty_mb_per_s,
             } => format!("{resident_mib} MiB, {dirty_mb_per_s} MB/s, {many} conn"),
             Server::Redis { keys } => format!("redis {keys} keys, {many} conn"),
+            Server::PressedRedis { keys } => {
+                format!("redis {keys} keys, {many} conn without a pause")
+            }
             Server::Memcached => format!("memcached, {many} conn"),
             Server::EchoV6 => format!("echo over IPv6, {many} conn"),
             Server::Streams(kind) => format!("{}, {many} at a time", stream_name(kind)),
         }
+    }
+
+    /// Why this machine cannot measure it: the tree, what has come of it and the
+    /// copy are in memory at the same time, all of them here.
+    pub(crate) fn does_not_fit(&self) -> anyhow::Result<Option<String>> {
+        /// Those three, and some room for everything else.
+        const TIMES: u64 = 4;
+        let Server::Ballast { resident_mib, .. } = self.server else {
+            return Ok(None);
+        };
+        let text = std::fs::read_to_string("/proc/meminfo")?;
+        let available_kb: u64 = text
+            .lines()
+            .find_map(|line| {
+                line.strip_prefix("MemAvailable:")?
+                    .split_whitespace()
+                    .next()
+            })
+            .context("no MemAvailable in /proc/meminfo")?
+            .parse()?;
+        let (wanted_mib, available_mib) = (u64::from(resident_mib) * TIMES, available_kb / 1024);
+        Ok((available_mib < wanted_mib)
+            .then(|| format!("it takes {wanted_mib} MiB and {available_mib} MiB are available")))
+    }
+
+    /// Whether its clients show how fast it is.
+    pub(crate) fn is_pressed(&self) -> bool {
+        matches!(self.server, Server::PressedRedis { .. })
     }
 
     /// Starts the server on `host1`; its PID.
@@ -147,7 +183,7 @@ impl Scenario {
         connections = self.connections.to_string();
         let mut arguments = vec![
             match self.server {
-                Server::Redis { .. } => "redis",
+                Server::Redis { .. } | Server::PressedRedis { .. } => "redis",
                 Server::Memcached => "memcached",
                 _ => "echo",
             },
@@ -158,9 +194,13 @@ impl Scenario {
             "--reply-timeout-ms",
             &limit_ms,
         ];
-        if let Server::Redis { keys: number } = self.server {
+        if let Server::Redis { keys: number } | Server::PressedRedis { keys: number } = self.server
+        {
             keys = number.to_string();
             arguments.extend(["--keys", &keys, "--populate", "--verify"]);
+        }
+        if self.is_pressed() {
+            arguments.extend(["--interval-us", "0"]);
         }
         Ok(Clients::Strict(StrictClient::start(&host, arguments)?))
     }
@@ -212,6 +252,14 @@ impl Clients {
             Self::Streams(running) => running.goes_on(SETTLED_PROGRESS)?,
         }
         Ok(())
+    }
+
+    /// How many replies they have had, all together.
+    pub(crate) fn replies(&mut self) -> anyhow::Result<u64> {
+        match self {
+            Self::Strict(client) => Ok(client.snapshot()?.requests),
+            Self::Streams(_) => anyhow::bail!("streams have no replies"),
+        }
     }
 
     /// What was before the move is no pause of its.

@@ -46,7 +46,7 @@ fn spread(runs: &[&Run], value: impl Fn(&Run) -> Option<u64>) -> Option<Spread> 
 }
 
 /// Columns of a suite's table behind those that name the row.
-const COLUMNS: [&str; 12] = [
+const COLUMNS: [&str; 14] = [
     "client gap median (p99, max), ms",
     "ratio",
     "blackout median, ms",
@@ -54,6 +54,8 @@ const COLUMNS: [&str; 12] = [
     "frozen median, ms",
     "gate closed in median, µs",
     "sent median, MB",
+    "stream median, MB/s",
+    "served in rounds median, %",
     "held (dropped) median",
     "sent again: client, hosts",
     "timers: client, hosts",
@@ -153,6 +155,8 @@ fn row(good: &[&Run], first: &mut Option<u64>) -> Option<Vec<String>> {
             format!("{}.{}", s.median / 1000, s.median % 1000 / 100)
         }),
         number(|run| Some(run.report.as_ref()?.bytes / 1_000_000)),
+        number(|run| Some(run.stream_bytes_per_s()? / 1_000_000)),
+        number(|run| run.served_in_rounds_percent),
         format!("{held} ({dropped})"),
         both(|tcp| tcp.retransmissions),
         both(|tcp| tcp.timeouts),
@@ -215,7 +219,9 @@ pub(crate) fn write_docs(
          Every run has hosts of its own; methods take turns. The client holds every reply\n\
          against its request; the *client gap* is the longest time from a request to its reply. *Ratio* is the median gap over that of the first method. Stock is\n\
          `criu dump` and `criu restore` with everything done well: warm, images on tmpfs, copied\n\
-         from memory to memory, the new place announced at once. *Sent again*, *timers* and *RST* are\n\
+         from memory to memory, the new place announced at once. *Stream* is what the round\n\
+         that sends most brings over in a second. *Served in rounds* is what clients who ask\n\
+         without a pause get in a second of the rounds, of what they get before. *Sent again*, *timers* and *RST* are\n\
          what the kernels counted in a run (`RetransSegs`, `TCPTimeouts`, `OutRsts`), medians; on\n\
          the hosts the connections that carry memory count too. Figures of one machine that\n\
          others use too: read the ratios.\n\n",

@@ -2,7 +2,7 @@
 
 use migrate_tests::streams::Kind;
 
-use crate::method::Method;
+use crate::method::{Method, marks_soft_dirty};
 use crate::scenario::{Scenario, Server};
 
 /// A table of the benchmark.
@@ -26,6 +26,17 @@ const OURS: Method = Method::Ours {
 const FULL: Method = Method::Ours {
     name: "migrate, engine full",
     options: &["--engine", "full"],
+    lossy: false,
+};
+const SOFT_DIRTY: Method = Method::Ours {
+    name: "migrate, engine soft-dirty",
+    options: &["--engine", "soft-dirty"],
+    lossy: false,
+};
+/// Hands over as soon as it may, with what is left to follow.
+const POSTCOPY: Method = Method::Ours {
+    name: "migrate, postcopy",
+    options: &["--postcopy", "--max-iterations", "1"],
     lossy: false,
 };
 /// What to compare the gate that holds with.
@@ -98,6 +109,14 @@ impl Suite {
         }
     }
 
+    /// What cannot be measured on this machine, in words.
+    pub(crate) fn leaves_out(self, quick: bool) -> Option<&'static str> {
+        (self == Self::Memory && !quick && !marks_soft_dirty()).then_some(
+            "engine soft-dirty: left out, this kernel does not mark the pages that are written \
+             (CONFIG_MEM_SOFT_DIRTY)",
+        )
+    }
+
     /// Every scenario with its methods, in the order in which they are run.
     pub(crate) fn plan(self, quick: bool) -> Vec<(Scenario, Vec<Method>)> {
         match self {
@@ -122,7 +141,10 @@ impl Suite {
                         };
                         let mut methods = vec![OURS, STOCK_NFTABLES];
                         if !quick {
-                            methods.push(FULL);
+                            methods.extend([FULL, POSTCOPY]);
+                            if marks_soft_dirty() {
+                                methods.push(SOFT_DIRTY);
+                            }
                         }
                         (scenario, methods)
                     })
@@ -169,13 +191,22 @@ impl Suite {
                     (scenario, methods)
                 })
                 .collect(),
-            Self::Stores => vec![(
-                Scenario {
-                    server: Server::Redis { keys: 100_000 },
-                    connections: 20,
-                },
-                vec![OURS, FULL, STOCK_NFTABLES, STOCK_IPTABLES],
-            )],
+            Self::Stores => vec![
+                (
+                    Scenario {
+                        server: Server::Redis { keys: 100_000 },
+                        connections: 20,
+                    },
+                    vec![OURS, FULL, STOCK_NFTABLES, STOCK_IPTABLES],
+                ),
+                (
+                    Scenario {
+                        server: Server::PressedRedis { keys: 300_000 },
+                        connections: 4,
+                    },
+                    vec![OURS],
+                ),
+            ],
         }
     }
 }
