@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use migrate_core::Flow;
 use migrate_core::facts::WindowFacts;
 use migrate_ebpf_common::Direction;
-use migrate_gate::{Gate, GateError, HeldPacket, HeldPackets, HoldOptions, without_repeats};
+use migrate_gate::{Gate, GateError, HeldPacket, HeldPackets, HoldOptions, Repeats};
 
 /// The most that one host ever holds.
 pub(crate) const BYTES_CAP: usize = 256 << 20;
@@ -87,23 +87,26 @@ pub(crate) fn give_back(gate: &Gate, packets: &[HeldPacket]) -> usize {
 const RELEASE_ROUNDS_MAX: usize = 16;
 
 /// Opens a gate in front of sockets that live: `waiting` goes in first, then
-/// what is held. The gate has been told to hold answers, without which nobody
+/// what is held, without what `repeats` knows to be in already. The gate has been told to hold answers, without which nobody
 /// has a reason to send more, so that the last of it is in before the gate
 /// opens: a sender takes for lost what is overtaken, and sends it again.
 pub(crate) fn release(
     gate: &Gate,
     held: &mut Option<HeldPackets>,
     mut waiting: Vec<HeldPacket>,
+    mut repeats: Repeats,
 ) -> Result<(), GateError> {
     let mut answers = Vec::new();
     for _ in 0..RELEASE_ROUNDS_MAX {
         waiting.extend(drain(held));
-        let (inward, outward) = parted(waiting.drain(..));
+        let (mut inward, outward) = parted(waiting.drain(..));
         answers.extend(outward);
         // Acknowledgements may overtake each other.
         let was_last = inward.iter().all(HeldPacket::is_bare);
-        // After seconds most of it has been said before.
-        give_back(gate, &without_repeats(inward));
+        inward.retain(|packet| !repeats.is_repeat(&packet.frame));
+        give_back(gate, &inward);
+        // What comes again from here on may have found no room in its socket.
+        repeats = Repeats::default();
         if was_last {
             break;
         }

@@ -103,7 +103,7 @@ pub use crate::error::GateError;
 pub use crate::flows::{FlowActivity, FlowCount};
 use crate::hold::Hold;
 pub use crate::hold::frame::{FRAME_BYTES_MAX, FrameError};
-pub use crate::hold::{HeldPacket, HeldPackets, HeldStats, HoldOptions, without_repeats};
+pub use crate::hold::{HeldPacket, HeldPackets, HeldStats, HoldOptions, Repeats};
 use crate::owner::Owner;
 use crate::sys::DeviceKind;
 use crate::tables::Tables;

@@ -13,6 +13,7 @@ use migrate_core::journal::Stage;
 use migrate_core::protocol::Machine as _;
 use migrate_core::wire::{Message, RunningReport};
 use migrate_criu::Notice;
+use migrate_gate::Repeats;
 use migrate_net::Placement;
 use migrate_proc::Home;
 
@@ -139,7 +140,7 @@ impl Destination {
             return Err(error.into());
         }
         crate::pause::at("let-go");
-        let mut told = false;
+        let (mut told, mut repeats) = (false, Repeats::default());
         loop {
             match session.next(Self::RESUME_LIMIT).await? {
                 // The sockets live. In the order in which peers have sent:
@@ -147,10 +148,14 @@ impl Destination {
                 Notice::PreResume => {
                     if let Some(gate) = gate {
                         if let Incoming::Messages(inbox) = &mut self.incoming {
-                            held::give_over(gate, &inbox.take_packets(), interface);
+                            // After seconds most of it has been said before.
+                            let mut packets = inbox.take_packets();
+                            packets.retain(|frame| !repeats.is_repeat(frame));
+                            held::give_over(gate, &packets, interface);
                         }
                         let waiting = std::mem::take(&mut waiting);
-                        held::release(gate, &mut self.held, waiting)?;
+                        let repeats = std::mem::take(&mut repeats);
+                        held::release(gate, &mut self.held, waiting, repeats)?;
                     }
                     session.answer(true).await?;
                 }

@@ -40,7 +40,7 @@ use migrate_core::timeline::Span;
 use migrate_core::tracked::Tracked;
 use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice};
 use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
-use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets};
+use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets, Repeats};
 use migrate_memory::{ContentPrecopy, Precopy};
 use migrate_net::{Net, Withdrawn};
 use migrate_proc::{Fence, FenceWatch, HoldDown, Supervisor, TcpSockets, Tree};
@@ -724,7 +724,7 @@ impl Migration {
             waiting.append(&mut self.waiting);
             note(
                 "open the gate",
-                crate::held::release(&gate, &mut self.held, waiting)
+                crate::held::release(&gate, &mut self.held, waiting, Repeats::default())
                     .map_err(|e| crate::error::chain(&e)),
             );
             self.held = None;

@@ -54,7 +54,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::Notify;
 
 use self::frame::FRAME_BYTES_MAX;
-pub use self::repeat::without_repeats;
+pub use self::repeat::Repeats;
 use self::store::Store;
 use self::tap::Tap;
 use crate::flows::flow;

@@ -8,9 +8,8 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use migrate_ebpf_common::FlowKey;
+use migrate_ebpf_common::{Direction, FlowKey};
 
-use super::HeldPacket;
 use super::frame::{Said, said};
 
 /// One unbroken piece of a flow's bytes that has been kept.
@@ -24,17 +23,21 @@ struct Kept {
     acknowledged: [u8; 6],
 }
 
-/// Leaves out segments all bytes of which are in earlier packets of the list,
-/// and which tell nothing else that is new. A network may lose any packet, and
-/// with these nothing is lost. Order stays. All have to go the same way.
-#[must_use]
-pub fn without_repeats(mut packets: Vec<HeldPacket>) -> Vec<HeldPacket> {
-    let mut kept = HashMap::new();
-    packets.retain(|packet| match said(&packet.frame, packet.direction) {
-        Some((key, said)) => !is_repeat(&mut kept, key, &said),
-        None => true,
-    });
-    packets
+/// What peers have said so far in packets that are given to sockets in one go.
+#[derive(Debug, Default)]
+pub struct Repeats(HashMap<FlowKey, Kept>);
+
+impl Repeats {
+    /// Whether a received frame (see [`HeldPacket::frame`]) need not be given to
+    /// the socket, for all of its bytes were in earlier ones and it tells nothing
+    /// else that is new. A network may lose any packet, and with this one nothing
+    /// is lost.
+    ///
+    /// [`HeldPacket::frame`]: crate::HeldPacket::frame
+    pub fn is_repeat(&mut self, frame: &[u8]) -> bool {
+        said(frame, Direction::Ingress)
+            .is_some_and(|(key, said)| is_repeat(&mut self.0, key, &said))
+    }
 }
 
 fn is_repeat(kept: &mut HashMap<FlowKey, Kept>, key: FlowKey, said: &Said) -> bool {
@@ -70,8 +73,6 @@ fn is_repeat(kept: &mut HashMap<FlowKey, Kept>, key: FlowKey, said: &Said) -> bo
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-    use migrate_ebpf_common::Direction;
     use proptest::prelude::*;
 
     use super::*;
@@ -80,7 +81,7 @@ mod tests {
     const FIN: u8 = 0x01;
     const SYN: u8 = 0x02;
 
-    fn packet(port: u16, sequence: u32, flags: u8, acknowledged: u32, length: u16) -> HeldPacket {
+    fn packet(port: u16, sequence: u32, flags: u8, acknowledged: u32, length: u16) -> Vec<u8> {
         let mut frame = vec![0; 10 + 12];
         frame.extend([8, 0, 0x45, 0]);
         frame.extend((40 + length).to_be_bytes());
@@ -91,21 +92,14 @@ mod tests {
         frame.extend(acknowledged.to_be_bytes());
         frame.extend([0x50, flags, 1, 0, 0, 0, 0, 0]);
         frame.resize(frame.len() + usize::from(length), 7);
-        HeldPacket {
-            direction: Direction::Ingress,
-            interface_index: 2,
-            frame: Bytes::from(frame),
-        }
+        frame
     }
 
-    fn kept(packets: &[HeldPacket]) -> Vec<usize> {
-        let left = without_repeats(packets.to_vec());
-        let mut at = 0;
-        left.iter()
-            .map(|one| {
-                at += packets[at..].iter().position(|other| other == one).unwrap() + 1;
-                at - 1
-            })
+    fn kept(packets: &[Vec<u8>]) -> Vec<usize> {
+        let mut repeats = Repeats::default();
+        let all = packets.iter().enumerate();
+        all.filter(|(_, frame)| !repeats.is_repeat(frame))
+            .map(|(at, _)| at)
             .collect()
     }
 
@@ -146,7 +140,7 @@ mod tests {
         ];
         assert_eq!(kept(&packets), [0, 1, 2, 3, 4, 5, 6, 7, 8]);
         let mut other = packet(1, 100, ACK, 5, 10);
-        other.frame = other.frame.slice(..30);
+        other.truncate(30);
         assert_eq!(kept(&[other.clone(), other]), [0, 1]);
     }
 
@@ -166,10 +160,10 @@ mod tests {
                     packet(port, base.wrapping_add(at), flags, acknowledged, length)
                 })
                 .collect();
-            let told = |packets: &[HeldPacket]| {
+            let told = |packets: &[Vec<u8>]| {
                 let mut told = std::collections::BTreeSet::new();
                 for held in packets {
-                    let (key, said) = super::said(&held.frame, held.direction).unwrap();
+                    let (key, said) = super::said(held, Direction::Ingress).unwrap();
                     let port = key.remote_port_be;
                     let begins = said.sequence.wrapping_sub(base);
                     told.extend((begins..begins + said.length).map(|at| (port, Some(at), [0; 6])));
@@ -177,7 +171,7 @@ mod tests {
                 }
                 told
             };
-            let left = without_repeats(packets.clone());
+            let left: Vec<_> = kept(&packets).into_iter().map(|at| packets[at].clone()).collect();
             prop_assert_eq!(told(&left), told(&packets));
         }
     }
