@@ -148,7 +148,7 @@ impl Destination {
                 Notice::PreResume => {
                     if let Some(gate) = gate {
                         if let Incoming::Messages(inbox) = &mut self.incoming {
-                            // After seconds most of it has been said before.
+                            // After seconds most of it has been said twice.
                             let mut packets = inbox.take_packets();
                             packets.retain(|frame| !repeats.is_repeat(frame));
                             held::give_over(gate, &packets, interface);

@@ -139,14 +139,7 @@ pub(crate) struct Said {
 /// headers.
 pub(crate) fn said(frame: &[u8], direction: Direction) -> Option<(FlowKey, Said)> {
     let (key, segment) = segment_of(frame, direction)?;
-    let packet = frame.get(OFFLOAD_BYTES..)?;
-    let [high, low] = packet.load::<2>(12)?;
-    let ip = read_ip(packet, ETHERNET_BYTES, u16::from_be_bytes([high, low])).ok()?;
-    let ip_bytes = if ip.is_v4 { 20 } else { 40 };
-    if ip.is_fragment || ip.tcp != ETHERNET_BYTES + ip_bytes {
-        return None;
-    }
-    let tcp = packet.load::<TCP_HEADER_BYTES_MIN>(ip.tcp)?;
+    let (_, tcp) = plain(frame.get(OFFLOAD_BYTES..)?)?;
     let unusual = segment.flags & !(TCP_FIN | TCP_PSH | TCP_ACK);
     if unusual != 0 || segment.flags & TCP_ACK == 0 {
         return None;
@@ -179,13 +172,7 @@ const TCP_ACK: u8 = 0x10;
 /// end, or is not a whole packet without tags and extension headers.
 pub(crate) fn acknowledge_end(frame: &[u8], hardware_address: [u8; 6]) -> Option<Vec<u8>> {
     let packet = frame.get(OFFLOAD_BYTES..)?;
-    let [high, low] = packet.load::<2>(12)?;
-    let ip = read_ip(packet, ETHERNET_BYTES, u16::from_be_bytes([high, low])).ok()?;
-    let ip_bytes = if ip.is_v4 { 20 } else { 40 };
-    if ip.is_fragment || ip.tcp != ETHERNET_BYTES + ip_bytes {
-        return None;
-    }
-    let tcp = packet.load::<TCP_HEADER_BYTES_MIN>(ip.tcp)?;
+    let (ip, tcp) = plain(packet)?;
     let flags = tcp[13];
     if flags & TCP_FIN == 0 || flags & TCP_RST != 0 {
         return None;
@@ -198,8 +185,9 @@ pub(crate) fn acknowledge_end(frame: &[u8], hardware_address: [u8; 6]) -> Option
     let mut answer = vec![0; OFFLOAD_BYTES];
     answer.extend_from_slice(&packet[6..12]);
     answer.extend_from_slice(&hardware_address);
-    answer.extend_from_slice(&[high, low]);
+    answer.extend_from_slice(packet.get(12..ETHERNET_BYTES)?);
     let header = packet.get(ETHERNET_BYTES..ip.tcp)?;
+    let ip_bytes = header.len();
     let mut answer_ip = header.to_vec();
     let addresses = if ip.is_v4 { 12 } else { 8 };
     let address_bytes = (ip_bytes - addresses) / 2;
@@ -242,6 +230,19 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
     let (folded, carried) = low.overflowing_add(high);
     !(folded + u16::from(carried))
+}
+
+/// The headers of a whole packet without tags and extension headers; `None` for
+/// any other.
+fn plain(packet: &[u8]) -> Option<(Ip, [u8; TCP_HEADER_BYTES_MIN])> {
+    let [high, low] = packet.load::<2>(12)?;
+    let ip = read_ip(packet, ETHERNET_BYTES, u16::from_be_bytes([high, low])).ok()?;
+    let ip_bytes = if ip.is_v4 { 20 } else { 40 };
+    if ip.is_fragment || ip.tcp != ETHERNET_BYTES + ip_bytes {
+        return None;
+    }
+    let tcp = packet.load::<TCP_HEADER_BYTES_MIN>(ip.tcp)?;
+    Some((ip, tcp))
 }
 
 struct Ip {

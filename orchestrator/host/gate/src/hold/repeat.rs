@@ -3,7 +3,9 @@
 //! A peer without an answer sends its segment again, after 200 ms and then ever
 //! more seldom, so that after seconds most of what is held for many connections
 //! has been held before. Given to the sockets, each copy would be answered with
-//! an acknowledgement that says nothing new.
+//! an acknowledgement. The first of those says something: that what the peer has
+//! sent twice has come twice, so that it takes back what it has concluded from the
+//! silence (Linux `tcp_process_tlp_ack`, `tcp_try_undo_dsack`). The others do not.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -21,6 +23,8 @@ struct Kept {
     to: u32,
     /// What the last kept packet of the flow said of the other direction.
     acknowledged: [u8; 6],
+    /// Some of it has been kept a second time.
+    is_repeated: bool,
 }
 
 /// What peers have said so far in packets that are given to sockets in one go.
@@ -29,8 +33,8 @@ pub struct Repeats(HashMap<FlowKey, Kept>);
 
 impl Repeats {
     /// Whether a received frame (see [`HeldPacket::frame`]) need not be given to
-    /// the socket, for all of its bytes were in earlier ones and it tells nothing
-    /// else that is new. A network may lose any packet, and with this one nothing
+    /// the socket, for all of its bytes were in earlier ones, it tells nothing else
+    /// that is new, and it is not the first such frame of its flow. A network may lose any packet, and with this one nothing
     /// is lost.
     ///
     /// [`HeldPacket::frame`]: crate::HeldPacket::frame
@@ -48,6 +52,7 @@ fn is_repeat(kept: &mut HashMap<FlowKey, Kept>, key: FlowKey, said: &Said) -> bo
                 from,
                 to,
                 acknowledged: said.acknowledged,
+                is_repeated: false,
             });
             false
         }
@@ -59,7 +64,7 @@ fn is_repeat(kept: &mut HashMap<FlowKey, Kept>, key: FlowKey, said: &Said) -> bo
             let adjoins = begins <= known;
             let is_known = adjoins && said.length > 0 && said.length <= known - begins;
             if is_known && said.acknowledged == kept.acknowledged {
-                return true;
+                return std::mem::replace(&mut kept.is_repeated, true);
             }
             kept.acknowledged = said.acknowledged;
             // With a gap in front it is not looked at again.
@@ -104,12 +109,13 @@ mod tests {
     }
 
     #[test]
-    fn what_was_said_before_is_left_out() {
+    fn what_was_said_twice_is_left_out() {
         let packets = [
             packet(1, u32::MAX - 10, ACK, 5, 100),
             packet(2, u32::MAX - 10, ACK, 5, 100),
             packet(1, 89, ACK, 5, 10),
-            // Again, in one piece and in part.
+            // Again, which is kept once; then in one piece and in part.
+            packet(1, u32::MAX - 10, ACK, 5, 100),
             packet(1, u32::MAX - 10, ACK, 5, 110),
             packet(1, 50, ACK, 5, 49),
             // One byte more.
@@ -118,8 +124,9 @@ mod tests {
             packet(1, 100, ACK | FIN, 5, 0),
             packet(1, 100, ACK | FIN, 5, 0),
             packet(2, u32::MAX - 10, ACK, 5, 100),
+            packet(2, u32::MAX - 10, ACK, 5, 100),
         ];
-        assert_eq!(kept(&packets), [0, 1, 2, 5, 6]);
+        assert_eq!(kept(&packets), [0, 1, 2, 3, 6, 7, 9]);
     }
 
     #[test]
