@@ -2,7 +2,7 @@
 //! programs on hand-made frames and takes the mean.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use aya::Ebpf;
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
@@ -57,7 +57,7 @@ pub struct PacketCost {
 pub fn open_gate(flows: u32) -> Result<Vec<PacketCost>, GateError> {
     let (mut ebpf, tables) = tables::load(flows, 0)?;
     let of_tree: Vec<Flow> = (0..flows)
-        .map(|number| Flow::new(HOST.into(), peer(number)))
+        .map(|number| Flow::new(HOST.into(), peer(number).into()))
         .collect();
     tables.add_flows(&of_tree)?;
     tables.start_tracking();
@@ -76,7 +76,7 @@ pub fn open_gate(flows: u32) -> Result<Vec<PacketCost>, GateError> {
             }
         };
         let host = SocketAddrV4::new(*HOST.ip(), port);
-        let peer = SocketAddrV4::new(peer_address(flows / 2), peer_port(flows / 2));
+        let peer = peer(flows / 2);
         for direction in [Direction::Ingress, Direction::Egress] {
             let (name, frame) = match direction {
                 Direction::Ingress => ("gate_ingress", frame(peer, host)),
@@ -103,17 +103,11 @@ pub fn open_gate(flows: u32) -> Result<Vec<PacketCost>, GateError> {
 /// Ten thousand ports of an address, then the next address.
 const PORTS: u32 = 10_000;
 
-fn peer_address(number: u32) -> Ipv4Addr {
-    Ipv4Addr::from_bits(Ipv4Addr::new(10, 78, 0, 0).to_bits() + number / PORTS)
-}
-
-fn peer_port(number: u32) -> u16 {
+fn peer(number: u32) -> SocketAddrV4 {
+    let first = Ipv4Addr::new(10, 78, 0, 0).to_bits();
     // At most 49,999.
-    u16::try_from(40_000 + number % PORTS).unwrap_or(u16::MAX)
-}
-
-fn peer(number: u32) -> SocketAddr {
-    SocketAddrV4::new(peer_address(number), peer_port(number)).into()
+    let port = u16::try_from(40_000 + number % PORTS).unwrap_or(u16::MAX);
+    SocketAddrV4::new(Ipv4Addr::from_bits(first + number / PORTS), port)
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, GateError> {
@@ -134,7 +128,8 @@ fn frame(from: SocketAddrV4, to: SocketAddrV4) -> Vec<u8> {
     frame
 }
 
-fn mean_ns(program: &mut SchedClassifier, frame: &[u8]) -> Result<u64, GateError> {
+/// What a program takes for a frame, the mean of [`REPEAT`] runs.
+pub(crate) fn mean_ns(program: &mut SchedClassifier, frame: &[u8]) -> Result<u64, GateError> {
     let mut tries_left = TRIES;
     loop {
         let mut options = TestRunOptions::new();

@@ -39,7 +39,7 @@
 //!    ([`HeldPackets::try_drain`]), the ingress still closed so that nothing
 //!    newer overtakes it. The acknowledgements that this provokes are held, for
 //!    their receivers would go on sending: 3 is repeated until nothing has come
-//!    meanwhile;
+//!    meanwhile, and until [`Gate::underway`] says that all has passed;
 //! 4. [`Gate::open_ingress`];
 //! 5. the acknowledgements go out, then [`Gate::open`];
 //! 6. what came in between goes where it wanted to go (`try_drain`, then
@@ -536,6 +536,22 @@ impl Gate {
         }
         let knows = |key: &FlowKey| self.tables.knows(key);
         hold.give_back(direction, interface_index, frame, knows)
+    }
+
+    /// How many of the frames given back ([`inject_ingress`](Self::inject_ingress),
+    /// [`emit_egress`](Self::emit_egress)) have not passed the gate yet. Where an
+    /// interface spreads what it receives over the CPUs (RPS), another one has
+    /// them queued, and a packet that the interface receives itself may pass them.
+    /// What the kernel has dropped in between stays in this number.
+    ///
+    /// # Errors
+    ///
+    /// [`GateError::NoHold`] when the gate drops; when the map cannot be read.
+    pub fn underway(&self) -> Result<u64, GateError> {
+        let hold = self.means()?;
+        let counters = self.tables.counters()?;
+        let passed = counters.injected + counters.emitted;
+        Ok(hold.written_frames().saturating_sub(passed))
     }
 
     fn means(&self) -> Result<&Hold, GateError> {

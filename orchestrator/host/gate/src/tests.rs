@@ -34,7 +34,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use aya::Ebpf;
-use aya::programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions};
+use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use migrate_core::{Flow, Listener};
 use migrate_ebpf_common::{Direction, EXEMPT_MARK, Mode};
 
@@ -98,22 +98,8 @@ impl Programs {
         (verdict.cast_signed(), mark)
     }
 
-    /// The mean of many runs. The kernel gives a long run up when a signal
-    /// arrives (`bpf_test_timer_continue`), which a loaded machine makes
-    /// likely, so that it is begun anew, a few times.
-    fn cost_ns(&mut self, name: &str, packet: &[u8]) -> u128 {
-        for _ in 0..10 {
-            let mut options = TestRunOptions::new();
-            options.data_in = Some(packet);
-            options.repeat = 1_000_000;
-            match self.program(name).test_run(options) {
-                Ok(result) => return result.duration.as_nanos(),
-                Err(ProgramError::SyscallError(error))
-                    if error.io_error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => panic!("{error}"),
-            }
-        }
-        panic!("{name}: interrupted ten times");
+    fn cost_ns(&mut self, name: &str, packet: &[u8]) -> u64 {
+        crate::cost::mean_ns(self.program(name), packet).unwrap()
     }
 
     fn program(&mut self, name: &str) -> &mut SchedClassifier {

@@ -36,7 +36,7 @@ use std::fs::File;
 use std::io::{Read, Seek};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -262,6 +262,8 @@ pub(crate) struct Hold {
     ports: Vec<Arc<Port>>,
     shared: Arc<Shared>,
     is_taken: AtomicBool,
+    /// Frames written to the devices so far.
+    written: AtomicU64,
     /// When the ends of flows were acknowledged last; only of those that the
     /// gate's map of closed flows takes.
     answered: Mutex<HashMap<FlowKey, Instant>>,
@@ -345,6 +347,7 @@ impl Hold {
             ports,
             shared,
             is_taken: AtomicBool::new(false),
+            written: AtomicU64::new(0),
             answered: Mutex::default(),
             opened: Mutex::default(),
             device_counters: Mutex::new(device_counters),
@@ -383,18 +386,30 @@ impl Hold {
         if !knows(&key)? {
             return Err(GateError::ForeignFrame);
         }
-        let written = match direction {
+        match direction {
             Direction::Ingress => {
                 let mut addressed = frame.to_vec();
                 frame::set_destination(&mut addressed, port.hardware_address);
-                port.tap.write(&addressed)
+                self.write(port, &addressed)
             }
-            Direction::Egress => port.tap.write(frame),
-        };
-        written.map_err(|source| GateError::GiveBack {
-            index: interface_index,
-            source,
-        })
+            Direction::Egress => self.write(port, frame),
+        }
+    }
+
+    fn write(&self, port: &Port, frame: &[u8]) -> Result<(), GateError> {
+        port.tap
+            .write(frame)
+            .map_err(|source| GateError::GiveBack {
+                index: port.interface_index,
+                source,
+            })?;
+        self.written.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Frames given to the kernel so far, which are to pass the gate again.
+    pub(crate) fn written_frames(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
     }
 
     /// Whether the kernel was given this beginning of a connection before: one
@@ -421,13 +436,7 @@ impl Hold {
         let key = frame::check(frame, Direction::Ingress).map_err(GateError::BadFrame)?;
         match frame::acknowledge_end(frame, port.hardware_address) {
             Some(_) if self.has_just_answered(key) => Ok(()),
-            Some(answer) => port
-                .tap
-                .write(&answer)
-                .map_err(|source| GateError::GiveBack {
-                    index: interface_index,
-                    source,
-                }),
+            Some(answer) => self.write(port, &answer),
             None => Ok(()),
         }
     }

@@ -84,8 +84,12 @@ fn retransmissions(pair: &Pair) -> u64 {
         .sum()
 }
 
-fn await_that(what: &str, mut holds: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
+fn await_that(what: &str, holds: impl FnMut() -> bool) {
+    await_within(PATIENCE, what, holds);
+}
+
+pub(super) fn await_within(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let end = Instant::now() + limit;
     while !holds() {
         assert!(Instant::now() < end, "{what} has not come");
         std::thread::sleep(Duration::from_millis(1));
@@ -703,6 +707,32 @@ fn only_the_workloads_sound_frames_go_back() {
     assert!(matches!(refused, Err(GateError::NotHeld { .. })));
     let counters = gate.counters().unwrap();
     assert_eq!((counters.injected, counters.emitted), (1, 1));
+    pair.server.run(|| detach(gate));
+    pair.assert_nothing_left();
+}
+
+/// On an interface that spreads what it receives over all CPUs they are queued
+/// first; one that is down drops them.
+#[test]
+fn what_has_not_passed_the_gate_yet_is_told() {
+    needs_root!("what_has_not_passed_the_gate_yet_is_told");
+    needs_tun!("what_has_not_passed_the_gate_yet_is_told");
+    const PACKETS: u64 = 200;
+    let pair = Pair::new();
+    let (gate, _held, index) = attach(&pair, HoldOptions::default());
+    let (local, remote) = ("10.9.0.1:7000", "10.9.0.2:5000");
+    gate.add_flows(&[flow(local, remote)]).unwrap();
+    let packet = Packet::tcp(remote, local, ACK).with_lengths().bytes();
+    let frame = [vec![0; 10], packet].concat();
+    assert_eq!(gate.underway().unwrap(), 0);
+    for _ in 0..PACKETS {
+        gate.inject_ingress(index, &frame).unwrap();
+    }
+    await_that("the last packet", || gate.underway().unwrap() == 0);
+    assert_eq!(gate.counters().unwrap().injected, PACKETS);
+    pair.server.run(|| ip("link set gate0 down"));
+    gate.inject_ingress(index, &frame).unwrap();
+    assert_eq!(gate.underway().unwrap(), 1);
     pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
 }

@@ -2,10 +2,16 @@
 //! kernel of the machine that runs the tests may not: there these tests say so
 //! and end. A virtual machine (`cargo xtask vm`) has them.
 
+use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
-use super::hold::{question_and_answer_on, without_timers_over};
+use super::hold::{await_within, question_and_answer_on, without_timers_over};
 use super::network::{Host, Pair, ip, starting};
+
+/// For the two ends of an aggregate: a protocol with timers of a second, in a
+/// virtual machine that may be slow.
+const AGREED_WITHIN: Duration = Duration::from_secs(120);
 
 /// Whether there is a driver for devices of this kind.
 fn has_driver(kind: &str) -> bool {
@@ -64,6 +70,25 @@ fn a_vlan_is_gated() {
     }
 }
 
+/// Waits until both ends of the aggregate have agreed on it. Until then the driver
+/// drops packets now and then, as it changes its mind about its ports.
+fn await_aggregation() {
+    /// Collecting and distributing, of a port's state (IEEE 802.1AX, 6.4.2.3).
+    const PASSES: u32 = 0x30;
+    /// The states that are told: the port's own and its partner's.
+    const STATES: usize = 2;
+    await_within(AGREED_WITHIN, "the ends' agreement", || {
+        let told = fs::read_to_string("/proc/thread-self/net/bonding/bond0").unwrap();
+        let states = told.lines().filter_map(|line| {
+            line.trim()
+                .strip_prefix("port state: ")?
+                .parse::<u32>()
+                .ok()
+        });
+        states.filter(|state| state & PASSES == PASSES).count() == STATES
+    });
+}
+
 #[test]
 fn a_bond_is_gated() {
     needs_root!("a_bond_is_gated");
@@ -80,6 +105,11 @@ fn a_bond_is_gated() {
                 ip(&format!("link set {member} master bond0"));
                 ip("link set bond0 up");
             });
+        }
+        if mode == "802.3ad" {
+            for host in [&pair.server, &pair.client] {
+                host.run(await_aggregation);
+            }
         }
         readdress(&pair, "bond0", "bond0");
         question_and_answer_on(&pair, "bond0", "10.9.1.1:7000");
