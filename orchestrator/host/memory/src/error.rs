@@ -295,9 +295,11 @@ impl StoreError {
     #[must_use]
     pub fn help(&self) -> Option<&'static str> {
         match self {
-            Self::Full { .. } | Self::NoMemory { .. } => {
-                Some("free memory on the destination, then try again")
-            }
+            Self::Full { .. } => Some(
+                "the tree has grown since the migration began: migrate again when it grows less; \
+                 where the destination's policy has `memory_mib_max`, that is a bound too",
+            ),
+            Self::NoMemory { .. } => Some("free memory on the destination, then try again"),
             Self::NoData { .. } | Self::Malformed { .. } => None,
         }
     }

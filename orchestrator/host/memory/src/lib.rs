@@ -53,6 +53,7 @@ mod sys;
 mod trace;
 mod tree;
 
+pub use arena::unswapped;
 pub use code::{code_pages, read_page};
 pub use content::ContentPrecopy;
 pub use digests::{Listed, digests};

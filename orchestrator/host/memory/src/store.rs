@@ -480,8 +480,8 @@ fn fill(
                 Some(slot) => slot,
                 None => *extent.slot.insert(room.arena.take()?),
             };
-            room.arena.bytes_mut(slot)[Extent::page_bytes(at..end)]
-                .copy_from_slice(&data[Extent::page_bytes(at - first..end - first)]);
+            let bytes = &data[Extent::page_bytes(at - first..end - first)];
+            room.arena.write(slot, at * PAGE_BYTES, bytes)?;
         }
         for page in at..end {
             if extent.held(page) != Held::Missing {

@@ -56,7 +56,10 @@ fn pages() -> impl Strategy<Value = Range<u64>> {
 
 fn step() -> impl Strategy<Value = Step> {
     let bytes = prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 1..600);
+    let dense = (200usize..600, 1..=u8::MAX).prop_map(|(pages, byte)| vec![byte; pages]);
     prop_oneof![
+        2 => (owner(), FIRST_PAGE..FIRST_PAGE + PAGES, dense)
+            .prop_map(|(owner, page, bytes)| Step::Put(owner, page, bytes)),
         6 => (owner(), FIRST_PAGE..FIRST_PAGE + PAGES, bytes)
             .prop_map(|(owner, page, bytes)| Step::Put(owner, page, bytes)),
         2 => (owner(), pages()).prop_map(|(owner, p)| Step::Zero(owner, p.start, p.end - p.start)),

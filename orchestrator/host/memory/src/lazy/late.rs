@@ -20,7 +20,7 @@ use migrate_core::wire::PAGE_BYTES;
 
 use super::sys;
 use crate::PAGE;
-use crate::arena::memory_file;
+use crate::arena::content_file;
 
 /// Where pages that come late begin among the places that a plan names; files
 /// are smaller than that.
@@ -68,7 +68,7 @@ impl LatePages {
         if pages > PAGES_MAX {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let file = memory_file(c"migrate-late")?;
+        let file = content_file(c"migrate-late")?;
         file.set_len(Self::data_at(pages) + pages * PAGE)?;
         Self::of(file.into(), pages, [sys::event_fd()?, sys::event_fd()?])
     }

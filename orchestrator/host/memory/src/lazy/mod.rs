@@ -433,6 +433,21 @@ impl LazyServing {
         }
     }
 
+    /// Whether the process that serves is there, before the copy runs: CRIU ends
+    /// its restore when it has lost it, and the copy with it.
+    ///
+    /// # Errors
+    ///
+    /// [`LazyError::Lost`].
+    pub fn is_served(&self) -> Result<(), LazyError> {
+        let socket = self.socket.as_ref();
+        // By the kernel: whoever listens to it may not have come to that yet.
+        if socket.is_some_and(|socket| sys::is_gone(socket.as_fd())) {
+            return Err(LazyError::Lost);
+        }
+        Ok(())
+    }
+
     /// Waits until all memory is in place, at most `limit`. Blocks.
     ///
     /// # Errors

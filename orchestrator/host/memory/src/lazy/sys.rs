@@ -420,6 +420,19 @@ pub(super) fn await_room(socket: BorrowedFd<'_>, limit_ms: i32) {
     unsafe { libc::poll(&raw mut list, 1, limit_ms) };
 }
 
+/// Whether the other side of a connection has closed it. What it has said before
+/// may be unread yet.
+pub(super) fn is_gone(socket: BorrowedFd<'_>) -> bool {
+    let mut list = libc::pollfd {
+        fd: socket.as_raw_fd(),
+        events: 0,
+        revents: 0,
+    };
+    // SAFETY: one entry that lives here.
+    unsafe { libc::poll(&raw mut list, 1, 0) };
+    list.revents & libc::POLLHUP != 0
+}
+
 /// Ends a connection for both sides.
 pub(super) fn hang_up(socket: BorrowedFd<'_>) {
     // SAFETY: the call takes no pointer.
