@@ -63,6 +63,10 @@ pub struct HostFacts {
     pub memory_available_bytes: u64,
     /// Free space where images are kept, in bytes.
     pub image_space_bytes: u64,
+    /// Files and devices that the kernel may write images and pages to; none
+    /// where it does not swap, or can keep them out of it.
+    #[serde(default)]
+    pub swaps_to: Vec<String>,
     /// Capabilities that a migration makes use of and that are not effective,
     /// by name.
     pub missing_capabilities: Vec<String>,

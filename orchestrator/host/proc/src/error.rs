@@ -203,6 +203,17 @@ impl ProcError {
             Self::Unkillable { .. } => {
                 "they hang inside the kernel, often on storage; they end when that answers".into()
             }
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                let missing = crate::host::missing_capabilities();
+                if missing.is_empty() {
+                    return None;
+                }
+                format!(
+                    "this root lacks {}: run as root outside a container, or give the container \
+                     these capabilities",
+                    missing.join(", ")
+                )
+            }
             Self::Read { .. }
             | Self::Malformed { .. }
             | Self::Write { .. }

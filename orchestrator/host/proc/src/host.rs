@@ -57,7 +57,8 @@ pub fn host_facts(image_dir: &Path) -> HostFacts {
         criu: None,
         memory_available_bytes: parse::kilobytes(&memory, "MemAvailable").unwrap_or(0),
         image_space_bytes: free_space(image_dir).unwrap_or(0),
-        missing_capabilities: missing_capabilities(&status),
+        swaps_to: Vec::new(),
+        missing_capabilities: missing_of(&status),
     }
 }
 
@@ -80,10 +81,28 @@ fn free_space(directory: &Path) -> Option<u64> {
     })
 }
 
-fn missing_capabilities(status: &str) -> Vec<String> {
-    let effective = parse::value(status, "CapEff")
+/// Whether this process may lock as much memory as it likes (`CAP_IPC_LOCK`).
+#[must_use]
+pub fn may_lock_memory() -> bool {
+    /// Of `linux/capability.h`.
+    const IPC_LOCK: u32 = 14;
+    let status = read::text("/proc/self/status").unwrap_or_default();
+    effective_capabilities(&status) & (1 << IPC_LOCK) != 0
+}
+
+fn effective_capabilities(status: &str) -> u64 {
+    parse::value(status, "CapEff")
         .and_then(|mask| u64::from_str_radix(mask, 16).ok())
-        .unwrap_or(0);
+        .unwrap_or(0)
+}
+
+/// Capabilities that a migration makes use of and that this process lacks.
+pub(crate) fn missing_capabilities() -> Vec<String> {
+    missing_of(&read::text("/proc/self/status").unwrap_or_default())
+}
+
+fn missing_of(status: &str) -> Vec<String> {
+    let effective = effective_capabilities(status);
     CAPABILITIES
         .iter()
         .map(|(name, number, _)| (*name, *number))
@@ -269,6 +288,7 @@ pub fn compare_hosts(
     findings.push(compare_space(destination, tree));
     for (host, side) in [(source, "source"), (destination, "destination")] {
         findings.extend(judge_capabilities(host, side, tree));
+        findings.extend(judge_swap(host, side));
         if kernel_release(&host.kernel).is_some_and(|release| release < OLDEST_KERNEL) {
             findings.push(Finding::refused(
                 format!("kernel of the {side}"),
@@ -439,6 +459,22 @@ fn compare_memory(destination: &HostFacts, tree: &TreeFacts) -> Finding {
     Finding::ok("memory", finding)
 }
 
+/// Images and pages are for memory only. A host that swaps and cannot keep them
+/// out of that is the user's to judge.
+fn judge_swap(host: &HostFacts, side: &str) -> Option<Finding> {
+    (!host.swaps_to.is_empty()).then(|| {
+        Finding::note(
+            format!("swap of the {side}"),
+            format!(
+                "the tree's memory may be written to {} while it is moved, and stay there",
+                host.swaps_to.join(", ")
+            ),
+            "turn swap off for that time (swapoff -a), or have it encrypted; Linux 6.4 and newer \
+             keep images out of it where MIGRATE_IMAGE_DIR names no other place",
+        )
+    })
+}
+
 fn compare_space(destination: &HostFacts, tree: &TreeFacts) -> Finding {
     let has = destination.image_space_bytes;
     let needs = tree.resident_bytes.saturating_add(IMAGES_OVERHEAD_BYTES);
@@ -481,6 +517,7 @@ mod tests {
             }),
             memory_available_bytes: 1 << 30,
             image_space_bytes: 1 << 30,
+            swaps_to: Vec::new(),
             missing_capabilities: Vec::new(),
         }
     }
@@ -586,10 +623,10 @@ mod tests {
         assert!(judge_capabilities(&lacking, "source", &alone).is_empty());
         let findings = judge_capabilities(&lacking, "source", &facts(vec![of_root, of_another]));
         assert!(findings[0].finding.contains("process 60"), "{findings:?}");
-        assert!(missing_capabilities("CapEff:\t000001fffeffffff\n") == ["CAP_SYS_RESOURCE"]);
-        assert!(missing_capabilities("CapEff:\t000001ffffffffff\n").is_empty());
+        assert!(missing_of("CapEff:\t000001fffeffffff\n") == ["CAP_SYS_RESOURCE"]);
+        assert!(missing_of("CapEff:\t000001ffffffffff\n").is_empty());
         assert_eq!(
-            missing_capabilities("CapEff:\t0000000000000000\n").len(),
+            missing_of("CapEff:\t0000000000000000\n").len(),
             CAPABILITIES.len() + 1
         );
     }
