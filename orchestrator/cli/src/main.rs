@@ -136,6 +136,9 @@ fn main() -> ExitCode {
         eprintln!("migrate: could not turn core dumps of its own off: {error}");
         return Exit::Internal.into();
     }
+    if let Err(error) = migrate_session::secrets::stay_in_memory() {
+        tracing::warn!(%error, "could not keep its own memory out of swap");
+    }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {

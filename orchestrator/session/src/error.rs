@@ -80,6 +80,14 @@ pub enum Error {
         /// What was awaited.
         awaited: &'static str,
     },
+    /// The other host does not stop asking.
+    #[error("{peer} asked more than {most} times whether its tree fits here")]
+    TooManyQuestions {
+        /// The other host.
+        peer: String,
+        /// Questions that a connection may ask.
+        most: u32,
+    },
     /// Preflight found a reason; the findings have been shown.
     #[error("{}", .0.join("; "))]
     Refused(Vec<String>),
@@ -257,6 +265,7 @@ impl Error {
             Self::Busy { .. } => Some("`migrate status` shows what is under way".to_owned()),
             Self::Claimed(_) => Some(claims::WAY_OUT.to_owned()),
             Self::NameTaken { .. } => Some("run the same command again: each attempt has a name of its own".to_owned()),
+            Self::TooManyQuestions { .. } => Some("a source asks once; connect anew to ask again".to_owned()),
             Self::Unexpected { .. } | Self::OutOfOrder { .. } | Self::Illegal(_) => {
                 Some("this is a defect of migrate: please report it with the output of `migrate -vv`".to_owned())
             }

@@ -61,24 +61,18 @@ pub(crate) fn parted(
         .partition(|packet| packet.direction == Direction::Ingress)
 }
 
-/// Gives packets back that were held on this host, in order, and returns how
-/// many. One that cannot be given back is a lost packet and no more: its sender
-/// sends it again.
-pub(crate) fn give_back(gate: &Gate, packets: &[HeldPacket]) -> usize {
-    let mut given_back = 0;
+/// Gives packets back that were held on this host, in order. One that cannot be
+/// given back is a lost packet and no more: its sender sends it again.
+pub(crate) fn give_back(gate: &Gate, packets: &[HeldPacket]) {
     for packet in packets {
         let given = match packet.direction {
             Direction::Ingress => gate.inject_ingress(packet.interface_index, &packet.frame),
             Direction::Egress => gate.emit_egress(packet.interface_index, &packet.frame),
         };
-        match given {
-            Ok(()) => given_back += 1,
-            Err(error) => {
-                tracing::warn!(error = %crate::error::chain(&error), "a held packet was lost");
-            }
+        if let Err(error) = given {
+            tracing::warn!(error = %crate::error::chain(&error), "a held packet was lost");
         }
     }
-    given_back
 }
 
 /// How often packets that have come meanwhile are put in, before the gate opens
@@ -104,7 +98,7 @@ pub(crate) fn release(
         // Acknowledgements may overtake each other.
         let was_last = inward.iter().all(HeldPacket::is_bare);
         inward.retain(|packet| !repeats.is_repeat(&packet.frame));
-        give_back(gate, &inward);
+        hand_on(gate, &inward);
         // What comes again from here on may have found no room in its socket.
         repeats = Repeats::default();
         if was_last {
@@ -130,24 +124,49 @@ pub(crate) fn release(
     Ok(())
 }
 
-/// How long the kernel may take to hand on what it was given; the machine may
-/// be busy.
+/// How long the kernel may take to hand on the next of what it was given; the
+/// machine may be busy.
 const HAND_ON_LIMIT: Duration = Duration::from_millis(50);
 /// Between two looks at the gate's counter.
 const HAND_ON_LOOK: Duration = Duration::from_micros(50);
+/// So many may be on their way at once: a CPU's queue takes a thousand
+/// (`net.core.netdev_max_backlog`), others' packets among them, and drops the rest.
+const HAND_ON_PACKETS_MAX: usize = 256;
 
-/// Gives packets back and waits until they have passed the gate: another CPU
-/// may be slower with them than with a packet that comes later on its own.
+/// Gives packets back, as [`give_back`], and waits until they have passed the gate:
+/// another CPU may be slower with them than with a packet that comes later on its own.
 pub(crate) fn hand_on(gate: &Gate, packets: &[HeldPacket]) {
-    let passed = || {
-        let counters = gate.counters().unwrap_or_default();
-        counters.injected + counters.emitted
-    };
-    let before = passed();
-    let awaited = before + give_back(gate, packets) as u64;
-    let ends_at = Instant::now() + HAND_ON_LIMIT;
-    while passed() < awaited && Instant::now() < ends_at {
-        std::thread::sleep(HAND_ON_LOOK);
+    by_and_by(gate, packets, |some| give_back(gate, some));
+}
+
+/// Gives packets to the sockets that another host has held for them, as
+/// [`give_over`], and waits as [`hand_on`].
+pub(crate) fn hand_over(
+    gate: &Gate,
+    frames: &[impl AsRef<[u8]>],
+    home: impl Fn(IpAddr) -> Option<u32>,
+) {
+    by_and_by(gate, frames, |some| give_over(gate, some, &home));
+}
+
+fn by_and_by<T>(gate: &Gate, packets: &[T], give: impl Fn(&[T])) {
+    // What cannot be told is not waited for.
+    let underway = || gate.underway().unwrap_or_default();
+    let mut lost = underway();
+    for some in packets.chunks(HAND_ON_PACKETS_MAX) {
+        give(some);
+        let (mut left, mut since) = (underway(), Instant::now());
+        while left > lost {
+            if since.elapsed() > HAND_ON_LIMIT {
+                lost = left;
+                break;
+            }
+            std::thread::sleep(HAND_ON_LOOK);
+            let now_left = underway();
+            if now_left < left {
+                (left, since) = (now_left, Instant::now());
+            }
+        }
     }
 }
 
@@ -190,14 +209,10 @@ pub(crate) fn let_end<E>(
 
 /// Gives packets to the sockets that another host has held for them. `home`
 /// names the interface of a local address.
-pub(crate) fn give_over(
-    gate: &Gate,
-    frames: &[impl AsRef<[u8]>],
-    home: impl Fn(IpAddr) -> Option<u32>,
-) {
+fn give_over(gate: &Gate, frames: &[impl AsRef<[u8]>], home: &impl Fn(IpAddr) -> Option<u32>) {
     for frame in frames {
         let frame = frame.as_ref();
-        let Some(interface) = receiver(frame).and_then(&home) else {
+        let Some(interface) = receiver(frame).and_then(home) else {
             tracing::warn!(bytes = frame.len(), "a held packet is for nobody here");
             continue;
         };

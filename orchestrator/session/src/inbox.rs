@@ -147,6 +147,25 @@ impl Inbox {
         .await;
     }
 
+    /// Why the other side has gone, when it has said so: it may have closed the
+    /// connection while this side was writing, with its reason still unread. `lost`
+    /// otherwise, after `limit` at most.
+    pub(crate) async fn reason_for(&mut self, lost: Error, limit: Duration) -> Error {
+        let said = async {
+            loop {
+                match self.next("its reason").await {
+                    Ok(_) => {}
+                    Err(said @ (Error::Peer(_) | Error::Aborted(_))) => return Some(said),
+                    Err(_) => return None,
+                }
+            }
+        };
+        match tokio::time::timeout(limit, said).await {
+            Ok(Some(said)) => said,
+            Ok(None) | Err(_) => lost,
+        }
+    }
+
     /// See [`unexpected`].
     pub(crate) fn unexpected(&self, message: &Message, awaited: &'static str) -> Error {
         unexpected(&self.peer, message, awaited)

@@ -22,6 +22,7 @@ pub mod error;
 pub mod figures;
 pub mod guard;
 mod held;
+mod images;
 mod inbox;
 pub mod journal;
 pub mod park;

@@ -21,6 +21,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, chain};
+use crate::images::{ImagePlace, images_in};
 use crate::journal;
 use crate::park::Place;
 use crate::progress::Reporter;
@@ -511,7 +512,7 @@ impl Case<'_> {
         loop {
             // It may have been on its way there a moment ago.
             if let Some(images) = &self.record.images {
-                migrate_criu::dismiss_parked(Path::new(images));
+                migrate_criu::dismiss_parked(&images_in(Path::new(images)));
             }
             match home.named("criu") {
                 Ok(pids) if pids.is_empty() => break,
@@ -680,7 +681,7 @@ impl Case<'_> {
         let Some(images) = &self.record.images else {
             return;
         };
-        match std::fs::remove_dir_all(images) {
+        match ImagePlace::remove(Path::new(images)) {
             Ok(()) => self.done.push("the images are gone".to_owned()),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => self

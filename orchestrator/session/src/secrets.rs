@@ -2,6 +2,7 @@
 
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use rustix::mm::{MlockAllFlags, mlockall};
 
 /// A soft limit, in bytes, that allows no core dump at all. None to a file, for a
 /// page has more; and none to a program either, for which the kernel takes this
@@ -21,4 +22,21 @@ pub fn leave_no_cores() -> std::io::Result<()> {
     setrlimit(Resource::RLIMIT_CORE, NO_CORES_BYTES.min(hard), hard)?;
     prctl::set_dumpable(false)?;
     Ok(())
+}
+
+/// From here on the kernel does not swap this process: buffers on their way, and
+/// what it maps. A page is locked when it is first touched, so nothing is taken that
+/// is not in use. Without `CAP_IPC_LOCK` nothing is done, for every mapping beyond
+/// the limit would fail then.
+///
+/// # Errors
+///
+/// The kernel refuses.
+pub fn stay_in_memory() -> std::io::Result<()> {
+    if !migrate_proc::may_lock_memory() {
+        return Ok(());
+    }
+    Ok(mlockall(
+        MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT,
+    )?)
 }

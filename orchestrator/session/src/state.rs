@@ -225,6 +225,11 @@ impl State {
         (migrate_proc::start_ticks(holder) == Some(ticks)).then_some((holder, ticks))
     }
 
+    /// Whether the user has named the place for images.
+    pub(crate) fn images_are_named() -> bool {
+        std::env::var_os("MIGRATE_IMAGE_DIR").is_some()
+    }
+
     /// Directories on tmpfs that can hold images. `MIGRATE_IMAGE_DIR` names
     /// one and only one.
     #[must_use]

@@ -4,9 +4,12 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use migrate_channel::StandingAgent;
+use migrate_channel::{Connection, StandingAgent};
+use migrate_core::phase::Phase;
 use migrate_core::policy::Policy;
+use migrate_core::wire::{Message, WireError};
 use migrate_session::destination::serve;
 use migrate_session::{Cancel, figures, hello, policy};
 use tokio::task::{Id, JoinError};
@@ -34,6 +37,10 @@ pub struct Args {
     #[command(flatten)]
     pub certificates: Certificates,
 }
+
+/// Connections that are served at a time. A peer with a certificate is known, not
+/// sane: each may hold a task, descriptors and memory for as long as a silence lasts.
+const SERVED_MAX: usize = 64;
 
 /// Name an agent gives itself before it knows the migration's.
 const UNNAMED: &str = "agent";
@@ -120,6 +127,10 @@ async fn stand(
             () = cancel.cancelled() => break,
         };
         match accepted {
+            Ok(connection) if tasks.len() >= SERVED_MAX => {
+                tracing::warn!(peer = %connection.peer, "refused a connection: too many are served");
+                refuse(connection).await;
+            }
             Ok(connection) => {
                 let id = connection.hello.migration_id.clone();
                 let task = tasks.spawn(serve(connection, Arc::clone(&policy), cancel.clone()));
@@ -138,6 +149,19 @@ async fn stand(
         clear_up(&mut served, ended.map(|(id, _)| id)).await;
     }
     Exit::Done
+}
+
+/// Says why, to somebody who may not listen.
+async fn refuse(mut connection: Connection) {
+    /// What is said fits any socket's buffer.
+    const WITHIN: Duration = Duration::from_secs(1);
+    let failed = Message::Failed(WireError {
+        phase: Phase::Preflight,
+        host: migrate_session::hostname(),
+        message: format!("{SERVED_MAX} connections are served already"),
+        help: Some("try again when others have ended".to_owned()),
+    });
+    let _ = tokio::time::timeout(WITHIN, connection.sender.control(&failed)).await;
 }
 
 /// A migration whose task has panicked has undone nothing.

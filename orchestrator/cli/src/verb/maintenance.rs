@@ -124,6 +124,14 @@ enum End {
 /// ends this process by other signals, and then nothing may come back.
 async fn end_of_kernel(args: &Args, signals: &mut Signals) -> End {
     let command = &args.reboot_cmd;
+    // What came while the last tree was past its commit is heard before anything is run: a
+    // kernel that ends cannot be asked to stay.
+    tokio::select! {
+        biased;
+        _ = signals.interrupt.recv() => return End::NotYet("interrupted".to_owned()),
+        _ = signals.terminate.recv() => return End::GoesDown,
+        () = std::future::ready(()) => {}
+    }
     let child = Command::new("sh")
         .args(["-c", command])
         .stdin(Stdio::null())

@@ -218,6 +218,13 @@ impl Memory {
         Ok(done?)
     }
 
+    /// Whether somebody is there who puts memory in place, for as long as the
+    /// copy does not run.
+    pub(super) fn is_served(&self) -> Result<(), Error> {
+        let serving = self.serving.as_ref();
+        Ok(serving.map_or(Ok(()), LazyServing::is_served)?)
+    }
+
     /// Waits until all memory is in place. A copy that can never have it is
     /// killed: it must not find zeros where its memory was.
     pub(super) async fn complete(mut self) -> Result<(), Error> {

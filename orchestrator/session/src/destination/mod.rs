@@ -38,6 +38,7 @@ use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::figures;
 use crate::guard::Guard;
+use crate::images::ImagePlace;
 use crate::inbox::Inbox;
 use crate::journal::{self, Journal};
 use crate::state::State;
@@ -57,6 +58,11 @@ pub enum Served {
 /// The longest silence of the source outside the blackout. It examines its
 /// tree or asks its user within this time.
 const SILENCE: Duration = Duration::from_secs(60);
+
+/// Questions whether a tree fits here that one connection may ask: a source asks
+/// one. Each takes this host a look at its processes, files and sockets and a run
+/// of CRIU, so nobody may ask for ever.
+const QUESTIONS_MAX: u32 = 4;
 
 /// Serves one connection.
 ///
@@ -210,6 +216,8 @@ struct Destination {
     tracked: tracking::Made,
     staged: Vec<Staged>,
     images: Option<ImageDir>,
+    /// Where they are; declared after them, for it goes after them.
+    place: Option<ImagePlace>,
     home: Option<Home>,
     /// The end of the tunnel device, until a CRIU that runs has it. A device
     /// gives a second end to nobody, so each CRIU gets a duplicate of this one.
@@ -250,6 +258,7 @@ impl Destination {
             tracked: tracking::Made::new(),
             staged: Vec::new(),
             images: None,
+            place: None,
             home: None,
             tunnel: None,
             lazy: lazy::Memory::default(),
@@ -343,13 +352,23 @@ impl Destination {
     /// Examines and answers until the source wants its tree taken, or no more.
     async fn listen(&mut self) -> Result<Event, Error> {
         self.must_be_name(&self.migration_id)?;
+        let mut questions = 0;
         loop {
             match self.message("what the source wants", SILENCE).await? {
                 Message::Preflight {
                     tree,
                     source,
                     stdio,
-                } => self.preflight(*tree, &source, stdio).await?,
+                } => {
+                    questions += 1;
+                    if questions > QUESTIONS_MAX {
+                        return Err(Error::TooManyQuestions {
+                            peer: self.peer.clone(),
+                            most: QUESTIONS_MAX,
+                        });
+                    }
+                    self.preflight(*tree, &source, stdio).await?;
+                }
                 Message::Verdict { migration_id } => {
                     self.must_be_name(&migration_id)?;
                     self.settle(&migration_id).await?;
@@ -491,6 +510,7 @@ impl Destination {
                 images.wipe().map_err(|e| crate::error::chain(&e)),
             );
         }
+        self.place = None;
         if let Some(net) = &self.net {
             for staged in self.staged.drain(..).rev() {
                 let what = format!("remove {}", staged.placement.ip);
@@ -551,4 +571,60 @@ async fn give_up(mut session: Session) -> Result<(), Error> {
         session.kill().await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use migrate_core::facts::WindowFacts;
+
+    use super::*;
+
+    fn nothing() -> TreeFacts {
+        TreeFacts {
+            root_pid: i32::MAX,
+            processes: Vec::new(),
+            files: Vec::new(),
+            flows: Vec::new(),
+            listeners: Vec::new(),
+            windows: WindowFacts::default(),
+            addresses: Vec::new(),
+            stdio: Vec::new(),
+            tunnel: None,
+            resident_bytes: 0,
+            shell_job: false,
+            cgroup: String::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_source_that_does_not_stop_asking_is_sent_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::at(directory.path()).unwrap();
+        let hello = crate::hello("m-questions");
+        let (mut source, ours) = Connection::pair(hello.clone(), hello);
+        let side = Destination::new(state, ours, Arc::default(), Cancel::default());
+        let served = tokio::spawn(serve_side(side, Cancel::default()));
+        let question = Message::Preflight {
+            tree: Box::new(nothing()),
+            source: Box::new(migrate_proc::host_facts(directory.path())),
+            stdio: StdioChoice::default(),
+        };
+        let within = Duration::from_secs(60);
+        for _ in 0..QUESTIONS_MAX {
+            source.sender.control(&question).await.unwrap();
+            let answer = source.receiver.control(within).await.unwrap();
+            assert!(matches!(answer, Message::Findings { .. }), "{answer:?}");
+        }
+        source.sender.control(&question).await.unwrap();
+        let answer = source.receiver.control(within).await.unwrap();
+        let Message::Failed(failed) = answer else {
+            panic!("{answer:?}");
+        };
+        assert!(failed.message.contains("more than 4 times"), "{failed:?}");
+        let served = served.await.unwrap();
+        assert!(
+            matches!(served, Err(Error::TooManyQuestions { .. })),
+            "{served:?}"
+        );
+    }
 }

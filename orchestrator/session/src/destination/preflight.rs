@@ -24,7 +24,7 @@ impl Destination {
         let mut findings = self.policy.judge(&tree);
         let (found, criu) = crate::examine_criu("destination").await;
         findings.extend(found);
-        let mut host = migrate_proc::host_facts(&self.state.image_root()?);
+        let mut host = crate::images::host_facts(&self.state)?;
         host.criu = criu.as_ref().map(|criu| criu.version);
         findings.extend(migrate_proc::compare_hosts(source, &host, &tree));
         findings.extend(migrate_proc::compare_pids(&tree));

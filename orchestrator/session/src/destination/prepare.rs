@@ -19,6 +19,7 @@ use migrate_proc::Home;
 use super::{Destination, Engine, Incoming, Order, SILENCE};
 use crate::error::Error;
 use crate::guard::Guard;
+use crate::images::ImagePlace;
 
 /// journald's socket for services' standard output (systemd
 /// `src/journal/journald-stream.c`).
@@ -97,7 +98,8 @@ impl Destination {
             }
         }
 
-        let images = self.images.insert(ImageDir::create(&images)?);
+        let place = self.place.insert(ImagePlace::make(images)?);
+        let images = self.images.insert(ImageDir::create(place.images())?);
         let home = self
             .home
             .insert(Home::create(&order.tree, &self.migration_id)?);

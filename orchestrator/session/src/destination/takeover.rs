@@ -51,7 +51,7 @@ impl Destination {
 
     /// The commit of this side.
     pub(super) fn own(&mut self) -> Result<(), Error> {
-        self.criu_lives()?;
+        self.copy_lives()?;
         let journal = self.journal.as_mut().ok_or_else(|| nothing("the record"))?;
         // Fails when a question of the source has closed the record meanwhile.
         journal.stage(Stage::Owned)?;
@@ -101,23 +101,23 @@ impl Destination {
         Ok(())
     }
 
-    /// Without CRIU the copy is lost, and nothing but the source's tree is left.
-    fn criu_lives(&mut self) -> Result<(), Error> {
+    /// Without CRIU, or whoever serves its memory, the copy is lost, and nothing but
+    /// the source's tree is left.
+    fn copy_lives(&mut self) -> Result<(), Error> {
         let Engine::Held(session) = &mut self.engine else {
             return Err(nothing("CRIU's restore"));
         };
-        if session.alive() {
-            Ok(())
-        } else {
-            Err(Error::Changed(
+        if !session.alive() {
+            return Err(Error::Changed(
                 "CRIU has died with the copy in its hands".to_owned(),
-            ))
+            ));
         }
+        self.lazy.is_served()
     }
 
     /// Until here the copy can be proved never to have run.
     pub(super) fn note(&mut self) -> Result<(), Error> {
-        self.criu_lives()?;
+        self.copy_lives()?;
         let journal = self.journal.as_ref().ok_or_else(|| nothing("the record"))?;
         journal.let_go()
     }
@@ -151,7 +151,7 @@ impl Destination {
                             // After seconds most of it has been said twice.
                             let mut packets = inbox.take_packets();
                             packets.retain(|frame| !repeats.is_repeat(frame));
-                            held::give_over(gate, &packets, interface);
+                            held::hand_over(gate, &packets, interface);
                         }
                         let waiting = std::mem::take(&mut waiting);
                         let repeats = std::mem::take(&mut repeats);
@@ -220,6 +220,7 @@ impl Destination {
         {
             tracing::warn!(error = %crate::error::chain(&error), "could not wipe the images");
         }
+        self.place = None;
         let again = match (&self.net, &self.order) {
             (Some(net), Some(order)) => {
                 Some(tokio::spawn(net.announce_again(order.placements.clone())))
@@ -340,7 +341,7 @@ impl Destination {
             tokio::select! {
                 packets = inbox.packets() => match packets {
                     Some(packets) => {
-                        held::give_over(gate, &packets, |ip| interface_of(&order.placements, ip));
+                        held::hand_over(gate, &packets, |ip| interface_of(&order.placements, ip));
                     }
                     None => return,
                 },

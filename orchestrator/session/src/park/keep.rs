@@ -163,7 +163,7 @@ impl Keeper {
         self.patience
             .retain(|patience| tree.flows.contains(&patience.flow));
         findings.extend(room(&self.place, &source, &tree));
-        findings.extend(super::kernel_finding());
+        findings.extend(super::kernel_findings());
         self.order = Some(Order {
             tree,
             source: source.clone(),

@@ -69,21 +69,37 @@ fn boot_id() -> Result<String, Error> {
     Ok(id.trim().to_owned())
 }
 
-/// A kernel that cannot give a process its PID back cannot restore any.
-fn kernel_finding() -> Option<Finding> {
-    lacks_restore(Path::new("/proc"))
+/// What a kernel has to have been built with, or no tree comes back on it.
+fn kernel_findings() -> Vec<Finding> {
+    lacks(Path::new("/proc"))
 }
 
-fn lacks_restore(proc: &Path) -> Option<Finding> {
-    // Linux kernel/pid_namespace.c: there with CONFIG_CHECKPOINT_RESTORE only.
-    let knob = proc.join("sys/kernel/ns_last_pid");
-    (!knob.exists()).then(|| {
-        Finding::refused(
-            "kernel",
+fn lacks(proc: &Path) -> Vec<Finding> {
+    const NEEDED: [(&str, &str); 2] = [
+        // Linux kernel/pid_namespace.c: there with CONFIG_CHECKPOINT_RESTORE only. Without it no
+        // process can have its PID back.
+        (
+            "sys/kernel/ns_last_pid",
             "was built without CONFIG_CHECKPOINT_RESTORE",
-            "boot a kernel that has it, as the kernels of Debian do; what is parked waits for it",
-        )
-    })
+        ),
+        // Linux fs/proc/namespaces.c. The monotonic clock begins anew with each boot; CRIU lets a
+        // tree's go on in a time namespace, and where there are none it lets it jump back.
+        (
+            "self/ns/time",
+            "was built without CONFIG_TIME_NS: the clocks of the tree would jump back to this boot",
+        ),
+    ];
+    NEEDED
+        .into_iter()
+        .filter(|(path, _)| proc.join(path).symlink_metadata().is_err())
+        .map(|(_, finding)| {
+            Finding::refused(
+                "kernel",
+                finding,
+                "boot a kernel that has it, as the kernels of Debian do; what is parked waits for it",
+            )
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -91,12 +107,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kernel_without_checkpoint_restore_is_told() {
+    fn what_a_kernel_was_built_without_is_told() {
         let proc = tempfile::tempdir().unwrap();
-        let finding = lacks_restore(proc.path()).unwrap();
-        assert!(finding.finding.contains("CONFIG_CHECKPOINT_RESTORE"));
+        let told = |words: &[&str]| {
+            let findings = lacks(proc.path());
+            assert_eq!(findings.len(), words.len(), "{findings:?}");
+            for (finding, word) in findings.iter().zip(words) {
+                assert!(finding.finding.contains(word), "{finding:?}");
+            }
+        };
+        told(&["CONFIG_CHECKPOINT_RESTORE", "CONFIG_TIME_NS"]);
         fs::create_dir_all(proc.path().join("sys/kernel")).unwrap();
         fs::write(proc.path().join("sys/kernel/ns_last_pid"), "1").unwrap();
-        assert_eq!(lacks_restore(proc.path()), None);
+        told(&["CONFIG_TIME_NS"]);
+        fs::create_dir_all(proc.path().join("self/ns")).unwrap();
+        // As there: a link to what no path leads to.
+        std::os::unix::fs::symlink("time:[1]", proc.path().join("self/ns/time")).unwrap();
+        told(&[]);
     }
 }

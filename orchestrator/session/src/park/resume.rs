@@ -292,7 +292,7 @@ impl Feeder<'_> {
             ),
         );
         let findings: Vec<Finding> = std::iter::once(kernel)
-            .chain(super::kernel_finding())
+            .chain(super::kernel_findings())
             .chain(
                 findings
                     .into_iter()
@@ -420,10 +420,7 @@ impl Feeder<'_> {
             return Ok(());
         };
         let broken = self.broken(source);
-        match self.inbox.next_within("its reason", LOCK_LIMIT).await {
-            Err(said @ Error::Peer(_)) => Err(said),
-            Ok(_) | Err(_) => Err(broken),
-        }
+        Err(self.inbox.reason_for(broken, LOCK_LIMIT).await)
     }
 
     fn broken(&self, source: migrate_channel::ChannelError) -> Error {

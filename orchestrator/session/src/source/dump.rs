@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ use super::preflight::{externals, survey};
 use super::segments::SegmentDump;
 use super::{Engine, Migration, Target, not_yet};
 use crate::error::Error;
+use crate::images::ImagePlace;
 use crate::progress::{Progress, Reporter};
 
 /// Bytes of an image file in one frame.
@@ -33,10 +35,7 @@ impl Migration {
             // destination or not; another process under the root's PID is not.
             self.must_be_checked()?;
         }
-        let images = self
-            .images
-            .clone()
-            .ok_or_else(|| not_yet("the image directory"))?;
+        let images = self.image_directory()?.to_owned();
         let options = DumpOptions {
             shell_job: plan.facts.shell_job,
             external: externals(&plan.facts.stdio),
@@ -249,9 +248,7 @@ impl Migration {
         // The tree stands still, so its memory is what the copy's has to be.
         let digests = match listed {
             Some(listed) => {
-                let directory = self.images.as_ref();
-                let directory = directory.ok_or_else(|| not_yet("the image directory"))?;
-                let masks = migrate_criu::rseq_areas(directory)?;
+                let masks = migrate_criu::rseq_areas(self.image_directory()?)?;
                 let segments = segments.unwrap_or_default();
                 let late = kept.as_mut().and_then(|kept| kept.listed.take());
                 let late = late.unwrap_or_default();
@@ -275,13 +272,15 @@ impl Migration {
         Ok(detail)
     }
 
+    /// Where CRIU writes what is no page.
+    pub(super) fn image_directory(&self) -> Result<&Path, Error> {
+        let place = self.images.as_ref().map(ImagePlace::path);
+        place.ok_or_else(|| not_yet("the image directory"))
+    }
+
     /// Sends what CRIU has written to tmpfs beside the pages.
     async fn send_images(&mut self, digests: Digests, late: u64) -> Result<String, Error> {
-        let directory = self
-            .images
-            .clone()
-            .ok_or_else(|| not_yet("the image directory"))?;
-        let images = migrate_criu::small_images(&directory)?;
+        let images = migrate_criu::small_images(self.image_directory()?)?;
         let (pages, in_store) = (self.pages, self.in_store);
         let link = self.link()?;
         let broken = |peer: &str| {

@@ -316,9 +316,7 @@ impl Migration {
                 leftovers.push(format!("could not detach the gate: {error}"));
             }
         }
-        if let Some(images) = self.images.take() {
-            let _ = std::fs::remove_dir_all(images);
-        }
+        self.images = None;
         if let Some(seen) = seen {
             self.continuity = Some(self.sum_up(&seen).await);
         }

@@ -21,7 +21,6 @@ pub(crate) mod verdict;
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -51,6 +50,7 @@ use self::segments::SegmentDump;
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::guard::Guard;
+use crate::images::ImagePlace;
 use crate::inbox::Inbox;
 use crate::journal::Journal;
 use crate::park::Place;
@@ -221,10 +221,16 @@ pub async fn migrate(
         let step = migration.step;
         let lost = failed.as_ref().map(|(_, error)| error);
         let came = if step.may_be_dropped() {
-            tokio::select! {
+            let came = tokio::select! {
                 came = migration.perform(step, &cancel, lost) => came,
                 () = cancel.cancelled() => Err(Error::Cancelled),
                 () = passed(&mut frozen_until) => Err(Error::BlackoutLimit { limit }),
+            };
+            match (came, &mut migration.link) {
+                (Err(lost @ Error::Channel { .. }), Some(link)) => {
+                    Err(link.inbox.reason_for(lost, Migration::FAREWELL_LIMIT).await)
+                }
+                (came, _) => came,
             }
         } else {
             migration.perform(step, &cancel, lost).await
@@ -404,7 +410,7 @@ struct Migration {
     lease: Option<JoinHandle<()>>,
     supervisor: Option<HoldDown>,
     fence: Option<Fence>,
-    images: Option<PathBuf>,
+    images: Option<ImagePlace>,
     /// The tracking; it has to last until CRIU has dumped the tree.
     precopy: Option<Precopy>,
     /// What rounds have sent, where memory cannot be tracked.
@@ -611,8 +617,9 @@ impl Migration {
     /// stops waiting for it. The source's tree runs again before that.
     const PEER_UNDO_LIMIT: Duration = Duration::from_secs(10);
 
-    /// How long the word that it is over may take to be handed to the kernel,
-    /// which is all that is waited for while the tree still stands.
+    /// How long the word that it is over may take to be handed to the kernel, or
+    /// the other side's to be read, which is all that is waited for while the tree
+    /// still stands.
     const FAREWELL_LIMIT: Duration = Duration::from_millis(100);
 
     /// How long CRIU may take to put the tree back on its feet.
@@ -742,9 +749,7 @@ impl Migration {
                 hold.release().map_err(|e| crate::error::chain(&e)),
             );
         }
-        if let Some(images) = self.images.take() {
-            let _ = std::fs::remove_dir_all(images);
-        }
+        self.images = None;
         if let Some(journal) = self.journal.take() {
             journal.discard();
         }

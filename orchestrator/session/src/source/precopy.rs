@@ -152,8 +152,7 @@ impl Migration {
                 POPULATED_PAGE_NS
             }
             Engine::SoftDirty => {
-                let images = self.images.as_ref();
-                let images = images.ok_or_else(|| not_yet("the image directory"))?;
+                let images = self.image_directory()?;
                 let criu = self.criu()?.clone();
                 self.soft_dirty = Some(SoftDirty::new(self.request.pid, criu, images));
                 POPULATED_PAGE_NS

@@ -223,7 +223,7 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
             error.help().unwrap_or_default(),
         ));
     }
-    let mut host = migrate_proc::host_facts(&state.image_root()?);
+    let mut host = crate::images::host_facts(state)?;
     host.criu = criu.as_ref().map(|criu| criu.version);
     findings.extend(sockets.findings);
     let moving: Vec<IpAddr> = sockets.addresses.iter().map(|a| a.ip).collect();

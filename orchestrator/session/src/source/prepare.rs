@@ -14,8 +14,8 @@ use serde::Serialize;
 use super::{CONNECT_LIMIT, Engine, MemoryEngine, Migration, READY_LIMIT, not_yet};
 use crate::error::Error;
 use crate::guard::Guard;
+use crate::images::ImagePlace;
 use crate::journal::Journal;
-use crate::state::make_private;
 
 impl Migration {
     /// A gate whose owner is gone opens by itself after this time. Longer than
@@ -138,8 +138,7 @@ impl Migration {
             let fence = encode(&made)?;
             journal.update(|record| record.fence = Some(fence))?;
         }
-        self.images = Some(images.clone());
-        make_private(&images)?;
+        self.images = Some(ImagePlace::make(images.clone())?);
         let plan = self.plan()?;
         // CRIU refuses one that the tree opens from here on, unless it is told.
         let tunnel = plan.facts.tunnel.is_some();
