@@ -538,6 +538,7 @@ pub fn leftovers(host: &Host) -> Vec<String> {
                 .filter(|entry| !entry.ends_with(".debug")),
         );
     }
+    left.extend(image_mounts(host));
     for record in entries(&host.path("/run/migrate/journal")) {
         let text = fs::read_to_string(&record).unwrap_or_default();
         // Destinations keep the ended ones for a late question.
@@ -547,6 +548,35 @@ pub fn leftovers(host: &Host) -> Vec<String> {
     }
     left.extend(cgroups(host, "-name", "migrate-fence-*"));
     left
+}
+
+/// The agent's policy in tests. Not where an agent looks by itself, so that other
+/// tests are not bound.
+pub const POLICY_FILE: &str = "/run/agent.toml";
+
+/// Has a migration's agent on `destination` go by this policy.
+///
+/// # Panics
+///
+/// When the policy cannot be written.
+#[track_caller]
+pub fn under_policy(migration: &mut Command, destination: &Host, policy: &str) {
+    let written = fs::write(destination.path(POLICY_FILE), policy);
+    assert!(written.is_ok(), "{written:?}");
+    let agent = format!("env MIGRATE_AGENT_POLICY={POLICY_FILE} migrate");
+    migration.env("MIGRATE_REMOTE_COMMAND", agent);
+}
+
+/// The lines of a host's `mountinfo` for what is mounted where images are.
+#[must_use]
+pub fn image_mounts(host: &Host) -> Vec<String> {
+    let mounts = format!("/proc/{}/mountinfo", host.init_pid());
+    let text = fs::read_to_string(mounts).unwrap_or_default();
+    let ours = text.lines().filter(|line| {
+        let at = line.split(' ').nth(4).unwrap_or_default();
+        at.starts_with("/run/migrate/images/") || at.starts_with("/dev/shm/migrate-images/")
+    });
+    ours.map(str::to_owned).collect()
 }
 
 fn entries(directory: &Path) -> Vec<String> {
@@ -637,12 +667,31 @@ pub fn guards(host: &Host) -> Vec<Pid> {
     })
 }
 
+/// The processes that put memory in place on a host, as this machine sees them.
+#[must_use]
+pub fn keepers(host: &Host) -> Vec<Pid> {
+    machine_pids(host, |words| {
+        words.get(1).is_some_and(|word| word == "keep-memory")
+    })
+}
+
 /// Whether a process stands still because of a signal.
 #[must_use]
 pub fn is_stopped(pid: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ")
         .is_some_and(|(_, rest)| rest.starts_with('T'))
+}
+
+/// Whether a process has ended with all its threads, reaped or not: nothing of it
+/// is open any more.
+#[must_use]
+pub fn is_over(pid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let Some((_, rest)) = stat.rsplit_once(") ") else {
+        return true;
+    };
+    rest.starts_with('Z') && entries(Path::new(&format!("/proc/{pid}/task"))).len() <= 1
 }
 
 /// The CRIU of an agent or a `migrate`, as this machine sees it.

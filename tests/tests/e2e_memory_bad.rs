@@ -218,6 +218,29 @@ fn a_tree_that_ends_in_mid_round_is_named() {
     clean(&odd.lab.host(HostName::Host2));
 }
 
+#[test]
+fn a_tree_that_outgrows_the_page_store_stays() {
+    require!("a_tree_that_outgrows_the_page_store_stays": root, tcx, criu, migrate);
+    let odd = Odd::start("growing");
+    let destination = odd.lab.host(HostName::Host2);
+    let mut command = odd.source().command("migrate");
+    refusals::under_policy(&mut command, &destination, "memory_mib_max = 24\n");
+    // The first round takes a second, in which the tree grows.
+    command.args(["--json", "--bandwidth", "8M", "--to", "host2"]);
+    command.arg(odd.pid.to_string());
+    let mut running = refusals::Running::start(command);
+    assert!(running.await_started(Phase::Precopy));
+    signal(&odd.source(), "USR1", odd.pid);
+    let ended = running.finish();
+    let (full, way_out) = ("page store is full: 25165824 bytes", "memory_mib_max");
+    ended.expect(ROLLED_BACK, &[full, way_out]);
+    assert!(runs(&odd.source(), odd.pid));
+    odd.goes_on();
+    clean(&odd.source());
+    clean(&destination);
+    odd.moves();
+}
+
 /// Whether the kernel marks soft-dirty pages: one that was just written is.
 fn has_soft_dirty() -> bool {
     const SOFT_DIRTY: u64 = 1 << 55;

@@ -19,10 +19,11 @@ use migrate_tests::hosts::{
 };
 use migrate_tests::migration::serves_old_connections;
 use migrate_tests::refusals::{
-    Ended, REFUSED, Running, Scene, guards, is_stopped, runner, scoped, shell,
+    Ended, INTERRUPTED, REFUSED, Running, Scene, guards, is_stopped, runner, scoped, shell,
 };
+use migrate_tests::require;
+use migrate_tests::tunnel::{self, End};
 use migrate_tests::workload::{Kind, Workload};
-use migrate_tests::{require, tunnel};
 use nix::sys::signal::{Signal, kill};
 
 /// On a host: memory that outlives everything that is played here.
@@ -231,8 +232,13 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
     let [host, behind, peer] =
         [HostName::Host1, HostName::Host2, HostName::Client].map(|name| lab.host(name));
     let resets = reset_connections(&peer).unwrap();
-    shell(&host, &format!("openvpn --genkey secret {}", tunnel::KEY));
-    fs::copy(host.path(tunnel::KEY), peer.path(tunnel::KEY)).unwrap();
+    let keys = tempfile::tempdir().unwrap();
+    tunnel::certify(keys.path()).unwrap();
+    for (host, end) in [(&host, End::Server), (&peer, End::Client)] {
+        for (from, to) in end.keys(keys.path()) {
+            fs::copy(from, host.path(to)).unwrap();
+        }
+    }
     shell(&host, tunnel::DEVICE);
     shell(&host, &tunnel::router());
     shell(&behind, &tunnel::behind());
@@ -308,7 +314,8 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
     assert!(eventually(WITHIN, || !runs(&host, server)));
     serves_old_connections(&mut client);
     // One that would go with the program would not be there for it.
-    let other = tunnel::openvpn("tun9", 1195, &["--proto", "tcp-server"]);
+    let more = ["--proto", "tcp-server", "--log", "/dev/null"];
+    let other = tunnel::openvpn(End::Server, "tun9", 1195, &more);
     let other = host.spawn_detached(other, "/dev/null").unwrap();
     assert!(eventually(WITHIN, || listens(&host, 1195)));
     let ended = run(&host, &["park", &other.to_string(), "--dir", DIR]);
@@ -316,6 +323,9 @@ fn an_openvpn_tunnel_comes_back_after_a_boot() {
         REFUSED,
         &["tun9", "goes with the program", "ip tuntap add dev tun9"],
     );
+    // All of it was one session: nobody has connected or agreed on keys anew.
+    let said = fs::read_to_string(peer.path(tunnel::CLIENT_LOG)).unwrap();
+    assert_eq!(said.matches(tunnel::AGREED).count(), 1, "{said}");
     clean_client(&lab, client, resets);
 }
 
@@ -668,6 +678,71 @@ fn a_failed_reboot_brings_the_trees_back() {
     let ended = running.finish();
     assert_eq!(ended.status.code(), Some(ROLLED_BACK), "{ended:#?}");
     assert!(ended.text().contains("interrupted"), "{ended:#?}");
+    serves_old_connections(&mut scene.client);
+    // A command that has said yes and has done nothing.
+    let ended = run(
+        &host,
+        &[
+            "maintenance",
+            &pid,
+            "--dir",
+            DIR,
+            "--reboot-cmd",
+            "true",
+            "--grace",
+            "0",
+        ],
+    );
+    assert_eq!(ended.status.code(), Some(ROLLED_BACK), "{ended:#?}");
+    let text = ended.text();
+    assert!(
+        text.contains("has not ended this kernel within 0 s"),
+        "{text}"
+    );
+    serves_old_connections(&mut scene.client);
+    assert!(scene.client.stop().unwrap().is_clean());
+}
+
+/// Whenever the word comes: what runs is back, and nothing ends the kernel.
+#[test]
+fn who_interrupts_a_maintenance_has_all_trees_back() {
+    require!("who_interrupts_a_maintenance_has_all_trees_back": root, tcx, criu, migrate);
+    let mut scene = Scene::start("park-interrupt", Kind::Echo, 3);
+    let host = scene.source();
+    let lonely = Workload::start(Kind::ShellLoop, &scene.lab).unwrap();
+    make_directory(&host);
+    let [echo, lonely] = [scene.workload.pid, lonely.pid];
+    let stopped_with = |pids: &[i32], signal: Signal| {
+        let mut command = host.command("migrate");
+        command.args(["maintenance", "--dir", DIR]);
+        command.args(["--reboot-cmd", "touch /srv/rebooted; exec sleep 600"]);
+        command.args(pids.iter().map(ToString::to_string));
+        command.env("MIGRATE_STOP_AT", "parked");
+        let running = Running::start(command);
+        let maintaining = held(&host, "maintenance");
+        kill(maintaining, signal).unwrap();
+        kill(maintaining, Signal::SIGCONT).unwrap();
+        let ended = running.finish();
+        assert!(!host.path("/srv/rebooted").exists(), "{ended:#?}");
+        ended
+    };
+    // The first of two is on the disk; the second has not been touched.
+    let ended = stopped_with(&[echo, lonely], Signal::SIGINT);
+    assert_eq!(ended.status.code(), Some(INTERRUPTED), "{ended:#?}");
+    assert!(runs(&host, echo) && runs(&host, lonely), "{ended:#?}");
+    serves_old_connections(&mut scene.client);
+    // The last one is: nothing but the command is left.
+    let ended = stopped_with(&[echo], Signal::SIGINT);
+    assert_eq!(ended.status.code(), Some(ROLLED_BACK), "{ended:#?}");
+    assert!(ended.text().contains("interrupted"), "{ended:#?}");
+    assert!(runs(&host, echo), "{ended:#?}");
+    serves_old_connections(&mut scene.client);
+    // A system that goes down has its trees parked.
+    let ended = stopped_with(&[echo], Signal::SIGTERM);
+    assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
+    assert!(ended.text().contains("the trees stay parked"), "{ended:#?}");
+    assert!(!runs(&host, echo), "{ended:#?}");
+    succeeds(&host, &["resume", "--dir", DIR]);
     serves_old_connections(&mut scene.client);
     assert!(scene.client.stop().unwrap().is_clean());
 }

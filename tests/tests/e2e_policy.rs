@@ -2,22 +2,16 @@
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
-use std::fs;
 use std::process::Command;
 
-use migrate_tests::refusals::{CONNECT, REFUSED, Running, Scene};
+use migrate_tests::refusals::{CONNECT, POLICY_FILE, REFUSED, Running, Scene, under_policy};
 use migrate_tests::require;
 use migrate_tests::workload::Kind;
 
-/// Not where an agent looks by itself, so that other tests are not bound.
-const FILE: &str = "/run/agent.toml";
-
 /// A migration to an agent with this policy.
 fn with_policy(scene: &Scene, policy: &str) -> Command {
-    fs::write(scene.destination().path(FILE), policy).unwrap();
     let mut command = scene.to_destination(&[]);
-    let agent = format!("env MIGRATE_AGENT_POLICY={FILE} migrate");
-    command.env("MIGRATE_REMOTE_COMMAND", agent);
+    under_policy(&mut command, &scene.destination(), policy);
     command
 }
 
@@ -38,7 +32,7 @@ fn what_the_policy_does_not_allow_is_refused() {
     }
     // A rule that is not understood is not taken for none.
     let command = with_policy(&scene, "user = [0]");
-    scene.fails(command, CONNECT, &["could not use the policy", FILE]);
+    scene.fails(command, CONNECT, &["could not use the policy", POLICY_FILE]);
 
     let command = with_policy(&scene, "build_ids = ['c0ffee']");
     let refused = scene.fails(

@@ -18,7 +18,7 @@ use migrate_tests::client::program;
 use migrate_tests::hosts::{eventually, listens, process_name, runs};
 use migrate_tests::refusals::{
     CONNECT, Held, INTERRUPTED, REFUSED, ROLLED_BACK, Running, Scene, USAGE, agent, clean, criu_of,
-    driver, is_stopped, leftovers, scoped, shell,
+    driver, image_mounts, is_stopped, leftovers, scoped, shell,
 };
 use migrate_tests::require;
 use migrate_tests::standing;
@@ -135,6 +135,62 @@ fn whoever_is_not_root_is_refused() {
     command.args(["/srv/migrate", "--to", "host2", &pid]);
     scene.fails(command, USAGE, &["needs root", "help: ", "sudo"]);
     scene.moves_now();
+}
+
+/// Root, but for some rights.
+#[test]
+fn a_missing_right_is_named_and_missed_where_it_is_needed() {
+    require!(
+        "a_missing_right_is_named_and_missed_where_it_is_needed":
+        root, tcx, criu, migrate, setpriv
+    );
+    let mut scene = Scene::start("rights", Kind::Echo, 5);
+    let pid = scene.workload.pid.to_string();
+    let at_source = |scene: &Scene, without: &str| {
+        let mut command = scene.source().command("setpriv");
+        command.args(["--bounding-set", without, "migrate", "--to", "host2", &pid]);
+        command
+    };
+    let at_destination = |scene: &Scene, without: &str| {
+        let mut command = scene.to_destination(&[]);
+        let agent = format!("setpriv --bounding-set {without} migrate");
+        command.env("MIGRATE_REMOTE_COMMAND", agent);
+        command
+    };
+    for (without, lacks) in [
+        (
+            "-bpf",
+            "lacks CAP_BPF: the gate's programs cannot be loaded",
+        ),
+        (
+            "-net_raw",
+            "lacks CAP_NET_RAW: an address cannot be announced",
+        ),
+        (
+            "-checkpoint_restore",
+            "lacks CAP_CHECKPOINT_RESTORE: a copy cannot have the PIDs it had",
+        ),
+    ] {
+        for (side, command) in [
+            ("source", at_source(&scene, without)),
+            ("destination", at_destination(&scene, without)),
+        ] {
+            let rights = format!("rights on the {side}");
+            scene.fails(command, REFUSED, &[&rights, lacks, "-> run as root"]);
+        }
+    }
+    // Without this one the tree cannot even be looked at.
+    let command = at_source(&scene, "-sys_ptrace");
+    let words = ["Permission denied", "help: this root lacks CAP_SYS_PTRACE"];
+    scene.fails(command, REFUSED, &words);
+    // Needed for the processes of other users alone.
+    let mut command = at_source(&scene, "-sys_resource");
+    let agent = "setpriv --bounding-set -sys_resource migrate";
+    command.env("MIGRATE_REMOTE_COMMAND", agent);
+    let ended = Running::start(command).finish();
+    assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
+    scene.has_moved();
+    scene.unharmed();
 }
 
 #[test]
@@ -583,6 +639,20 @@ fn an_agent_lost_before_the_copy_runs_gives_the_tree_back() {
     // The copy is complete, and is owned only when CRIU cannot take a word.
     let restored = Held::by_itself(agent);
     assert!(runs(&destination, scene.workload.pid));
+    // Its memory is there, and nothing of it in swap.
+    for (host, process) in [
+        (scene.source(), driver(&scene.source())),
+        (destination.clone(), agent),
+    ] {
+        if migrate_memory::unswapped(None).is_ok() {
+            let mounts = image_mounts(&host);
+            assert_eq!(mounts.len(), 1, "{mounts:?} on {}", host.name());
+            assert!(mounts[0].contains("noswap"), "{mounts:?}");
+        }
+        let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+        let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:"));
+        assert_ne!(locked.unwrap().trim(), "0 kB", "{status}");
+    }
     let criu = criu_of(agent);
     let held = Held::stop(criu);
     drop(restored);

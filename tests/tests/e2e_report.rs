@@ -14,10 +14,12 @@ use migrate_core::report::Report;
 use migrate_core::timeline::Span;
 use migrate_test_hosts::{Host, HostName, Lab};
 use migrate_tests::migration::{print_logs, serves_old_connections};
+use migrate_tests::refusals::{Running, runner};
 use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload};
 use nix::errno::Errno;
 use nix::pty::{OpenptyResult, Winsize, openpty};
+use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
 const COLUMNS: u16 = 80;
@@ -118,6 +120,40 @@ fn pixels(png: &Path, colour: [u8; 3]) -> usize {
         .chunks_exact(frame.color_type.samples())
         .filter(|pixel| pixel.iter().zip(colour).all(|(a, b)| a.abs_diff(b) < 8))
         .count()
+}
+
+#[test]
+fn a_round_is_shown_while_it_lasts_here_and_to_who_watches() {
+    require!("a_round_is_shown_while_it_lasts_here_and_to_who_watches": root, tcx, criu, migrate, redis);
+    let lab = Lab::scoped(&format!("watch-{}", std::process::id())).unwrap();
+    let workload = Workload::start(Kind::Redis, &lab).unwrap();
+    let host1 = lab.host(HostName::Host1);
+    let pid = workload.pid.to_string();
+    let mut watch = host1.command("migrate");
+    watch.args(["status", "--json", "--watch", "0.1"]);
+    let mut watch = Running::start(watch);
+
+    let mut command = host1.command("migrate");
+    // A first round of seconds.
+    command.args(["--bandwidth", "2M", "--compress", "none"]);
+    command.args(["--to", "host2", &pid]);
+    let (code, said) = on_terminal(command);
+    assert_eq!(code, Some(0), "{said}");
+    let shown = lines(&said);
+    let grows = shown.iter().filter(|line| {
+        let bar = line.split_whitespace().nth(1).unwrap_or_default();
+        line.starts_with("    1  ") && bar.len() == 10 && bar.contains('>')
+    });
+    assert!(grows.count() >= 2, "{shown:#?}");
+    // In the place of each other, and gone in the end.
+    assert!(said.contains('\r'), "{said:?}");
+
+    let runs = |line: &Value| line["owner_alive"] == true && line["flows"].is_u64();
+    assert!(watch.await_event(|line| runs(line) && line["phase"] == "precopy"));
+    assert!(watch.await_event(|line| runs(line) && line["rounds"].as_u64() >= Some(1)));
+    kill(runner(&host1, "status"), Signal::SIGINT).unwrap();
+    let ended = watch.finish();
+    assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
 }
 
 #[test]

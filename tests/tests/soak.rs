@@ -1,5 +1,5 @@
-//! A redis that moves back and forth, and what stays behind: `cargo xtask soak`
-//! for as long as a run of the tests allows, or for `MIGRATE_SOAK_HOPS` hops.
+//! A redis that moves back and forth, and what stays behind: what `cargo xtask soak`
+//! does, for 200 hops or for `MIGRATE_SOAK_HOPS`.
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
@@ -12,7 +12,10 @@ use migrate_tests::hosts::eventually;
 use migrate_tests::refusals::{scoped, shell};
 use migrate_tests::require;
 use migrate_tests::soak::figures::{Figure, count};
-use migrate_tests::soak::{HOPS_MIN, Options, run};
+use migrate_tests::soak::{Options, run};
+
+/// Some five minutes, in which 100 KiB a hop would be 20 MiB.
+const HOPS: usize = 200;
 
 /// Limit for what takes a moment.
 const SOON: Duration = Duration::from_secs(60);
@@ -27,7 +30,7 @@ const LEFT_BEHIND: &str = "mkdir -p /run/migrate/journal /run/migrate/log /run/m
 #[test]
 fn nothing_grows_from_hop_to_hop() {
     require!("nothing_grows_from_hop_to_hop": root, tcx, criu, migrate, redis);
-    let hops = std::env::var("MIGRATE_SOAK_HOPS").map_or(HOPS_MIN + 8, |hops| {
+    let hops = std::env::var("MIGRATE_SOAK_HOPS").map_or(HOPS, |hops| {
         hops.parse().expect("MIGRATE_SOAK_HOPS is a number")
     });
     let options = Options {

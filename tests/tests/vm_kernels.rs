@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
 use std::fs;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,8 @@ use migrate_test_vms::{DISK, Kernel, Machine, Machines, Order, Program, Way, scr
 use migrate_tests::client::{StrictClient, program};
 use migrate_tests::hosts::gate_tests;
 use migrate_tests::migration::{Migration, serves_old_connections, serves_old_connections_within};
-use migrate_tests::{require, tunnel};
+use migrate_tests::require;
+use migrate_tests::tunnel::{self, End};
 
 /// They take a minute or two under emulation on an idle machine; this is for one with many others.
 const TESTS_WITHIN: Duration = Duration::from_secs(1200);
@@ -180,6 +182,32 @@ fn client_on(machine: &Machine, address: &str) -> StrictClient {
 
 /// By soft-dirty marks of their own accord on 6.1, which has nothing else, and because they are
 /// told to on 6.12, which has.
+/// A machine whose clock is put back and forth by decades, several times a second.
+struct SteppingClock<'a>(&'a Machine);
+
+impl<'a> SteppingClock<'a> {
+    fn start(machine: &'a Machine) -> Self {
+        shell(
+            machine,
+            "touch /run/stepping; \
+             (while test -e /run/stepping; do \
+                date -s @1000000000; sleep 0.1; date -s @2000000000; sleep 0.1; echo >>/run/steps; \
+              done >/dev/null 2>&1 &)",
+        );
+        until(machine, "test -s /run/steps");
+        Self(machine)
+    }
+}
+
+impl Drop for SteppingClock<'_> {
+    fn drop(&mut self) {
+        // A machine that does not answer has failed the test already.
+        let _ = self
+            .0
+            .exec(["rm", "-f", "/run/stepping", "/run/steps"], MOVES_WITHIN);
+    }
+}
+
 #[test]
 fn redis_moves_between_kernels_by_soft_dirty_marks() {
     require!(
@@ -203,7 +231,14 @@ fn redis_moves_between_kernels_by_soft_dirty_marks() {
     let mut client = client_on(peer, &workload());
 
     for (from, to, options) in [(one, two, &[][..]), (two, one, &["--engine", "soft-dirty"])] {
+        // The clocks of both jump to and fro all through the second one.
+        let stepping: Vec<SteppingClock<'_>> = [one, two]
+            .into_iter()
+            .filter(|_| to.host() == HostName::Host1)
+            .map(SteppingClock::start)
+            .collect();
         let (report, engine) = moves(from, to, pid, options);
+        drop(stepping);
         println!(
             "from {} to {}: {engine}, {} rounds, {} of {} pages while frozen, {} ms, done {} s after \
              the boot began",
@@ -241,54 +276,149 @@ const BEFORE_NETWORK: &str = "test ! -d /disk/parked || migrate guard-boot --dir
 /// Peers that have waited for two minutes may wait for as long again until they ask.
 const ASKED_AGAIN_WITHIN: Duration = Duration::from_secs(300);
 
-/// Parks trees, lets the machine have another kernel in one of the two ways, resumes them.
-fn outlive_their_kernel(machines: &mut Machines, way: Way, pids: &[&str], at_boot: &str) {
+/// The standard output of a script in a guest, which has to succeed.
+#[track_caller]
+fn shell(machine: &Machine, script: &str) -> String {
+    machine.succeed(["sh", "-c", script], MOVES_WITHIN).unwrap()
+}
+
+/// Waits in a guest.
+#[track_caller]
+fn until(machine: &Machine, condition: &str) {
+    shell(machine, &format!("until {condition}; do sleep 0.1; done"));
+}
+
+/// A number that a script in a guest prints.
+#[track_caller]
+fn number(machine: &Machine, script: &str) -> u64 {
+    shell(machine, script).trim().parse().unwrap()
+}
+
+/// Parks trees and lets the machine have another kernel in one of the two ways.
+fn leave_kernel(machines: &mut Machines, way: Way, pids: &[String]) {
     let one = machines.get(HostName::Host1).unwrap();
     let parked = format!("{DISK}/parked");
-    let prepare = format!(
-        "mkdir -m 700 {parked}; echo '{BEFORE_NETWORK}' >{DISK}/before-network; sync; uname -r"
-    );
-    let former = one.succeed(["sh", "-c", &prepare], MOVES_WITHIN).unwrap();
+    let former = shell(one, &format!("mkdir -m 700 {parked}; uname -r"));
     let reboot = match way {
         Way::Kexec => {
             // The digest of the images is what a crashed kernel needs, and takes seconds here.
             let load = format!(
                 "kexec --load --no-checks --reuse-cmdline --initrd={DISK}/initrd {DISK}/vmlinuz"
             );
-            one.succeed(["sh", "-c", &load], MOVES_WITHIN).unwrap();
+            shell(one, &load);
             "kexec --exec"
         }
         // At once, as a power switch.
         Way::Reset => "echo b >/proc/sysrq-trigger",
     };
-    let park = [
-        "migrate",
-        "maintenance",
-        "--dir",
-        &parked,
-        "--reboot-cmd",
-        reboot,
-    ];
-    let park = park.iter().chain(pids);
+    let park = ["migrate", "maintenance", "--dir", &parked];
+    let park = park.into_iter().chain(["--reboot-cmd", reboot]);
+    let park = park.chain(pids.iter().map(String::as_str));
     machines.leave_kernel(HostName::Host1, way, park).unwrap();
 
     let one = machines.get(HostName::Host1).unwrap();
-    let latter = one.succeed(["uname", "-r"], MOVES_WITHIN).unwrap();
+    let latter = shell(one, "uname -r");
     assert_ne!(former, latter);
     assert_eq!(latter.trim(), Kernel::V6_12.find().unwrap().release);
-    let list = ["migrate", "resume", "--list", "--dir", &parked];
-    let list = one.succeed(list, MOVES_WITHIN).unwrap();
-    assert_eq!(list.matches(former.trim()).count(), pids.len(), "{list}");
-    assert_eq!(list.matches("; waits").count(), pids.len(), "{list}");
-    one.succeed(["sh", "-c", at_boot], MOVES_WITHIN).unwrap();
-    let resume = ["migrate", "resume", "--dir", &parked];
-    let resumed = one.succeed(resume, MOVES_WITHIN).unwrap();
-    println!("{resumed}");
-    assert_eq!(
-        resumed.matches("runs again").count(),
-        pids.len(),
-        "{resumed}"
-    );
+}
+
+/// What a machine that parks trees serves, and to whom: a redis, and a tunnel with somebody's
+/// connections through it, among them a ping and a download that do not end by themselves.
+struct Served {
+    pids: [String; 2],
+    clients: [StrictClient; 2],
+    /// The client's end of the tunnel's connection.
+    tunnel: String,
+}
+
+/// What asks for the tunnel's connection, which is alone at this port.
+const TUNNEL: &str = "ss -tnH state established dport = :1194 | tr -s ' ' | cut -d ' ' -f 3";
+/// The answers to a ping so far.
+const ANSWERS: &str = "grep -c 'bytes from' /run/ping";
+/// The bytes of a download so far.
+const DOWNLOADED: &str = "wc -c </run/got";
+/// Sends what nobody can guess until it is told that it is enough, and keeps it.
+const ENDLESS: &str = "#!/bin/sh\n\
+     printf 'Content-Type: application/octet-stream\\r\\n\\r\\n'\n\
+     while test ! -e /run/enough; do head -c 8192 /dev/urandom; sleep 0.2; done | tee /run/sent\n";
+
+impl Served {
+    fn start(machines: &Machines, dir: &Path) -> Self {
+        let at = |host| machines.get(host).unwrap();
+        let [one, two, peer] = [HostName::Host1, HostName::Host2, HostName::Client].map(at);
+        tunnel::certify(dir).unwrap();
+        for (machine, end) in [(one, End::Server), (peer, End::Client)] {
+            for (from, to) in end.keys(dir) {
+                machine.put(&from, &to, 0o600).unwrap();
+            }
+        }
+        shell(two, &tunnel::behind());
+        redis_on(two, tunnel::BEHIND);
+        let script = dir.join("endless");
+        fs::write(&script, ENDLESS).unwrap();
+        shell(two, "mkdir -p /srv/www/cgi-bin");
+        two.put(&script, "/srv/www/cgi-bin/endless", 0o755).unwrap();
+        let downloads = format!("{}:{}", tunnel::BEHIND, tunnel::DOWNLOADS);
+        let serve = ["busybox", "httpd", "-f", "-p", &downloads, "-h", "/srv/www"];
+        two.spawn_detached(serve, "/dev/null").unwrap();
+        listens(two, tunnel::DOWNLOADS);
+
+        shell(one, &at_boot());
+        let vpn = one.spawn_detached(tunnel::server(), "/dev/null").unwrap();
+        listens(one, tunnel::PORT);
+        peer.spawn_detached(tunnel::client(), "/dev/null").unwrap();
+        until(peer, tunnel::ROUTE);
+        let ping = ["busybox", "ping", tunnel::BEHIND];
+        peer.spawn_detached(ping, "/run/ping").unwrap();
+        until(peer, "grep -q 'bytes from' /run/ping");
+        let get = format!(
+            "busybox wget -q -O /run/got http://{downloads}/cgi-bin/endless; echo $? >/run/got.code"
+        );
+        peer.spawn_detached(["sh", "-c", &get], "/dev/null")
+            .unwrap();
+        until(peer, "test -s /run/got");
+        let cache = redis_on(one, &workload());
+        let clients = [workload().as_str(), tunnel::BEHIND].map(|at| client_on(peer, at));
+        Self {
+            pids: [cache, vpn.to_string()],
+            clients,
+            tunnel: shell(peer, TUNNEL),
+        }
+    }
+
+    /// All of it goes on where it was.
+    fn goes_on(self, machines: &Machines) {
+        let at = |host| machines.get(host).unwrap();
+        let [two, peer] = [HostName::Host2, HostName::Client].map(at);
+        let [answers, downloaded] = [ANSWERS, DOWNLOADED].map(|script| number(peer, script));
+        self.clients.into_iter().for_each(goes_on);
+        until(peer, &format!("test $({ANSWERS}) -gt {answers}"));
+        until(peer, &format!("test $({DOWNLOADED}) -gt {downloaded}"));
+        shell(two, "touch /run/enough");
+        until(peer, "test -s /run/got.code");
+        assert_eq!(shell(peer, "cat /run/got.code").trim(), "0");
+        let [got, sent] = [(peer, "/run/got"), (two, "/run/sent")]
+            .map(|(machine, file)| shell(machine, &format!("busybox sha256sum <{file}")));
+        assert_eq!(got, sent);
+        println!(
+            "{} bytes downloaded, {} pings answered",
+            number(peer, DOWNLOADED),
+            number(peer, ANSWERS)
+        );
+        // It is the same connection, with the same session in it.
+        assert_eq!(shell(peer, TUNNEL), self.tunnel);
+        let said = peer.read(tunnel::CLIENT_LOG).unwrap();
+        assert_eq!(said.matches(tunnel::AGREED).count(), 1, "{said}");
+    }
+}
+
+/// As the configuration of a network makes it at each boot.
+fn at_boot() -> String {
+    format!("{} && {}", tunnel::DEVICE, tunnel::router())
+}
+
+fn listens(machine: &Machine, port: u16) {
+    until(machine, &format!("ss -tln | grep -q :{port}"));
 }
 
 /// A strict client that goes on: no connection was reset, and every key is as it was written.
@@ -298,72 +428,149 @@ fn goes_on(mut client: StrictClient) {
     assert!(verdict.is_clean(), "{verdict}");
 }
 
-/// A redis, and an OpenVPN over TCP with somebody's connections through it.
+/// What is parked on one, which another kernel is to have; the other two do not change.
+fn parking(one: Order) -> [Order; 3] {
+    [
+        one.with_disk(Kernel::V6_12),
+        Order::new(HostName::Host2, Kernel::V6_12),
+        Order::new(HostName::Client, Kernel::V6_12),
+    ]
+}
+
 #[test]
 fn redis_and_openvpn_outlive_a_kexec() {
     require!(
         "redis_and_openvpn_outlive_a_kexec":
-        vm, kernel_6_1, kernel_6_12, migrate, criu, redis, kexec, openvpn
+        vm, kernel_6_1, kernel_6_12, migrate, criu, redis, kexec, openvpn, busybox
     );
     let _alone = alone();
     let begun = Instant::now();
     let dir = scratch().unwrap();
-    let orders = [
-        Order::new(HostName::Host1, Kernel::V6_1).with_disk(Kernel::V6_12),
-        Order::new(HostName::Host2, Kernel::V6_12),
-        Order::new(HostName::Client, Kernel::V6_12),
-    ];
+    let orders = parking(Order::new(HostName::Host1, Kernel::V6_1));
     let mut machines = Machines::boot(dir.path(), &orders, &moving()).unwrap();
     println!("up after {} s", begun.elapsed().as_secs());
-    let [one, two, peer] = orders.map(|order| machines.get(order.host).unwrap());
-    let shell = |machine: &Machine, script: &str| {
-        machine.succeed(["sh", "-c", script], MOVES_WITHIN).unwrap()
-    };
-    shell(one, &format!("openvpn --genkey secret {}", tunnel::KEY));
-    let key = dir.path().join("vpn.key");
-    fs::write(&key, one.read(tunnel::KEY).unwrap()).unwrap();
-    peer.put(&key, tunnel::KEY, 0o600).unwrap();
-    shell(two, &tunnel::behind());
-    redis_on(two, tunnel::BEHIND);
-    // As the configuration of a network makes it at each boot.
-    let at_boot = format!("{} && {}", tunnel::DEVICE, tunnel::router());
-    shell(one, &at_boot);
-    let vpn = one.spawn_detached(tunnel::server(), "/dev/null").unwrap();
-    let listens = format!(
-        "until ss -tln | grep -q :{}; do sleep 0.1; done",
-        tunnel::PORT
-    );
-    shell(one, &listens);
-    peer.spawn_detached(tunnel::client(), "/dev/null").unwrap();
+    let served = Served::start(&machines, dir.path());
+    let one = machines.get(HostName::Host1).unwrap();
+    let former = shell(one, "uname -r");
     shell(
-        peer,
-        &format!("until {}; do sleep 0.1; done", tunnel::ROUTE),
+        one,
+        &format!("echo '{BEFORE_NETWORK}' >{DISK}/before-network"),
     );
-    let cache = redis_on(one, &workload());
-    let clients = [workload().as_str(), tunnel::BEHIND].map(|address| client_on(peer, address));
+    println!("parks after {} s", begun.elapsed().as_secs());
 
-    let pids = [cache.as_str(), &vpn.to_string()];
-    outlive_their_kernel(&mut machines, Way::Kexec, &pids, &at_boot);
+    leave_kernel(&mut machines, Way::Kexec, &served.pids);
+    let one = machines.get(HostName::Host1).unwrap();
+    let list = shell(one, "migrate resume --list --dir /disk/parked");
+    assert_eq!(list.matches(former.trim()).count(), 2, "{list}");
+    assert_eq!(list.matches("; waits").count(), 2, "{list}");
+    shell(one, &at_boot());
+    let resumed = shell(one, "migrate resume --dir /disk/parked");
+    println!("{resumed}");
+    assert_eq!(resumed.matches("runs again").count(), 2, "{resumed}");
     println!("back after {} s", begun.elapsed().as_secs());
-    clients.into_iter().for_each(goes_on);
+    served.goes_on(&machines);
     println!("done after {} s", begun.elapsed().as_secs());
 }
 
+/// The units as they are shipped.
+const UNITS: [(&str, &str); 2] = [
+    (
+        "migrate-guard.service",
+        include_str!("../../dist/migrate-guard.service"),
+    ),
+    (
+        "migrate-resume.service",
+        include_str!("../../dist/migrate-resume.service"),
+    ),
+];
+
+/// Puts files where the next kernel's systemd has its configuration.
+fn configure(machine: &Machine, scratch: &Path) {
+    let etc = format!("{DISK}/etc");
+    let put = |name: &str, text: &str| {
+        let to = format!("{etc}/{name}");
+        let (directory, _) = to.rsplit_once('/').unwrap();
+        shell(machine, &format!("mkdir -p {directory}"));
+        let file = scratch.join("file");
+        fs::write(&file, text).unwrap();
+        machine.put(&file, &to, 0o644).unwrap();
+    };
+    // Where the units look for parked trees.
+    put(
+        "fstab",
+        &format!("{DISK}/parked /var/lib/migrate/parked none bind 0 0\n"),
+    );
+    for (name, text) in tunnel::networkd() {
+        put(&name, &text);
+    }
+    for (unit, text) in UNITS {
+        put(&format!("systemd/system/{unit}"), text);
+        // As `systemctl enable`, which the machine does not have yet.
+        let wanted_by = text
+            .lines()
+            .find_map(|line| line.strip_prefix("WantedBy="))
+            .unwrap();
+        let wants = format!("{etc}/systemd/system/{wanted_by}.wants");
+        shell(
+            machine,
+            &format!("mkdir -p {wants} && ln -s ../{unit} {wants}/"),
+        );
+    }
+}
+
+/// When something of a unit happened, in microseconds of its machine's uptime.
+fn happened(machine: &Machine, unit: &str, what: &str) -> u64 {
+    let show = format!("systemctl show --value -p {what}TimestampMonotonic {unit}");
+    let us = number(machine, &show);
+    assert_ne!(us, 0, "{unit} has not come to {what}");
+    us
+}
+
+/// By the units that are shipped, under a systemd that brings the network up.
 #[test]
-fn redis_outlives_a_reset() {
-    require!("redis_outlives_a_reset": vm, kernel_6_1, kernel_6_12, migrate, criu, redis);
+fn redis_and_openvpn_outlive_a_reset_by_their_units() {
+    require!(
+        "redis_and_openvpn_outlive_a_reset_by_their_units":
+        vm, kernel_6_1, kernel_6_12, migrate, criu, redis, openvpn, busybox, systemctl, udevadm
+    );
     let _alone = alone();
     let begun = Instant::now();
     let dir = scratch().unwrap();
-    let orders = [
-        Order::new(HostName::Host1, Kernel::V6_1).with_disk(Kernel::V6_12),
-        Order::new(HostName::Client, Kernel::V6_12),
-    ];
+    let orders = parking(Order::new(HostName::Host1, Kernel::V6_1).by_systemd());
     let mut machines = Machines::boot(dir.path(), &orders, &moving()).unwrap();
-    let [one, peer] = orders.map(|order| machines.get(order.host).unwrap());
-    let pid = redis_on(one, &workload());
-    let client = client_on(peer, &workload());
-    outlive_their_kernel(&mut machines, Way::Reset, &[&pid], "true");
-    goes_on(client);
+    println!("up after {} s", begun.elapsed().as_secs());
+    let served = Served::start(&machines, dir.path());
+    configure(machines.get(HostName::Host1).unwrap(), dir.path());
+    println!("parks after {} s", begun.elapsed().as_secs());
+
+    leave_kernel(&mut machines, Way::Reset, &served.pids);
+    println!("left after {} s", begun.elapsed().as_secs());
+    let one = machines.get(HostName::Host1).unwrap();
+    until(
+        one,
+        "systemctl is-system-running | grep -Eq '^(running|degraded)$'",
+    );
+    println!("back after {} s", begun.elapsed().as_secs());
+    let said = shell(
+        one,
+        "journalctl -b -o cat -u migrate-guard -u migrate-resume",
+    );
+    println!("{said}");
+    assert_eq!(said.matches("nothing answers for").count(), 2, "{said}");
+    assert_eq!(said.matches("runs again").count(), 2, "{said}");
+    // The gate was closed before anything could get an address, and opened when all had theirs.
+    let order = [
+        ("migrate-guard.service", "ActiveEnter"),
+        ("network-pre.target", "ActiveEnter"),
+        ("systemd-networkd.service", "ExecMainStart"),
+        ("network-online.target", "ActiveEnter"),
+        ("migrate-resume.service", "ExecMainStart"),
+    ];
+    let times = order.map(|(unit, what)| happened(one, unit, what));
+    println!("{times:?} us");
+    assert!(times.is_sorted(), "{order:?}: {times:?}");
+    let gates = shell(one, "migrate status");
+    assert!(!gates.contains("waits with a parked tree"), "{gates}");
+    served.goes_on(&machines);
     println!("done after {} s", begun.elapsed().as_secs());
 }

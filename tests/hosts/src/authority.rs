@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 
 use crate::error::{Attempt, Result};
 
@@ -53,7 +53,9 @@ impl Authority {
     pub fn certify(&self, name: &str) -> Result<(PathBuf, PathBuf)> {
         let made = || -> std::result::Result<_, rcgen::Error> {
             let key = KeyPair::generate()?;
-            let params = CertificateParams::new(vec![name.to_owned()])?;
+            let mut params = CertificateParams::new(vec![name.to_owned()])?;
+            // Under the authority's own name OpenSSL would take it for self-signed.
+            params.distinguished_name.push(DnType::CommonName, name);
             Ok((params.signed_by(&key, &self.issuer)?, key))
         };
         let (certificate, key) = made()

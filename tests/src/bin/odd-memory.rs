@@ -5,14 +5,19 @@
 //! under seccomp, which kills at `userfaultfd` and `close`; `locked`, all memory
 //! in RAM; `huge`, on huge pages; `uffd`, which has a userfaultfd; `ring`, which
 //! has an io_uring; `traced`, by its own child; `guarded`, with a guard page
-//! before its code; `sysv`, with System V shared memory.
+//! before its code; `sysv`, with System V shared memory; `growing`, which takes four times
+//! the memory it had when it gets SIGUSR1.
 
 use std::fs::OpenOptions;
 use std::os::fd::AsRawFd as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::{env, io, ptr};
 
 const PAGE: usize = 4096;
 const BYTES: usize = 8 << 20;
+
+/// Whether there is to be more memory.
+static GROWS: AtomicBool = AtomicBool::new(false);
 
 fn main() -> io::Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -36,6 +41,11 @@ fn main() -> io::Result<()> {
         "uffd" => called(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_NONBLOCK) })?,
         "ring" => ring()?,
         "traced" => traced()?,
+        // SAFETY: the handler only stores into an atomic.
+        "growing" => unsafe {
+            let handler: extern "C" fn(libc::c_int) = grow;
+            libc::signal(libc::SIGUSR1, handler as libc::sighandler_t);
+        },
         "guarded" => guarded()?,
         "strict" => {
             // SAFETY: takes no pointer.
@@ -47,11 +57,26 @@ fn main() -> io::Result<()> {
     count(memory, log.as_raw_fd())
 }
 
+extern "C" fn grow(_: libc::c_int) {
+    GROWS.store(true, Ordering::Relaxed);
+}
+
 /// Only writes, for more may not be allowed.
 fn count(memory: usize, log: i32) -> ! {
     let mut number: u64 = 0;
     loop {
         number += 1;
+        if GROWS.swap(false, Ordering::Relaxed) {
+            for _ in 0..4 {
+                let Ok(more) = map(libc::MAP_PRIVATE) else {
+                    // SAFETY: takes no pointer.
+                    unsafe { libc::_exit(1) };
+                };
+                for page in 0..BYTES / PAGE {
+                    put(more, page, 1);
+                }
+            }
+        }
         let page = usize::try_from(number).unwrap_or(0) % (BYTES / PAGE);
         let expected = 1 + (number - 1) / (BYTES / PAGE) as u64;
         if !(0..PAGE / 8).all(|word| get(memory, page, word) == expected) {

@@ -6,6 +6,9 @@
 //!          └─ PROGRAM
 //! ```
 //!
+//! Where systemd shall be PID 1, the agent is its child, and PID 1 becomes it once the disk is there,
+//! as at the end of an initramfs. The network and what is started are then systemd's affair.
+//!
 //! A command whose port is closed by the machine is killed with its session, so that a test that
 //! dies leaves nothing running in a guest that lives on.
 
@@ -41,6 +44,10 @@ pub(crate) const PORTS: usize = 12;
 pub const DISK: &str = "/disk";
 /// On the disk: a script that is run while the guest has no address.
 pub(crate) const BEFORE_NETWORK: &str = "before-network";
+/// On the disk: what lies over `/etc` of a guest with systemd.
+pub(crate) const ETC: &str = "etc";
+/// Where Debian has it.
+pub(crate) const SYSTEMD: &str = "/usr/lib/systemd/systemd";
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// The kernel tells of ports and interfaces within a second, under emulation.
@@ -59,6 +66,8 @@ pub(crate) struct Setup {
     pub(crate) sshd: bool,
     /// Whether there is a disk.
     pub(crate) disk: bool,
+    /// Whether systemd is PID 1.
+    pub(crate) systemd: bool,
 }
 
 /// Runs as PID 1 and never returns.
@@ -114,6 +123,12 @@ fn start() -> Result<()> {
     if setup.disk {
         mount_disk()?;
     }
+    if setup.systemd {
+        return become_systemd();
+    }
+    if setup.disk {
+        before_network()?;
+    }
     for (key, value) in [("accept_dad", "0"), ("accept_ra", "0")] {
         let path = format!("/proc/sys/net/ipv6/conf/default/{key}");
         fs::write(&path, value).attempt(|| format!("write {path}"))?;
@@ -142,7 +157,29 @@ fn start() -> Result<()> {
     }
 }
 
-/// The disk, and what it says is to be done before there is a network.
+/// Goes on as systemd, with the agent as its child, and with its `/etc` from the disk.
+fn become_systemd() -> Result<()> {
+    let etc = Path::new(DISK).join(ETC);
+    if etc.exists() {
+        succeed(command("cp").arg("-a").arg(etc).arg("/"))?;
+    }
+    let ports = open_ports()?;
+    // SAFETY: this process has one thread.
+    match unsafe { fork() }.attempt(|| "fork the agent".to_owned())? {
+        ForkResult::Child => {
+            serve(ports);
+            std::process::exit(1)
+        }
+        ForkResult::Parent { .. } => {
+            drop(ports);
+            println!("{READY}");
+            let error = command(SYSTEMD).exec();
+            Err(error).attempt(|| format!("become {SYSTEMD}"))
+        }
+    }
+}
+
+/// The disk.
 fn mount_disk() -> Result<()> {
     const DEVICE: &str = "/dev/vda";
     await_path(DEVICE)?;
@@ -154,7 +191,11 @@ fn mount_disk() -> Result<()> {
         MsFlags::empty(),
         None::<&str>,
     )
-    .attempt(|| format!("mount {DEVICE} on {DISK}"))?;
+    .attempt(|| format!("mount {DEVICE} on {DISK}"))
+}
+
+/// What the disk says is to be done before there is a network.
+fn before_network() -> Result<()> {
     let script = Path::new(DISK).join(BEFORE_NETWORK);
     if script.exists() {
         succeed(command("sh").arg("-e").arg(script))?;

@@ -56,6 +56,8 @@ pub struct Order {
     pub memory_mib: u32,
     /// A kernel to go on with, with everything that it boots, on a disk of the guest's.
     pub next: Option<Kernel>,
+    /// Whether systemd is PID 1 under that.
+    pub next_by_systemd: bool,
 }
 
 impl Order {
@@ -67,6 +69,7 @@ impl Order {
             kernel,
             memory_mib: 768,
             next: None,
+            next_by_systemd: false,
         }
     }
 
@@ -78,6 +81,15 @@ impl Order {
         self.next = Some(kernel);
         // What kexec boots lies in memory beside what has been booted.
         self.memory_mib = 1280;
+        self
+    }
+
+    /// With systemd as PID 1 of the next kernel: it brings up the network by its own means, with
+    /// what is in the directory `etc` of the disk over its `/etc`. The guest is up before that
+    /// has begun.
+    #[must_use]
+    pub const fn by_systemd(mut self) -> Self {
+        self.next_by_systemd = true;
         self
     }
 }
@@ -136,20 +148,26 @@ impl Machines {
             _switch: Switch::start(dir, &ports)?,
         };
         for order in orders {
-            let own = dir.join(format!("{}.own.cpio", order.host));
-            root::own(&own, order.host, &keys, order.next.is_some())?;
-            let initrd = |kernel: &Fetched, name: &Path| {
+            let initrd = |kernel: &Fetched, name: &Path, by_systemd| {
                 let modules = dir.join(format!("{}.modules.cpio", kernel.kernel));
                 root::modules(&modules, kernel)?;
-                concatenate(&[&common, &modules, &own], name)
+                let own = dir.join(format!("{}.own.cpio", order.host));
+                root::own(&own, order.host, &keys, order.next.is_some(), by_systemd)?;
+                let systemd = dir.join(format!("{}.systemd.cpio", order.host));
+                let mut parts = vec![common.as_path(), &modules, &own];
+                if by_systemd {
+                    root::systemd(&systemd, order.host, programs)?;
+                    parts.push(&systemd);
+                }
+                concatenate(&parts, name)
             };
             let kernel = order.kernel.find()?;
             let first = dir.join(format!("{}.initrd", order.host));
-            initrd(&kernel, &first)?;
+            initrd(&kernel, &first, false)?;
             if let Some(next) = order.next {
                 let kernel = next.find()?;
                 let initrd_of_next = next_initrd(dir, order.host);
-                initrd(&kernel, &initrd_of_next)?;
+                initrd(&kernel, &initrd_of_next, order.next_by_systemd)?;
                 disk::make(&disk_file(dir, order.host), &kernel.image, &initrd_of_next)?;
             }
             let (machine, child) = Machine::start(dir, order, &kernel, &first)?;

@@ -1,6 +1,7 @@
 //! What the guests are made of.
 
 use std::fmt::Write as _;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use migrate_test_hosts::files::{self, Keys};
@@ -8,7 +9,7 @@ use migrate_test_hosts::{
     HostName, INTERFACE, PREFIX_BITS_V4, PREFIX_BITS_V6, WORKLOAD_V4, WORKLOAD_V6,
 };
 
-use crate::agent::{SETUP_FILE, Setup};
+use crate::agent::{SETUP_FILE, SYSTEMD, Setup};
 use crate::error::{Attempt, Error, Result};
 use crate::initramfs::Archive;
 use crate::kernels::{Fetched, with_dependencies};
@@ -30,7 +31,8 @@ const PROGRAMS: [&str; 41] = [
     "true", "sync", "uname", "wc",
 ];
 /// What the tests move, and how a kernel is left; a guest comes up without.
-const WORKLOADS: [&str; 7] = [
+const WORKLOADS: [&str; 8] = [
+    "busybox",
     "redis-server",
     "redis-cli",
     "redis-benchmark",
@@ -87,6 +89,46 @@ const MODULE_LISTS: [&str; 10] = [
     "modules.builtin.alias.bin",
     "modules.builtin.modinfo",
 ];
+/// Of systemd: what a boot with a network takes. Its units are all there, and fail where their
+/// programs are not.
+const SYSTEMD_PROGRAMS: [&str; 12] = [
+    SYSTEMD,
+    "/usr/lib/systemd/systemd-journald",
+    "/usr/lib/systemd/systemd-modules-load",
+    "/usr/lib/systemd/systemd-networkd",
+    "/usr/lib/systemd/systemd-networkd-wait-online",
+    "/usr/lib/systemd/system-generators/systemd-fstab-generator",
+    "/usr/lib/systemd/systemd-shutdown",
+    "/usr/lib/systemd/systemd-sysctl",
+    "/usr/bin/journalctl",
+    "/usr/bin/systemctl",
+    "/usr/bin/systemd-tmpfiles",
+    "/usr/bin/udevadm",
+];
+/// Of systemd 254 and newer.
+const SYSTEMD_EXECUTOR: &str = "/usr/lib/systemd/systemd-executor";
+/// What the units are in, and the rules of devices.
+const SYSTEMD_TREES: [&str; 4] = [
+    "/usr/lib/systemd/network",
+    "/usr/lib/systemd/system",
+    "/usr/lib/tmpfiles.d",
+    "/usr/lib/udev/rules.d",
+];
+/// Units that nobody waits for here, and that need more than the guests have.
+const SYSTEMD_MASKED: [&str; 12] = [
+    "dbus.service",
+    "dbus.socket",
+    "getty.target",
+    "proc-sys-fs-binfmt_misc.automount",
+    "systemd-ask-password-wall.path",
+    "systemd-logind.service",
+    "systemd-random-seed.service",
+    "systemd-remount-fs.service",
+    "systemd-sysusers.service",
+    "systemd-update-utmp-runlevel.service",
+    "systemd-update-utmp.service",
+    "systemd-user-sessions.service",
+];
 /// The private place of a CRIU that `scripts/setup` fetched.
 const OWN_CRIU: &str = "/opt/migrate/criu/bin/criu";
 
@@ -138,9 +180,12 @@ pub(crate) fn common(path: &Path, programs: &[Program]) -> Result<()> {
     for (name, text) in [
         (
             "passwd",
-            "root:x:0:0:root:/root:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\nmemcache:x:101:65534::/:/usr/sbin/nologin\nnobody:x:65534:65534::/:/usr/sbin/nologin\n",
+            "root:x:0:0:root:/root:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\nmemcache:x:101:65534::/:/usr/sbin/nologin\nsystemd-network:x:102:102::/:/usr/sbin/nologin\nnobody:x:65534:65534::/:/usr/sbin/nologin\n",
         ),
-        ("group", "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"),
+        (
+            "group",
+            "root:x:0:\ntty:x:5:\nsystemd-network:x:102:\nnogroup:x:65534:\n",
+        ),
         ("shadow", "root:*:19000:0:99999:7:::\n"),
         (
             "nsswitch.conf",
@@ -190,27 +235,83 @@ pub(crate) fn modules(path: &Path, kernel: &Fetched) -> Result<()> {
     archive.finish()
 }
 
-/// The part that belongs to one guest.
-pub(crate) fn own(path: &Path, host: HostName, keys: &Keys, disk: bool) -> Result<()> {
+/// What a guest whose PID 1 is systemd has besides, with its network.
+pub(crate) fn systemd(path: &Path, host: HostName, programs: &[Program]) -> Result<()> {
     let mut archive = Archive::create(path)?;
-    let mut network = format!(
-        "link set lo up\naddr add {}/{PREFIX_BITS_V4} dev {INTERFACE}\n",
-        host.ipv4()
-    );
-    let owns_workload = host == HostName::Host1;
-    if owns_workload {
+    for Program { name, .. } in programs {
+        // Where units expect what was installed by hand.
+        let installed = Path::new("/usr/local/bin").join(name);
+        archive.link(installed, &Path::new(files::TOOLS).join(name))?;
+    }
+    let executor = Some(SYSTEMD_EXECUTOR).filter(|path| Path::new(path).is_file());
+    for program in SYSTEMD_PROGRAMS.into_iter().chain(executor) {
+        let program = Path::new(program);
+        archive.libraries(program)?;
+        archive.copy(program)?;
+    }
+    archive.link(
+        "/usr/lib/systemd/systemd-udevd",
+        Path::new("/usr/bin/udevadm"),
+    )?;
+    for tree in SYSTEMD_TREES {
+        archive.tree(Path::new(tree))?;
+    }
+    let units = Path::new("/etc/systemd/system");
+    for unit in SYSTEMD_MASKED {
+        archive.link(units.join(unit), Path::new("/dev/null"))?;
+    }
+    let system = Path::new("/usr/lib/systemd/system");
+    for (of, unit) in [
+        ("multi-user.target", "systemd-networkd.service"),
+        (
+            "network-online.target",
+            "systemd-networkd-wait-online.service",
+        ),
+    ] {
+        let link = units.join(format!("{of}.wants")).join(unit);
+        archive.link(link, &system.join(unit))?;
+    }
+    archive.link(
+        units.join("default.target"),
+        &system.join("multi-user.target"),
+    )?;
+    let mut network = format!("[Match]\nName={INTERFACE}\n[Network]\nIPv6AcceptRA=no\n");
+    for (address, bits) in addresses(host) {
         let _ = writeln!(
             network,
-            "addr add {WORKLOAD_V4}/{PREFIX_BITS_V4} dev {INTERFACE}"
+            "[Address]\nAddress={address}/{bits}\nDuplicateAddressDetection=none"
         );
     }
-    // The host's own comes last, which makes it the source of the host's own connections.
-    let workload = owns_workload.then_some(WORKLOAD_V6);
-    for address in workload.into_iter().chain([host.ipv6()]) {
-        let _ = writeln!(
-            network,
-            "addr add {address}/{PREFIX_BITS_V6} dev {INTERFACE} nodad"
-        );
+    let file = format!("/etc/systemd/network/{INTERFACE}.network");
+    archive.file(file, 0o644, network.as_bytes())?;
+    archive.finish()
+}
+
+/// A host's addresses, in the order in which it gets them: its own IPv6 address comes last, its own
+/// IPv4 address first, which makes them the sources of the host's own connections.
+fn addresses(host: HostName) -> Vec<(IpAddr, u8)> {
+    let owns_workload = host == HostName::Host1;
+    let workload = |address: IpAddr| owns_workload.then_some(address);
+    let v4 = [Some(host.ipv4().into()), workload(WORKLOAD_V4.into())];
+    let v6 = [workload(WORKLOAD_V6.into()), Some(host.ipv6().into())];
+    let v4 = v4.into_iter().flatten().map(|ip| (ip, PREFIX_BITS_V4));
+    let v6 = v6.into_iter().flatten().map(|ip| (ip, PREFIX_BITS_V6));
+    v4.chain(v6).collect()
+}
+
+/// The part that belongs to one guest.
+pub(crate) fn own(
+    path: &Path,
+    host: HostName,
+    keys: &Keys,
+    disk: bool,
+    systemd: bool,
+) -> Result<()> {
+    let mut archive = Archive::create(path)?;
+    let mut network = "link set lo up\n".to_owned();
+    for (address, bits) in addresses(host) {
+        let nodad = if address.is_ipv6() { " nodad" } else { "" };
+        let _ = writeln!(network, "addr add {address}/{bits} dev {INTERFACE}{nodad}");
     }
     let _ = writeln!(network, "link set {INTERFACE} up");
     let setup = Setup {
@@ -220,6 +321,7 @@ pub(crate) fn own(path: &Path, host: HostName, keys: &Keys, disk: bool) -> Resul
         last_pid: host.last_pid(),
         sshd: host.has_sshd(),
         disk,
+        systemd,
     };
     let setup = serde_json::to_vec(&setup).attempt(|| format!("write {SETUP_FILE}"))?;
     archive.file(SETUP_FILE, 0o644, &setup)?;
