@@ -6,9 +6,11 @@
 //!   scenario  what is moved, under which load
 //!   method    who moves it
 //!   record    what was measured, one JSON line a run
+//!   costs     what a GiB and a connection cost
 //!   show      tables and plots
 //! ```
 
+mod costs;
 mod method;
 mod record;
 mod scenario;
@@ -53,6 +55,9 @@ struct Arguments {
     /// Only scenarios whose name has this text, for instance "10000 conn"
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
+    /// Only this method, for instance "migrate"; may be given several times
+    #[arg(long, value_name = "NAME")]
+    method: Vec<String>,
     /// Where results are kept; a run that is there is not made again
     #[arg(long, default_value = "target/bench")]
     results: PathBuf,
@@ -99,6 +104,12 @@ fn bench(arguments: &Arguments) -> anyhow::Result<usize> {
         let mut plan = suite.plan(arguments.quick);
         if let Some(text) = &arguments.only {
             plan.retain(|(scenario, _)| scenario.name().contains(text.as_str()));
+        }
+        if !arguments.method.is_empty() {
+            for (_, methods) in &mut plan {
+                methods.retain(|method| arguments.method.contains(&method.name()));
+            }
+            plan.retain(|(_, methods)| !methods.is_empty());
         }
         let made = store.made();
         if let Some(why) = suite.leaves_out(arguments.quick) {

@@ -11,9 +11,10 @@ use migrate_gate::Direction;
 use migrate_gate::cost::{Case, PacketCost};
 use plotters::prelude::*;
 
+use crate::costs;
 use crate::method::Method;
 use crate::record::{Run, Spread, Tcp};
-use crate::scenario::{Scenario, Server};
+use crate::scenario::Scenario;
 use crate::suite::Suite;
 
 /// A suite with what was planned and what was measured.
@@ -37,7 +38,7 @@ fn millis(us: u64) -> String {
 }
 
 /// Milliseconds as a plot has them.
-fn plotted_ms(us: u64) -> f64 {
+pub(crate) fn plotted_ms(us: u64) -> f64 {
     std::time::Duration::from_micros(us).as_secs_f64() * 1e3
 }
 
@@ -241,43 +242,101 @@ pub(crate) fn write_docs(
                 .with_context(|| format!("plot {file}"))?;
             let _ = writeln!(text, "![{title}](benchmarks/{file})\n");
         }
-        text += &phases(plan, runs);
+        let bars = bars(plan, runs);
+        text += &phases(&bars);
+        text += &costs::table(*suite, plan, runs);
+        if !bars.is_empty() {
+            let file = format!("{}-blackout.svg", suite.name());
+            bar_plot(&plots.join(&file), &bars).with_context(|| format!("plot {file}"))?;
+            let _ = writeln!(text, "![Blackout by phase](benchmarks/{file})\n");
+        }
     }
     let path = directory.join("benchmarks.md");
     fs::write(&path, text).with_context(|| format!("write {}", path.display()))
 }
 
-/// The blackout of the first method, split by phase.
-fn phases(plan: &[(Scenario, Vec<Method>)], runs: &[Run]) -> String {
-    let mut text = String::from(
+/// The blackout of the first method in every scenario, split by phase.
+fn bars(plan: &[(Scenario, Vec<Method>)], runs: &[Run]) -> Vec<(String, [f64; 5])> {
+    plan.iter()
+        .filter_map(|(scenario, methods)| {
+            let parts = costs::parts_ms(runs, scenario, methods.first()?)?;
+            Some((scenario.name(), parts))
+        })
+        .collect()
+}
+
+/// The same as a table.
+fn phases(bars: &[(String, [f64; 5])]) -> String {
+    let names = costs::PARTS.map(|(name, _)| name).join(" | ");
+    let mut text = format!(
         "Where the blackout of the first method goes, medians in ms:\n\n\
-         | scenario | freeze | dump | transfer | restore | takeover |\n|---|---|---|---|---|---|\n",
+         | scenario | {names} |\n|---|---|---|---|---|---|\n",
     );
-    for (scenario, methods) in plan {
-        let Some(method) = methods.first() else {
-            continue;
-        };
-        let reports: Vec<_> = runs
-            .iter()
-            .filter(|run| run.scenario == scenario.name() && run.method == method.name())
-            .filter_map(|run| run.report.as_ref())
-            .collect();
-        let median = |part: fn(&migrate_core::report::Blackout) -> u64| {
-            Spread::of(reports.iter().map(|report| part(&report.blackout)))
-                .map_or_else(|| "-".to_owned(), |s| millis(s.median))
-        };
-        let _ = writeln!(
-            text,
-            "| {} | {} | {} | {} | {} | {} |",
-            scenario.name(),
-            median(|b| b.freeze_us),
-            median(|b| b.dump_us),
-            median(|b| b.transfer_us),
-            median(|b| b.restore_us),
-            median(|b| b.takeover_us),
-        );
+    for (scenario, parts) in bars {
+        let cells = parts.map(|part| format!("{part:.1}")).join(" | ");
+        let _ = writeln!(text, "| {scenario} | {cells} |");
     }
     text + "\n"
+}
+
+/// One bar a scenario, one colour a phase.
+fn bar_plot(path: &Path, bars: &[(String, [f64; 5])]) -> anyhow::Result<()> {
+    const ROW: u32 = 34;
+    let longest = bars
+        .iter()
+        .map(|(_, parts)| parts.iter().sum::<f64>())
+        .fold(1.0, f64::max);
+    let rows = u32::try_from(bars.len())?;
+    let root = SVGBackend::new(path, (720, 130 + ROW * rows)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&root)
+        .caption("Blackout by phase", ("sans-serif", 18))
+        .margin(12)
+        .x_label_area_size(42)
+        .y_label_area_size(190)
+        .build_cartesian_2d(0.0..longest * 1.25, (0..rows).into_segmented())?;
+    // The first on top.
+    let name = |row: &SegmentValue<u32>| match row {
+        SegmentValue::CenterOf(row) | SegmentValue::Exact(row) => {
+            let at = bars.len().checked_sub(1 + *row as usize);
+            at.and_then(|at| bars.get(at))
+                .map_or_else(String::new, |(name, _)| name.clone())
+        }
+        SegmentValue::Last => String::new(),
+    };
+    chart
+        .configure_mesh()
+        .x_desc("ms (medians)")
+        .y_labels(bars.len())
+        .y_label_formatter(&name)
+        .light_line_style(WHITE)
+        .disable_y_mesh()
+        .draw()?;
+    for (index, (phase, _)) in costs::PARTS.iter().enumerate() {
+        let colour = Palette99::pick(index).to_rgba();
+        let rectangles = (0..rows).zip(bars.iter().rev()).map(|(row, (_, parts))| {
+            let from: f64 = parts[..index].iter().sum();
+            let corners = [
+                (from, SegmentValue::Exact(row)),
+                (from + parts[index], SegmentValue::Exact(row + 1)),
+            ];
+            let mut bar = Rectangle::new(corners, colour.filled());
+            bar.set_margin(5, 5, 0, 0);
+            bar
+        });
+        chart
+            .draw_series(rectangles)?
+            .label(*phase)
+            .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], colour.filled()));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::LowerRight)
+        .background_style(WHITE)
+        .border_style(BLACK)
+        .draw()?;
+    root.present()?;
+    Ok(())
 }
 
 /// Points of one method: where on the axis, median gap in milliseconds.
@@ -290,16 +349,8 @@ fn plots_of(
 ) -> Vec<(&'static str, &'static str, &'static str, Series)> {
     let mut series = Series::new();
     for (scenario, methods) in plan {
-        let at = match (suite, scenario.server) {
-            (
-                Suite::Memory,
-                Server::Ballast {
-                    resident_mib,
-                    dirty_mb_per_s: 10,
-                },
-            ) => f64::from(resident_mib),
-            (Suite::Gate, _) => f64::from(scenario.connections),
-            _ => continue,
+        let Some(at) = costs::amount(suite, scenario) else {
+            continue;
         };
         for method in methods {
             let of_both = runs
