@@ -112,6 +112,12 @@ fn a_guard_page_before_code_is_refused() {
 }
 
 #[test]
+fn a_guard_page_in_locked_memory_is_refused() {
+    require!("a_guard_page_in_locked_memory_is_refused": root, tcx, criu, migrate);
+    Odd::start("lockguard").is_refused("guard page (MADV_GUARD_INSTALL) in locked memory");
+}
+
+#[test]
 fn system_v_memory_of_the_host_is_refused() {
     require!("system_v_memory_of_the_host_is_refused": root, tcx, criu, migrate);
     Odd::start("sysv").is_refused("unshare --ipc");

@@ -380,6 +380,8 @@ impl Churn {
             164..176 => self.protect(part)?,
             176..182 => self.advise(part)?,
             182..187 => self.on_fork(part)?,
+            // CRIU cannot bring guard pages back into locked memory.
+            187..192 if part.pages.contains(&Content::Guard) => self.check_region(part)?,
             187..192 => {
                 // SAFETY: memory of ours, of which only the place changes.
                 let failed = unsafe {

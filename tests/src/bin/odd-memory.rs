@@ -5,7 +5,7 @@
 //! under seccomp, which kills at `userfaultfd` and `close`; `locked`, all memory
 //! in RAM; `huge`, on huge pages; `uffd`, which has a userfaultfd; `ring`, which
 //! has an io_uring; `traced`, by its own child; `guarded`, with a guard page
-//! before its code; `sysv`, with System V shared memory; `growing`, which takes four times
+//! before its code; `lockguard`, with one in locked memory; `sysv`, with System V shared memory; `growing`, which takes four times
 //! the memory it had when it gets SIGUSR1.
 
 use std::fs::OpenOptions;
@@ -47,6 +47,7 @@ fn main() -> io::Result<()> {
             libc::signal(libc::SIGUSR1, handler as libc::sighandler_t);
         },
         "guarded" => guarded()?,
+        "lockguard" => locked_guard()?,
         "strict" => {
             // SAFETY: takes no pointer.
             called(unsafe { libc::prctl(libc::PR_SET_SECCOMP, 1) }.into())?;
@@ -200,6 +201,19 @@ fn guarded() -> io::Result<()> {
         called(libc::mprotect(at, BYTES, libc::PROT_READ | libc::PROT_EXEC).into())?;
         called(libc::madvise(at, PAGE, MADV_GUARD_INSTALL).into())
     }
+}
+
+fn locked_guard() -> io::Result<()> {
+    const MADV_GUARD_INSTALL: i32 = 102;
+    let memory = map(libc::MAP_PRIVATE)?;
+    // SAFETY: a mapping of our own that nobody else uses.
+    unsafe {
+        let last = (memory + BYTES - PAGE) as *mut libc::c_void;
+        called(libc::madvise(last, PAGE, MADV_GUARD_INSTALL).into())?;
+        // The lock holds, though the guard cannot be brought in.
+        libc::mlock(memory as *const libc::c_void, BYTES);
+    }
+    Ok(())
 }
 
 fn filter() -> io::Result<()> {

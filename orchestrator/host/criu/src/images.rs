@@ -89,6 +89,8 @@ struct VmaEntry {
 impl VmaEntry {
     const REGULAR: u32 = 1 << 0;
     const ANON_PRIVATE: u32 = 1 << 9;
+    /// No mapping, but pages within one that nobody may touch.
+    const GUARD: u32 = 1 << 16;
     /// Main stack, vsyscall, vdso, vvar, AIO ring, shadow stack. A stack could
     /// be lazy, but is small and needed at once.
     const SPECIAL: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 12 | 1 << 13 | 1 << 15;
@@ -1142,6 +1144,26 @@ fn decode_mm(image: &[u8]) -> Option<MmEntry> {
     decode_one(image, MM_MAGIC).filter(|mm: &MmEntry| mm.vmas.iter().all(VmaEntry::is_sound))
 }
 
+/// Where a task's image of its mappings (`mm-PID.img`) has a guard page
+/// (`MADV_GUARD_INSTALL`) within locked memory. CRIU maps memory as locked before it
+/// makes guards (`restore_madv_guard_regions` in 4.2), which Linux refuses there
+/// (`is_valid_guard_vma` in 6.18).
+#[must_use]
+pub fn guard_in_locked(image: &[u8]) -> Option<Range<u64>> {
+    let mm = decode_mm(image)?;
+    let (guards, mappings): (Vec<_>, Vec<_>) = mm
+        .vmas
+        .iter()
+        .partition(|vma| vma.status & VmaEntry::GUARD != 0);
+    let locked = |guard: &&VmaEntry| {
+        mappings
+            .iter()
+            .any(|vma| vma.is_locked() && vma.start < guard.end && guard.start < vma.end)
+    };
+    let guard = guards.into_iter().find(locked)?;
+    Some(guard.start..guard.end)
+}
+
 /// Whether a task runs as nobody, because it does not run.
 fn has_ended(image: &[u8]) -> bool {
     decode_one::<CoreEntry>(image, CORE_MAGIC).is_some_and(|core| {
@@ -1661,10 +1683,31 @@ mod tests {
         mapping(start, end, 0x22, 1 << 9 | 1)
     }
 
-    fn mm(images: &mut ImageDir, pid: u32, vmas: Vec<VmaEntry>) {
+    fn encoded_mm(vmas: Vec<VmaEntry>) -> Vec<u8> {
         let mut data = COMMON_MAGIC.to_le_bytes().to_vec();
         data.extend(MM_MAGIC.to_le_bytes());
         record(&mut data, &MmEntry { vmas });
+        data
+    }
+
+    #[test]
+    fn a_guard_page_is_found_in_locked_memory_only() {
+        let guard = mapping(0x5000, 0x7000, 0, 1 << 16);
+        let locked = |start, end| mapping(start, end, 0x22 | libc::MAP_LOCKED, 1 << 9 | 1);
+        let found = |vmas| guard_in_locked(&encoded_mm(vmas));
+        let open = plain(0x4000, 0x8000);
+        assert_eq!(
+            found(vec![locked(0x1000, 0x5000), open, guard.clone()]),
+            None
+        );
+        let both = vec![locked(0x6000, 0x9000), plain(0x4000, 0x6000), guard];
+        assert_eq!(found(both), Some(0x5000..0x7000));
+        assert_eq!(found(vec![locked(0x6000, 0x9000)]), None);
+        assert_eq!(guard_in_locked(b"nothing of that kind"), None);
+    }
+
+    fn mm(images: &mut ImageDir, pid: u32, vmas: Vec<VmaEntry>) {
+        let data = encoded_mm(vmas);
         images
             .image_piece(&ImagePiece {
                 name: &format!("mm-{pid}.img"),

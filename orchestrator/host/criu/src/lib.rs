@@ -79,7 +79,9 @@ mod worker;
 pub use error::{Action, CriuError};
 #[doc(hidden)]
 pub use images::read_any_image;
-pub use images::{Filler, ImageDir, ImageStats, SmallImage, StoredRun, small_images, stored_runs};
+pub use images::{
+    Filler, ImageDir, ImageStats, SmallImage, StoredRun, guard_in_locked, small_images, stored_runs,
+};
 pub use locate::{Criu, OVERRIDE, PRIVATE_PATH, locate};
 pub use lock::NetworkLock;
 pub use log::LogTail;

@@ -1,6 +1,7 @@
 //! What about a tree stops a migration, or is worth knowing.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use migrate_core::preflight::{Finding, Severity};
@@ -133,6 +134,17 @@ impl Tree {
             }
             let locked = parse::kilobytes(&status, "VmLck").unwrap_or(0);
             if locked > 0 {
+                if let Some(at) = locked_guard(process.pid)? {
+                    findings.push(Finding::refused(
+                        subject.clone(),
+                        format!(
+                            "has a guard page (MADV_GUARD_INSTALL) in locked memory, at {at:#x}, \
+                             which CRIU cannot restore"
+                        ),
+                        "start the program without locking its memory (mlockall, mlock), or \
+                         with another kind of guard page (PROT_NONE)",
+                    ));
+                }
                 findings.push(Finding::note(
                     subject,
                     format!(
@@ -244,7 +256,9 @@ impl Tree {
                 .filter(|line| line.contains(" r-xp "))
                 .filter_map(parse::mapping)
                 .filter(|mapping| mapping.path.is_empty() || mapping.path.starts_with("[anon:"))
-                .any(|mapping| is_guard_page(process.pid, mapping.start));
+                .any(|mapping| {
+                    guard_page(process.pid, mapping.start..mapping.start + 4096).is_some()
+                });
             if guarded {
                 findings.push(Finding::refused(
                     self.named(process.pid),
@@ -512,15 +526,47 @@ fn judge_mapping(subject: &str, file: &MappedFile) -> Option<Finding> {
     None
 }
 
-/// Whether a page is one by `MADV_GUARD_INSTALL`: bit 58 of its entry, see
-/// `Documentation/admin-guide/mm/pagemap.rst`. Never where the kernel cannot say.
-fn is_guard_page(pid: i32, at: u64) -> bool {
+/// The first page by `MADV_GUARD_INSTALL`: bit 58 of its entry, see
+/// `Documentation/admin-guide/mm/pagemap.rst`. None where the kernel cannot say.
+fn guard_page(pid: i32, range: Range<u64>) -> Option<u64> {
     const PAGE: u64 = 4096;
     const GUARD: u64 = 1 << 58;
-    let mut entry = [0; 8];
-    std::fs::File::open(read::of(pid, "pagemap"))
-        .and_then(|pagemap| pagemap.read_exact_at(&mut entry, at / PAGE * 8))
-        .is_ok_and(|()| u64::from_ne_bytes(entry) & GUARD != 0)
+    /// Entries that are read at once, for 2 MiB of memory.
+    const ENTRIES: u64 = 512;
+    let pagemap = std::fs::File::open(read::of(pid, "pagemap")).ok()?;
+    let mut entries = [0; ENTRIES as usize * 8];
+    for first in range.clone().step_by((ENTRIES * PAGE) as usize) {
+        let count = ((range.end - first) / PAGE).min(ENTRIES);
+        let part = entries.get_mut(..usize::try_from(count).ok()? * 8)?;
+        // Memory may go while it is looked at; the process, too.
+        pagemap.read_exact_at(part, first / PAGE * 8).ok()?;
+        let (pages, _) = part.as_chunks::<8>();
+        if let Some(found) = pages
+            .iter()
+            .position(|entry| u64::from_ne_bytes(*entry) & GUARD != 0)
+        {
+            return Some(first + found as u64 * PAGE);
+        }
+    }
+    None
+}
+
+/// Where there is a guard page in memory that is locked.
+fn locked_guard(pid: i32) -> Result<Option<u64>, ProcError> {
+    let smaps = read::text_if_there(read::of(pid, "smaps"))?.unwrap_or_default();
+    let mut mapping = None;
+    for line in smaps.lines() {
+        if let Some(next) = parse::mapping(line) {
+            mapping = Some(next);
+        } else if let Some(flags) = line.strip_prefix("VmFlags:")
+            && flags.split_ascii_whitespace().any(|flag| flag == "lo")
+            && let Some(locked) = &mapping
+            && let Some(at) = guard_page(pid, locked.start..locked.end)
+        {
+            return Ok(Some(at));
+        }
+    }
+    Ok(None)
 }
 
 /// Whether a file lies in a file system without storage behind it.

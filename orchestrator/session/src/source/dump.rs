@@ -289,6 +289,14 @@ impl Migration {
         };
         for image in &images {
             let data = std::fs::read(&image.path).map_err(Error::file("read", &image.path))?;
+            if let Some(guard) = migrate_criu::guard_in_locked(&data) {
+                // Preflight refuses what stays so.
+                return Err(Error::Changed(format!(
+                    "the tree has locked memory with a guard page in it since it was checked, at \
+                     {:#x} ({}), which CRIU cannot restore",
+                    guard.start, image.name
+                )));
+            }
             let mut pieces = data.chunks(PIECE_BYTES).peekable();
             loop {
                 let data = pieces.next().unwrap_or_default();
