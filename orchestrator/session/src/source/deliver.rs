@@ -98,6 +98,8 @@ pub(super) struct Delivery {
     pages: u64,
     begin: watch::Sender<bool>,
     task: JoinHandle<Result<Postcopy, Error>>,
+    /// What it has come to, once somebody has looked.
+    ended: Option<Result<Postcopy, Error>>,
 }
 
 impl Drop for Delivery {
@@ -130,6 +132,7 @@ impl Delivery {
             pages,
             begin,
             task: tokio::spawn(work.deliver(begun)),
+            ended: None,
         }
     }
 
@@ -138,13 +141,26 @@ impl Delivery {
         self.begin.send_replace(true);
     }
 
-    /// Whether it has come to an end, which before the commit is that of its
-    /// connection.
-    pub(super) fn is_over(&self) -> bool {
-        self.task.is_finished()
+    /// Before the commit: it goes on, or nothing is left to send. The copy touches pages
+    /// while CRIU makes it, and where few come late these may be all.
+    pub(super) async fn holds(&mut self) -> Result<(), Error> {
+        if self.ended.is_none() && self.task.is_finished() {
+            let end = self.end().await;
+            self.ended = Some(end);
+        }
+        match &self.ended {
+            Some(Err(error)) => Err(Error::Changed(format!(
+                "the connection for memory that is to follow has ended: {}",
+                error.chain()
+            ))),
+            Some(Ok(_)) | None => Ok(()),
+        }
     }
 
     async fn end(&mut self) -> Result<Postcopy, Error> {
+        if let Some(ended) = self.ended.take() {
+            return ended;
+        }
         match (&mut self.task).await {
             Ok(end) => end,
             Err(_) => Err(not_yet("the delivery of pages")),
@@ -318,5 +334,72 @@ impl Migration {
         if let Err(error) = self.deliver().await {
             self.reporter.warn(error.chain());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migrate_channel::Connection;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(60);
+
+    /// A delivery of one page, and the connection that it is to go over.
+    fn one_page() -> (Delivery, Connection) {
+        let hello = crate::hello("m1");
+        let (source, destination) = Connection::pair(hello.clone(), hello);
+        let mut kept = Kept::within(u64::MAX, false);
+        let run = PageRun {
+            owner: PageOwner::Task(7),
+            vaddr: 0x7000,
+            pages: 1,
+            flags: PageRun::PRESENT | PageRun::LAZY,
+        };
+        let data = Bytes::from(vec![7; PAGE_BYTES]);
+        assert!(kept.keep(&run, &data).unwrap().is_some());
+        let lane = (source.sender, source.receiver);
+        let delivery = Delivery::start("host2".to_owned(), kept, lane, None);
+        (delivery, destination)
+    }
+
+    async fn over(delivery: &Delivery) {
+        let ended = async {
+            while !delivery.task.is_finished() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(SOON, ended).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn all_that_follows_may_have_come_before_the_commit() {
+        let (mut delivery, mut destination) = one_page();
+        delivery.holds().await.unwrap();
+        let want = Message::Want {
+            pages: vec![(0, 1)],
+            came: 0,
+        };
+        destination.sender.control(&want).await.unwrap();
+        let frame = destination.receiver.next(SOON).await.unwrap();
+        assert!(matches!(frame, Frame::Pages { run, .. } if run.pages == 1));
+        let arrived = Message::Arrived { waited: 1 };
+        destination.sender.control(&arrived).await.unwrap();
+        destination.sender.close().await.unwrap();
+        over(&delivery).await;
+        delivery.holds().await.unwrap();
+        delivery.begin();
+        let postcopy = delivery.end().await.unwrap();
+        assert_eq!((postcopy.pages, postcopy.waited_faults), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_ends_before_the_commit_is_told() {
+        let (mut delivery, destination) = one_page();
+        drop(destination);
+        over(&delivery).await;
+        let error = delivery.holds().await.unwrap_err().chain();
+        assert!(error.contains("that is to follow has ended: "), "{error}");
+        delivery.end().await.unwrap_err();
     }
 }

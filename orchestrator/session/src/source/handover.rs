@@ -26,7 +26,7 @@ use migrate_core::wire::Message;
 use migrate_criu::{Notice, Session};
 use migrate_gate::Gate;
 
-use super::{Engine, Migration, STEP_LIMIT, Target, deliver, detach, micros, not_yet, verdict};
+use super::{Engine, Migration, STEP_LIMIT, Target, detach, micros, not_yet, verdict};
 use crate::cancel::Cancel;
 use crate::error::Error;
 
@@ -59,14 +59,8 @@ impl Migration {
                 "CRIU has died, and the tree may have run since it was dumped".to_owned(),
             ));
         }
-        if self
-            .delivery
-            .as_ref()
-            .is_some_and(deliver::Delivery::is_over)
-        {
-            return Err(Error::Changed(
-                "the connection for memory that is to follow has ended".to_owned(),
-            ));
+        if let Some(delivery) = &mut self.delivery {
+            delivery.holds().await?;
         }
         if let Some(lease) = self.lease.take() {
             lease.abort();
