@@ -524,8 +524,21 @@ fn serve_apart(dumped: &Dumped, keeper: Keeper) -> (LazyServing, io::PipeReader)
     (serving, end)
 }
 
-/// Restores with a keeper; kills that right after the tree runs if `kill`.
-async fn run_apart(criu: &Criu, mode: &str, seed: u64, kill: bool) -> LazyReport {
+/// When the keeper is killed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Killed {
+    Never,
+    /// CRIU holds the complete copy and has not yet said that it runs.
+    BeforeItRuns,
+    WhenItRuns,
+}
+
+/// Restores with a keeper.
+async fn run_apart(criu: &Criu, mode: &str, seed: u64, killed: Killed) -> LazyReport {
+    let kill_keeper = |pid| {
+        // SAFETY: no memory involved; a child of this process.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    };
     let scratch = scratch();
     let mut workload = Workload::start(scratch.path(), mode, 64, seed);
     let dumped = dump(criu, &workload, scratch.path(), Way::Precopied).await;
@@ -545,15 +558,23 @@ async fn run_apart(criu: &Criu, mode: &str, seed: u64, kill: bool) -> LazyReport
     held(&mut session).await;
     serving.handed_over(LIMIT).unwrap();
     serving.handed_over(LIMIT).unwrap();
+    serving.is_served().unwrap();
     fs::write(&workload.go, "").unwrap();
+    if killed == Killed::BeforeItRuns {
+        kill_keeper(keeper_pid);
+        let end = Instant::now() + LIMIT;
+        while serving.is_served().is_ok() {
+            assert!(Instant::now() < end, "the keeper lives");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
     let pid = release(&mut session).await;
-    if kill {
-        // SAFETY: no memory involved; a child of this process.
-        assert_eq!(unsafe { libc::kill(keeper_pid, libc::SIGKILL) }, 0);
+    if killed == Killed::WhenItRuns {
+        kill_keeper(keeper_pid);
     }
     let report = match serving.wait(LIMIT) {
         // It died between an event and its note. Nobody has seen zeros.
-        Err(LazyError::Lost) if kill => {
+        Err(LazyError::Lost) if killed == Killed::WhenItRuns => {
             assert_eq!(fs::read_to_string(&workload.file).unwrap(), "ready");
             // SAFETY: no memory involved; a child of this process.
             assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
@@ -573,11 +594,11 @@ async fn run_apart(criu: &Criu, mode: &str, seed: u64, kill: bool) -> LazyReport
 #[tokio::test(flavor = "multi_thread")]
 async fn a_keeper_serves_from_a_process_of_its_own() {
     let Some(criu) = criu().await else { return };
-    let report = run_apart(&criu, "check", 1, false).await;
+    let report = run_apart(&criu, "check", 1, Killed::Never).await;
     assert_eq!((report.tasks, report.forks, report.ended), (1, 0, 0));
-    let report = run_apart(&criu, "family", 1, false).await;
+    let report = run_apart(&criu, "family", 1, Killed::Never).await;
     assert_eq!(report.tasks, 2);
-    run_apart(&criu, "churn", 7, false).await;
+    run_apart(&criu, "churn", 7, Killed::Never).await;
 }
 
 /// Never wrong bytes: another one goes on where the keeper was, whatever the
@@ -587,11 +608,52 @@ async fn a_keeper_that_is_killed_is_replaced() {
     let Some(criu) = criu().await else { return };
     let mut replaced = 0;
     for (mode, seed) in [("check", 1), ("churn", 1), ("churn", 2), ("family", 1)] {
-        let report = run_apart(&criu, mode, seed, true).await;
+        let report = run_apart(&criu, mode, seed, Killed::WhenItRuns).await;
         // CRIU has handed its tasks over to another one.
         replaced += u32::from(report.tasks == 0);
     }
     assert!(replaced > 0, "the keeper was always faster");
+}
+
+/// CRIU, which is about to say that the tree may run, finds somebody to say it to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keeper_that_is_killed_when_the_copy_is_let_go_is_replaced() {
+    let Some(criu) = criu().await else { return };
+    for (mode, seed) in [("check", 1), ("churn", 1), ("family", 1)] {
+        let report = run_apart(&criu, mode, seed, Killed::BeforeItRuns).await;
+        // CRIU has handed its tasks over to the keeper, which has not filled one.
+        assert_eq!(report.tasks, 0, "{report:?}");
+        assert!(report.filled_pages > 0, "{report:?}");
+    }
+}
+
+/// Nobody has to go on where CRIU then gives the copy up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_is_refused_without_its_keeper_ends_whoever_has_replaced_it() {
+    let Some(criu) = criu().await else { return };
+    let scratch = scratch();
+    let mut workload = Workload::start(scratch.path(), "check", 16, 1);
+    let dumped = dump(&criu, &workload, scratch.path(), Way::Fresh).await;
+    workload.gone();
+    let keeper = keeper();
+    let pid = keeper.pid();
+    let (mut serving, mut end) = serve_apart(&dumped, keeper);
+    let worker = criu.worker(WorkerOptions::default()).await.unwrap();
+    let options = RestoreOptions {
+        lazy: true,
+        ..RestoreOptions::new(dumped.images.path())
+    };
+    let mut session = worker.restore(&options).await.unwrap();
+    held(&mut session).await;
+    serving.handed_over(LIMIT).unwrap();
+    // SAFETY: no memory involved; a child of this process.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    session.answer(false).await.unwrap();
+    let refused = session.next(LIMIT).await.unwrap();
+    assert_eq!(refused, Notice::Finished(Outcome::Refused));
+    let ended = serving.wait(LIMIT);
+    assert!(matches!(ended, Err(LazyError::RestoreEnded)), "{ended:?}");
+    assert_eq!(io::Read::read(&mut end, &mut [0]).unwrap(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

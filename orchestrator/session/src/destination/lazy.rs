@@ -92,7 +92,7 @@ impl Memory {
 
     /// A copy that was given up, and may run all the same.
     pub(super) async fn abandoned(self) -> Result<(), Error> {
-        if self.late.is_some() {
+        if self.late.is_some() || self.is_served().is_err() {
             return self.complete().await;
         }
         // The keeper does its work alone.
@@ -218,8 +218,8 @@ impl Memory {
         Ok(done?)
     }
 
-    /// Whether somebody is there who puts memory in place, for as long as the
-    /// copy does not run.
+    /// Whether the keeper lives. This process would put memory in place without
+    /// it, but nobody would if this one ended, too.
     pub(super) fn is_served(&self) -> Result<(), Error> {
         let serving = self.serving.as_ref();
         Ok(serving.map_or(Ok(()), LazyServing::is_served)?)
@@ -268,6 +268,9 @@ impl Memory {
                 tracing::warn!(error = %crate::error::chain(&error), "memory is still arriving");
                 // The record lasts for as long as the keeper does.
                 return Ok(());
+            }
+            Err(Error::Lazy(LazyError::RestoreEnded)) => {
+                tracing::info!("the copy has never run and needs no memory");
             }
             Err(error) => {
                 end_copy(&self.home, &self.pids, &error.chain());

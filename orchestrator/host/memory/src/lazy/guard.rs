@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::ops::Range;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, mpsc};
@@ -213,7 +213,10 @@ impl Keeper {
             plans: plans(order.lacking, order.first),
             replicas: BTreeMap::new(),
             complete: BTreeMap::new(),
+            criu: None,
+            handed_over: false,
             runs: false,
+            held: Vec::new(),
             child: self.child.take(),
         };
         thread::Builder::new()
@@ -257,7 +260,12 @@ struct Guard {
     /// Address spaces that lack nothing any more. The keeper serves them until
     /// it has heard that they are closed here, and they may fork until then.
     complete: BTreeMap<u64, PageOwner>,
+    /// CRIU's connection, until it has said that the tree runs.
+    criu: Option<UnixStream>,
+    handed_over: bool,
     runs: bool,
+    /// What must stay open until a copy that does not run is dead.
+    held: Vec<OwnedFd>,
     child: Option<Child>,
 }
 
@@ -270,7 +278,10 @@ impl Guard {
             std::mem::forget(replicas);
             Vec::new()
         } else {
-            replicas.into_values().map(|replica| replica.uffd).collect()
+            let replicas = replicas.into_values().map(|replica| replica.uffd);
+            let mut held = std::mem::take(&mut self.held);
+            held.extend(replicas);
+            held
         };
         // Nobody may want to know.
         let _ = teller.send(Told::End(end, held));
@@ -284,6 +295,7 @@ impl Guard {
             let heard = partner::hear(self.socket.as_fd(), true);
             match heard.map_err(|source| LazyError::Start { source })? {
                 Heard::Said(Said::HandedOver, _) => {
+                    self.handed_over = true;
                     let _ = teller.send(Told::HandedOver);
                 }
                 Heard::Said(Said::End(report), _) => return Ok(report),
@@ -301,6 +313,7 @@ impl Guard {
             what: "a message of the memory keeper",
         };
         match *said {
+            Said::Criu => self.criu = fds.pop().map(UnixStream::from),
             Said::Task { id, pid } => {
                 let owner = PageOwner::Task(pid);
                 let uffd = fds.pop().ok_or(unknown)?;
@@ -336,7 +349,10 @@ impl Guard {
                     replica.plan.take(start..end);
                 }
             }
-            Said::Runs => self.runs = true,
+            Said::Runs => {
+                self.runs = true;
+                self.criu = None;
+            }
             Said::Complete { id } => {
                 if let Some(replica) = self.replicas.remove(&id) {
                     self.complete.insert(id, replica.owner);
@@ -356,9 +372,10 @@ impl Guard {
             self.replicas.clear();
             return Err(LazyError::Unguarded);
         }
-        if !self.runs || self.slate.has(Slate::READING) {
-            // CRIU has lost its server; or the tree may have done something
-            // that nobody living knows of.
+        // What CRIU says next has to be heard here. It must not have said anything
+        // that nobody living knows of, and nor must the tree have done so.
+        let hears = self.criu.is_some() && self.handed_over && !self.slate.has(Slate::HEARING);
+        if !(self.runs || hears) || self.slate.has(Slate::READING) {
             return Err(LazyError::Lost);
         }
         let failed = |source| LazyError::Start { source };
@@ -376,7 +393,10 @@ impl Guard {
         })
         .map_err(failed)?;
         let replicas = std::mem::take(&mut self.replicas);
-        server.take_over(replicas.into_values().collect())
+        let replicas = replicas.into_values().collect();
+        let (end, held) = server.take_over(replicas, self.criu.as_ref());
+        self.held = held;
+        end
     }
 }
 
@@ -500,7 +520,10 @@ mod tests {
             plans: BTreeMap::new(),
             replicas: BTreeMap::new(),
             complete: BTreeMap::new(),
+            criu: None,
+            handed_over: true,
             runs: true,
+            held: Vec::new(),
             child: None,
         };
         (guard, theirs)

@@ -35,11 +35,14 @@
 //! - The agent dies: the keeper serves on.
 //! - The keeper dies: the agent goes on in its place. It has been told of every
 //!   fork, remap and removal at once, so that it knows what is lacking where;
-//!   filling what was filled before changes nothing. Only between reading an
-//!   event and passing it on, some microseconds, does nobody else know of it:
-//!   the keeper marks that time in shared memory, and when it dies in it, the
-//!   agent says that the tree has to be killed ([`LazyError::Lost`]) and keeps
-//!   everything closed to it until then.
+//!   filling what was filled before changes nothing. It has CRIU's connection,
+//!   too: CRIU, which says over it that the tree may run, would kill the copy if
+//!   it found that closed. So it goes on from the moment at which every task has
+//!   been handed over. Only between reading an event, or a word of CRIU, and
+//!   passing it on, some microseconds, does nobody else know of it: the keeper
+//!   marks that time in shared memory, and when it dies in it, the agent says
+//!   that the tree has to be killed ([`LazyError::Lost`]) and keeps everything
+//!   closed to it until then.
 //! - Both die at the same moment: nobody is left. They have different names,
 //!   the keeper is deaf to the usual signals and lives in the tree's cgroup,
 //!   which nobody kills without killing the tree.
@@ -433,8 +436,8 @@ impl LazyServing {
         }
     }
 
-    /// Whether the process that serves is there, before the copy runs: CRIU ends
-    /// its restore when it has lost it, and the copy with it.
+    /// Whether the process that serves is there, for as long as there is a tree to
+    /// go back to: this one would serve on, but not if it died as well.
     ///
     /// # Errors
     ///

@@ -31,6 +31,9 @@ pub(super) const ORDER_FDS: usize = 8;
 pub(super) enum Said {
     /// Serve; to the server. Comes with [`ORDER_FDS`] descriptors.
     Order,
+    /// CRIU has connected; comes with that connection, which CRIU must not find
+    /// closed: it would give the copy up.
+    Criu,
     /// A task was handed over by CRIU; comes with its userfaultfd.
     Task { id: u64, pid: u32 },
     /// A process was forked; comes with its userfaultfd.
@@ -92,6 +95,7 @@ impl Said {
                 words[0] = 10;
                 text = &why.as_bytes()[..why.len().min(TEXT_BYTES_MAX)];
             }
+            Self::Criu => words[0] = 11,
         }
         let mut packet: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         packet.extend_from_slice(text);
@@ -137,6 +141,7 @@ impl Said {
                 found_pages: g,
             }),
             10 => Self::Failed(String::from_utf8_lossy(text).into_owned()),
+            11 => Self::Criu,
             _ => return None,
         })
     }
@@ -203,6 +208,9 @@ impl Slate {
 
     /// The server has given up its partner.
     pub(super) const ALONE: u32 = 2;
+
+    /// The same as [`Self::READING`] for what CRIU says.
+    pub(super) const HEARING: u32 = 4;
 
     /// A new one, and the file to share it by.
     pub(super) fn new() -> io::Result<(Self, File)> {
@@ -296,6 +304,7 @@ mod tests {
         let (one, other) = Partner::pair().unwrap();
         let all = [
             Said::Order,
+            Said::Criu,
             Said::Task { id: 1, pid: 2 },
             Said::Fork { id: 3, parent: 1 },
             Said::Remap {

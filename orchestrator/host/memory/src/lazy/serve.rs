@@ -431,25 +431,48 @@ impl Server {
         self.end(end)
     }
 
-    /// Goes on for a server that has ended while the tree ran.
-    pub(super) fn take_over(mut self, replicas: Vec<Replica>) -> Result<LazyReport, LazyError> {
-        self.finished = Some(Instant::now());
+    /// Goes on for a server that has ended: while the tree ran, or after CRIU had
+    /// handed over every task, whose connection then says when the tree runs.
+    /// What is returned beside the end must stay open until the copy is dead.
+    pub(super) fn take_over(
+        mut self,
+        replicas: Vec<Replica>,
+        criu: Option<&UnixStream>,
+    ) -> (Result<LazyReport, LazyError>, Vec<OwnedFd>) {
+        let end = self.go_on(replicas, criu);
+        let end = self.end(end);
+        let left = std::mem::take(&mut self.spaces).into_iter();
+        let held = left.filter_map(|served| {
+            let mut uffd = served
+                .space
+                .uffd
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            uffd.take()
+        });
+        (end, held.collect())
+    }
+
+    fn go_on(
+        &mut self,
+        replicas: Vec<Replica>,
+        criu: Option<&UnixStream>,
+    ) -> Result<LazyReport, LazyError> {
+        let runs = criu.is_none();
+        self.handed_over = true;
+        self.finished = runs.then(Instant::now);
         for replica in replicas {
             let uffd = replica.uffd.as_raw_fd();
             self.next_id += 1;
             let id = self.next_id;
-            let added = self.add(id, replica.owner, replica.uffd, replica.plan);
-            if let Err(error) = added {
-                return self.end(Err(error));
-            }
+            self.add(id, replica.owner, replica.uffd, replica.plan)?;
             // What the other one has read and not answered comes again.
             // SAFETY: held by the space that was just added.
             sys::wake_all(unsafe { BorrowedFd::borrow_raw(uffd) });
         }
         self.late_arrived();
-        self.shared.change(|state| state.filling = true);
-        let end = self.fill_up(None);
-        self.end(end)
+        self.shared.change(|state| state.filling = runs);
+        self.fill_up(criu)
     }
 
     fn end(&mut self, end: Result<LazyReport, LazyError>) -> Result<LazyReport, LazyError> {
@@ -489,6 +512,7 @@ impl Server {
                 }
             }
         };
+        self.say(&Said::Criu, &[stream.as_fd()]);
         self.fill_up(Some(&stream))
     }
 
@@ -682,6 +706,18 @@ impl Server {
 
     /// Hears what CRIU has to say.
     fn greet(&mut self, stream: &UnixStream, greeting: &mut Greeting) -> Result<(), LazyError> {
+        if let Some(partner) = &self.partner {
+            // Until he has been told, only this process knows.
+            partner.slate.set(Slate::HEARING, true);
+        }
+        self.hear_criu(stream, greeting)?;
+        if let Some(partner) = &self.partner {
+            partner.slate.set(Slate::HEARING, greeting.is_half());
+        }
+        Ok(())
+    }
+
+    fn hear_criu(&mut self, stream: &UnixStream, greeting: &mut Greeting) -> Result<(), LazyError> {
         while let Some(heard) = greeting.next(stream)? {
             match heard {
                 FromCriu::Task(pid, uffd) => {
@@ -977,6 +1013,11 @@ struct Greeting {
 }
 
 impl Greeting {
+    /// Something was taken from the connection whose rest is still to come.
+    fn is_half(&self) -> bool {
+        self.have > 0 || self.pid.is_some()
+    }
+
     fn next(&mut self, stream: &UnixStream) -> Result<Option<FromCriu>, LazyError> {
         let failed = |source| LazyError::Start { source };
         loop {
@@ -1088,7 +1129,8 @@ mod tests {
         );
         let owner = PageOwner::Task(1);
         server
-            .take_over(vec![Replica { owner, uffd, plan }])
+            .take_over(vec![Replica { owner, uffd, plan }], None)
+            .0
             .unwrap();
         assert_eq!(growing.join().unwrap(), room);
         let at = |address: u64| {
@@ -1127,7 +1169,7 @@ mod tests {
             println!("SKIP what_is_late_is_asked_for_and_waited_for: no userfaultfd");
             return;
         };
-        let serving = thread::spawn(move || server.take_over(vec![replica]));
+        let serving = thread::spawn(move || server.take_over(vec![replica], None).0);
         let reader = reads(at);
         assert!(late.await_wanted(Duration::from_secs(60)).unwrap());
         assert_eq!(late.take_wanted(1024), [(0, 1)]);
@@ -1144,7 +1186,7 @@ mod tests {
             println!("SKIP what_never_comes_is_not_taken_for_zeros: no userfaultfd");
             return;
         };
-        let serving = thread::spawn(move || server.take_over(vec![replica]));
+        let serving = thread::spawn(move || server.take_over(vec![replica], None).0);
         let reader = reads(at);
         assert!(late.await_wanted(Duration::from_secs(60)).unwrap());
         late.lose();
