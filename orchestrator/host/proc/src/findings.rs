@@ -532,11 +532,12 @@ fn guard_page(pid: i32, range: Range<u64>) -> Option<u64> {
     const PAGE: u64 = 4096;
     const GUARD: u64 = 1 << 58;
     /// Entries that are read at once, for 2 MiB of memory.
-    const ENTRIES: u64 = 512;
+    const ENTRIES: usize = 512;
+    const STEP: usize = ENTRIES * 4096;
     let pagemap = std::fs::File::open(read::of(pid, "pagemap")).ok()?;
-    let mut entries = [0; ENTRIES as usize * 8];
-    for first in range.clone().step_by((ENTRIES * PAGE) as usize) {
-        let count = ((range.end - first) / PAGE).min(ENTRIES);
+    let mut entries = [0; ENTRIES * 8];
+    for first in range.clone().step_by(STEP) {
+        let count = ((range.end - first) / PAGE).min(ENTRIES as u64);
         let part = entries.get_mut(..usize::try_from(count).ok()? * 8)?;
         // Memory may go while it is looked at; the process, too.
         pagemap.read_exact_at(part, first / PAGE * 8).ok()?;
