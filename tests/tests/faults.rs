@@ -129,7 +129,7 @@ fn cells() -> Vec<Cell> {
         .unwrap_or(1);
     println!("seed {seed}");
     shuffle(&mut all, seed);
-    // While the tree runs, a peer that says nothing is given half a minute.
+    // While the tree runs, a peer that says nothing is given a minute and a half.
     let is_slow = |fault, moment| {
         matches!(fault, Fault::NetworkCut | Fault::NetworkStall) && AT_SOURCE[..4].contains(&moment)
     };
