@@ -10,7 +10,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::{self, JoinHandle};
@@ -713,20 +713,102 @@ pub fn criu_of(owner: Pid) -> Pid {
 /// The same where it may have none.
 #[must_use]
 pub fn criu_if_any(owner: Pid) -> Vec<Pid> {
-    let mut found = Vec::new();
-    for thread in entries(Path::new(&format!("/proc/{owner}/task"))) {
-        let children = fs::read_to_string(format!("{thread}/children")).unwrap_or_default();
-        found.extend(children.split_whitespace().map(str::to_owned));
-    }
+    let mut found = children(owner);
     // Its guard is another child.
     found.retain(|pid| {
         fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "criu\n")
     });
     found
-        .iter()
-        .filter_map(|pid| pid.parse().ok())
-        .map(Pid::from_raw)
-        .collect()
+}
+
+fn children(owner: Pid) -> Vec<Pid> {
+    let mut found = Vec::new();
+    for thread in entries(Path::new(&format!("/proc/{owner}/task"))) {
+        let children = fs::read_to_string(format!("{thread}/children")).unwrap_or_default();
+        let pids = children.split_whitespace();
+        found.extend(pids.filter_map(|pid| pid.parse::<i32>().ok()));
+    }
+    found.into_iter().map(Pid::from_raw).collect()
+}
+
+/// A process and all that it has started, who have no memory left but what they
+/// have, and a little.
+pub struct Starved {
+    cgroup: PathBuf,
+    limit: &'static str,
+    no_limit: &'static str,
+}
+
+impl Starved {
+    /// Enough for a call into the kernel, and for no step of a migration.
+    const MORE_BYTES: &str = "262144";
+
+    /// Sets the limit. `None` where this machine has no memory cgroups.
+    #[must_use]
+    pub fn with_helpers(owner: Pid) -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+        let mount = |wanted: &dyn Fn(&str, &str) -> bool| {
+            mounts.lines().find_map(|line| {
+                let (before, after) = line.split_once(" - ")?;
+                let mut words = after.split(' ');
+                let (kind, options) = (words.next()?, words.nth(1)?);
+                wanted(kind, options).then(|| before.split(' ').nth(4).map(PathBuf::from))?
+            })
+        };
+        let v1 = mount(&|kind, options| {
+            kind == "cgroup" && options.split(',').any(|option| option == "memory")
+        });
+        let v2 = || mount(&|kind, _| kind == "cgroup2");
+        let (root, limit, no_limit) = match v1 {
+            Some(root) => (root, "memory.limit_in_bytes", "-1"),
+            None => (v2()?, "memory.max", "max"),
+        };
+        if no_limit == "max" {
+            fs::write(root.join("cgroup.subtree_control"), "+memory").ok()?;
+        }
+        let cgroup = root.join(format!("migrate-starved-{}", std::process::id()));
+        fs::create_dir_all(&cgroup).ok()?;
+        let starved = Self {
+            cgroup,
+            limit,
+            no_limit,
+        };
+        // What they have stays with the cgroup that they leave.
+        starved.write(limit, Self::MORE_BYTES).ok()?;
+        let mut pids = vec![owner];
+        while let Some(pid) = pids.pop() {
+            pids.extend(children(pid));
+            // It may have ended.
+            let _ = starved.write("cgroup.procs", &pid.to_string());
+        }
+        Some(starved)
+    }
+
+    fn write(&self, file: &str, text: &str) -> std::io::Result<()> {
+        fs::write(self.cgroup.join(file), text)
+    }
+
+    /// Whether the kernel has killed one of them.
+    #[must_use]
+    pub fn has_killed(&self) -> bool {
+        ["memory.oom_control", "memory.events"].iter().any(|file| {
+            let text = fs::read_to_string(self.cgroup.join(file)).unwrap_or_default();
+            text.lines()
+                .filter_map(|line| line.strip_prefix("oom_kill "))
+                .any(|count| count != "0")
+        })
+    }
+}
+
+impl Drop for Starved {
+    fn drop(&mut self) {
+        let _ = self.write(self.limit, self.no_limit);
+        // Whoever clears up goes on now, and ends.
+        let gone = eventually(EVENT_WITHIN, || fs::remove_dir(&self.cgroup).is_ok());
+        if !gone && !thread::panicking() {
+            panic!("{} is not empty", self.cgroup.display());
+        }
+    }
 }
 
 #[track_caller]

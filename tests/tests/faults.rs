@@ -17,7 +17,7 @@ use migrate_test_hosts::{Host, HostName};
 use migrate_tests::hosts::{eventually, has_address, runs};
 use migrate_tests::migration::print_logs;
 use migrate_tests::refusals::{
-    Ended, Held, Running, Scene, UNDECIDED, agent, criu_if_any, driver, guards, is_over,
+    Ended, Held, Running, Scene, Starved, UNDECIDED, agent, criu_if_any, driver, guards, is_over,
     is_stopped, keepers, leftovers, shell,
 };
 use migrate_tests::require;
@@ -43,13 +43,15 @@ enum Fault {
     NetworkStall,
     DestinationFull,
     SourceFull,
+    /// The kernel has no memory left for `migrate` and what it has started there.
+    SourceStarved,
     GateRemoved,
     AddressTaken,
     Cancel,
     ClockStep,
 }
 
-const FAULTS: [Fault; 15] = [
+const FAULTS: [Fault; 16] = [
     Fault::Orchestrator,
     Fault::OrchestratorAndGuard,
     Fault::Agent,
@@ -61,6 +63,7 @@ const FAULTS: [Fault; 15] = [
     Fault::NetworkStall,
     Fault::DestinationFull,
     Fault::SourceFull,
+    Fault::SourceStarved,
     Fault::GateRemoved,
     Fault::AddressTaken,
     Fault::Cancel,
@@ -89,7 +92,7 @@ const AT_DESTINATION: [&str; 6] = [
 ];
 
 /// Moments at which the copy runs, or may.
-const COPY_RUNS: [&str; 4] = ["takeover", "finish", "let-go", "running"];
+const COPY_RUNS: [&str; 3] = ["takeover", "finish", "running"];
 
 /// Cells of a run that is not told which to take.
 const CELLS: usize = 40;
@@ -219,6 +222,12 @@ fn run(scene: &mut Scene, fault: Fault, moment: &'static str) -> String {
     let provoked = provoke(scene, fault, driver, agent);
     let _ = kill(held, Signal::SIGCONT);
     let ended = finish(running, provoked.as_ref().ok());
+    let provoked = match provoked {
+        Ok(Provoked::Starved(starved)) if ended.status.success() && !starved.has_killed() => {
+            Err("nothing there took more memory")
+        }
+        other => other,
+    };
     let what = match provoked {
         Ok(provoked) => {
             provoked.undo();
@@ -255,7 +264,12 @@ fn settle(scene: &mut Scene, ended: &Ended, fault: Fault) -> String {
     let (source, destination) = (scene.source(), scene.destination());
     let code = ended.status.code();
     let mut how = code.map_or_else(|| "killed".to_owned(), |code| format!("exit {code}"));
-    let alone = matches!(fault, Fault::OrchestratorAndGuard | Fault::AgentAndGuard);
+    let alone = match fault {
+        Fault::OrchestratorAndGuard | Fault::AgentAndGuard => true,
+        // The guard may have needed memory, too.
+        Fault::SourceStarved => code.is_none(),
+        _ => false,
+    };
     if code == Some(UNDECIDED) || alone {
         // Twice at once, on both hosts: each record is settled once.
         for host in [&destination, &source] {
@@ -313,6 +327,7 @@ enum Provoked {
     Wall(Host),
     Still(Held),
     Filler(Host),
+    Starved(Starved),
 }
 
 impl Provoked {
@@ -321,6 +336,7 @@ impl Provoked {
             Self::Nothing => {}
             Self::Wall(host) => unwall(&host),
             Self::Still(held) => drop(held),
+            Self::Starved(starved) => drop(starved),
             Self::Filler(host) => {
                 shell(&host, &format!("rm -f {IMAGES}/filler"));
             }
@@ -368,6 +384,10 @@ fn provoke(scene: &Scene, fault: Fault, driver: Pid, agent: Pid) -> Result<Provo
         Fault::NetworkStall => return Ok(Provoked::Still(Held::stop(agent))),
         Fault::DestinationFull => return Ok(fill(destination)),
         Fault::SourceFull => return Ok(fill(source)),
+        Fault::SourceStarved => {
+            let starved = Starved::with_helpers(driver).ok_or("no memory cgroups here")?;
+            return Ok(Provoked::Starved(starved));
+        }
         Fault::GateRemoved => {
             let said = shell(&source, "migrate unlock --force");
             if said.contains("no gate is left") {
