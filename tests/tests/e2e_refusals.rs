@@ -530,6 +530,37 @@ fn a_criu_that_is_missing_or_too_old_is_named() {
     scene.moves_now();
 }
 
+/// What preflight has heard about the destination is not so: the kernel there has
+/// less than it said, and that comes out when it is needed.
+#[test]
+fn a_kernel_that_has_less_than_it_said_gives_the_tree_back() {
+    require!("a_kernel_that_has_less_than_it_said_gives_the_tree_back": root, tcx, criu, migrate);
+    let mut scene = Scene::start("lesser", Kind::Echo, 5);
+    let lesser = program("lesser-kernel").display().to_string();
+    for (lacks, more, words) in [
+        ("bpf", &[][..], &["could not load the gate"][..]),
+        (
+            "userfaultfd",
+            &["--restore", "lazy"],
+            &["memory cannot arrive while the copy runs here"],
+        ),
+        // CRIU keeps what a kernel has said, and believes it.
+        ("clone3", &[], &["criu"]),
+    ] {
+        let command = with_agent(&scene, &format!("{lesser} {lacks} migrate"), more);
+        let mut words = words.to_vec();
+        words.extend(["host2", "Function not implemented"]);
+        scene.fails(command, ROLLED_BACK, &words);
+    }
+    // Where it can do without, it does.
+    let command = with_agent(&scene, &format!("{lesser} userfaultfd migrate"), &[]);
+    let ended = Running::start(command).finish();
+    assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
+    scene.has_moved();
+    scene.unharmed();
+    scene.moves_now();
+}
+
 #[test]
 fn a_small_tmpfs_is_refused_in_time() {
     require!("a_small_tmpfs_is_refused_in_time": root, tcx, criu, migrate);
