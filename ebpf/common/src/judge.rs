@@ -115,7 +115,8 @@ pub fn judge<P: Packet + ?Sized, W: World>(
             _ if is_own => Fate::Returned,
             Mode::Drop | Mode::Hold => Fate::Kept,
             Mode::HoldBare if segment.is_bare_or_end() => Fate::Kept,
-            Mode::Open | Mode::HoldNew | Mode::HoldBare => Fate::Passes,
+            Mode::Mute if is_reset(segment.flags, direction) => Fate::Kept,
+            Mode::Open | Mode::HoldNew | Mode::HoldBare | Mode::Mute => Fate::Passes,
         };
         world.track(key, &segment, direction, fate, state.is_watching());
     }
@@ -125,7 +126,7 @@ pub fn judge<P: Packet + ?Sized, W: World>(
     match parsed {
         Parsed::Other => Judgement::Pass,
         Parsed::Unreadable => match mode(state, direction, world) {
-            Mode::Open | Mode::HoldNew | Mode::HoldBare => Judgement::Pass,
+            Mode::Open | Mode::HoldNew | Mode::HoldBare | Mode::Mute => Judgement::Pass,
             Mode::Drop | Mode::Hold => Judgement::Drop { reset: false },
         },
         Parsed::Neighbour {
@@ -143,7 +144,7 @@ pub fn judge<P: Packet + ?Sized, W: World>(
             }
         }
         Parsed::Tcp { key, flags, .. } => {
-            let reset = matches!(direction, Direction::Egress) && flags & TCP_RST != 0;
+            let reset = is_reset(flags, direction);
             if state.has_ended()
                 && let Some(judgement) = judge_ended(&key, flags, direction, world)
             {
@@ -160,10 +161,17 @@ pub fn judge<P: Packet + ?Sized, W: World>(
                     Judgement::Pass
                 };
             }
+            if matches!(mode, Mode::Mute) {
+                return if reset {
+                    Judgement::Drop { reset }
+                } else {
+                    Judgement::Pass
+                };
+            }
             let passes = match mode {
                 Mode::Open => !reset || state.is_open(),
                 Mode::HoldBare => !reset && !segment.is_bare_or_end(),
-                Mode::Drop | Mode::Hold | Mode::HoldNew => false,
+                Mode::Drop | Mode::Hold | Mode::HoldNew | Mode::Mute => false,
             };
             if passes || !is_workload(&key, world) {
                 return Judgement::Pass;
@@ -173,7 +181,7 @@ pub fn judge<P: Packet + ?Sized, W: World>(
                 Mode::HoldBare if reset => Judgement::PassReset,
                 Mode::HoldBare => Judgement::Hold,
                 Mode::Hold if !reset => Judgement::Hold,
-                Mode::Drop | Mode::Hold => Judgement::Drop { reset },
+                Mode::Drop | Mode::Hold | Mode::Mute => Judgement::Drop { reset },
             }
         }
     }
@@ -212,6 +220,12 @@ fn mode<W: World>(state: State, direction: Direction, world: &W) -> Mode {
     } else {
         Mode::Open
     }
+}
+
+/// Whether a segment resets a connection, on its way out.
+#[inline(always)]
+fn is_reset(flags: u8, direction: Direction) -> bool {
+    matches!(direction, Direction::Egress) && flags & TCP_RST != 0
 }
 
 #[inline(always)]
@@ -467,6 +481,38 @@ mod tests {
             let got = verdict(&segment(flags), IPV4, direction, world);
             assert_eq!(got, expected, "{flags} {direction:?} {world:?}");
         }
+    }
+
+    #[test]
+    fn a_mute_host_resets_nobody_and_does_all_else() {
+        use Direction::{Egress, Ingress};
+        let world = Fixed {
+            state: State(0).next(Mode::Open, Mode::Mute),
+            is_workload: false,
+            ..closed()
+        };
+        let expired = Fixed {
+            deadline_ns: 1000,
+            ..world
+        };
+        let mute = Judgement::Drop { reset: true };
+        let (syn, ack, fin) = (0x02, 0x10, 0x11);
+        for (flags, direction, world, expected) in [
+            (TCP_RST, Egress, world, mute),
+            (TCP_RST | ack, Egress, world, mute),
+            (TCP_RST, Ingress, world, Judgement::Pass),
+            (syn, Ingress, world, Judgement::Pass),
+            (syn | ack, Egress, world, Judgement::Pass),
+            (fin, Egress, world, Judgement::Pass),
+            (TCP_RST, Egress, expired, Judgement::Pass),
+        ] {
+            let got = verdict(&segment(flags), IPV4, direction, world);
+            assert_eq!(got, expected, "{flags} {direction:?} {world:?}");
+        }
+        // What is no TCP, or cannot be read, is no reset of the kernel's.
+        let mut endless = [0; 200];
+        endless[0] = 0x60;
+        assert_eq!(verdict(&endless, IPV6, Egress, world), Judgement::Pass);
     }
 
     #[test]

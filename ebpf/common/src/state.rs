@@ -25,6 +25,11 @@ pub enum Mode {
     /// else passes. For the way out only: without answers senders
     /// come to a stop at their windows.
     HoldBare = 4,
+    /// The host resets nothing, whosever connection it is; everything else
+    /// passes. For the way out only, where nobody knows which flows are the
+    /// workload's: of those that it has no socket for the kernel says nothing
+    /// but RST.
+    Mute = 5,
 }
 
 /// Both modes, a flag and the epoch in one word, so that one aligned store
@@ -68,6 +73,7 @@ impl State {
             2 => Mode::Hold,
             3 => Mode::HoldNew,
             4 => Mode::HoldBare,
+            5 => Mode::Mute,
             _ => Mode::Drop,
         }
     }
@@ -332,7 +338,7 @@ mod tests {
 
     #[test]
     fn an_unknown_mode_is_closed() {
-        assert_eq!(State(0x05).mode(Direction::Ingress), Mode::Drop);
+        assert_eq!(State(0x06).mode(Direction::Ingress), Mode::Drop);
         assert_eq!(State(0xff00).mode(Direction::Egress), Mode::Drop);
         assert!(State(0xff00).is_closed(Direction::Egress));
     }
@@ -345,6 +351,7 @@ mod tests {
             Mode::Hold,
             Mode::HoldNew,
             Mode::HoldBare,
+            Mode::Mute,
         ];
         for ingress in modes {
             for egress in modes {

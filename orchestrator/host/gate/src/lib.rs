@@ -455,6 +455,17 @@ impl Gate {
         self.tables.close(self.closed_mode())
     }
 
+    /// Keeps the host from sending any RST on the gate's interfaces, whosever
+    /// connection it is about, and lets everything else pass: for where the
+    /// tree's flows are not known.
+    ///
+    /// # Errors
+    ///
+    /// As [`close`](Self::close).
+    pub fn mute(&self) -> Result<(), GateError> {
+        self.tables.mute()
+    }
+
     fn closed_mode(&self) -> Mode {
         if self.hold.is_ok() {
             Mode::Hold

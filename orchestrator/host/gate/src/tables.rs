@@ -409,6 +409,10 @@ impl Tables {
         self.shut(|state| state.next(how, how))
     }
 
+    pub(crate) fn mute(&self) -> Result<(), GateError> {
+        self.shut(|state| state.next(Mode::Open, Mode::Mute))
+    }
+
     /// Drops what was held until now: nobody reads it any more.
     pub(crate) fn drop_instead_of_hold(&self) {
         let without = |mode| match mode {

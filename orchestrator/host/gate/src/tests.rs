@@ -267,6 +267,21 @@ fn ingress_closes_before_egress() {
     assert_eq!(programs.both(LOCAL, PEER), (DROP, DROP));
 }
 
+/// Nobody's resets leave, and everything else does.
+#[test]
+fn a_mute_gate_drops_resets_alone() {
+    needs_root!("a_mute_gate_drops_resets_alone");
+    let mut programs = Programs::load();
+    programs.tables.mute().unwrap();
+    for (local, peer) in [(LOCAL, PEER), ("[fd00:77::100]:6379", "[fd00:77::1]:40000")] {
+        assert_eq!(programs.both(local, peer), (NEXT, NEXT));
+        assert_eq!(programs.egress(&Packet::tcp(local, peer, RST)), DROP);
+        assert_eq!(programs.ingress(&Packet::tcp(peer, local, RST)), NEXT);
+    }
+    programs.tables.open_all();
+    assert_eq!(programs.egress(&Packet::tcp(LOCAL, PEER, RST)), NEXT);
+}
+
 #[test]
 fn ipv6_flows_are_matched() {
     needs_root!("ipv6_flows_are_matched");
