@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -189,6 +190,81 @@ fn without_the_guard_a_booted_kernel_resets() {
     comes_up(&host);
     let reset = || reset_connections(&lab.host(HostName::Client)).unwrap() > resets;
     assert!(eventually(WITHIN, reset));
+}
+
+/// Nobody knows the connections of a set that is torn: none is reset, and the host is reached.
+#[test]
+fn a_torn_set_silences_resets_and_nothing_else() {
+    require!("a_torn_set_silences_resets_and_nothing_else": root, tcx, criu, migrate, tcpdump);
+    let lab = scoped("park-torn");
+    let host = lab.host(HostName::Host1);
+    let peer = lab.host(HostName::Client);
+    let resets = reset_connections(&peer).unwrap();
+    let echo = Workload::start(Kind::Echo, &lab).unwrap();
+    let mut client = echo.client(&lab, 3, &PATIENT).unwrap();
+    serves_old_connections(&mut client);
+    let capture = ResetCapture::start(&peer).unwrap();
+    make_directory(&host);
+    parks(&host, &[echo.pid], &["--name", "echo"]);
+    goes_down(&host);
+    let guard = ["guard-boot", "--dir", DIR];
+    let manifest = host.path(DIR).join("echo/manifest.json");
+    with(
+        &manifest,
+        |content| content.truncate(content.len() / 2),
+        || {
+            // Without an interface nothing can be done: the network has to stay down.
+            let alone = host.exec(["unshare", "--net", "migrate"].iter().chain(&guard));
+            let alone = alone.unwrap();
+            let said = String::from_utf8_lossy(&alone.stderr);
+            assert!(said.contains("the network must not come up"), "{said}");
+            assert!(!matches!(alone.status.code(), Some(0 | REFUSED)), "{said}");
+
+            for _ in 0..2 {
+                let words = [
+                    "only a part of one",
+                    "sends no resets at all",
+                    "migrate guard-boot",
+                ];
+                run(&host, &guard).expect(REFUSED, &words);
+            }
+            comes_up(&host);
+            let status = succeeds(&host, &["status"]).stdout;
+            assert!(status.contains("no reset leaves this host"), "{status}");
+            let unlock = run(&host, &["unlock"]);
+            unlock.expect(REFUSED, &["could not be read", "migrate guard-boot"]);
+            // Peers ask again and hear nothing, and the host is there for whoever logs in.
+            let sent_again = || TcpCounts::of(&peer).unwrap().retransmitted;
+            let before = sent_again();
+            assert!(eventually(WITHIN, || sent_again() > before + 3));
+            let sshd = (host.ipv4(), 22);
+            // What it says is read, for a close before that would be a reset.
+            let greeted = peer.in_network(|| {
+                let mut line = String::new();
+                BufReader::new(TcpStream::connect(sshd)?).read_line(&mut line)?;
+                Ok::<_, std::io::Error>(line)
+            });
+            let greeting = greeted.unwrap().unwrap();
+            assert!(greeting.starts_with("SSH-"), "{greeting}");
+        },
+    );
+    // With the manifest back its connections are known.
+    let again = succeeds(&host, &guard);
+    assert!(again.stdout.contains("sends resets again"), "{again:#?}");
+    assert!(
+        again.stdout.contains("nothing answers for 3 connections"),
+        "{again:#?}"
+    );
+    succeeds(&host, &["resume", "--dir", DIR]);
+    serves_old_connections(&mut client);
+    migrate_tests::migration::no_gate_left(&host);
+    assert_eq!(capture.stop().unwrap(), Vec::<String>::new());
+    clean_client(&lab, client, resets);
+    // It speaks again: nobody is at this port.
+    let closed = (host.ipv4(), 9);
+    let refused = peer.in_network(|| TcpStream::connect(closed).map(drop));
+    let refused = refused.unwrap().unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
 }
 
 #[test]

@@ -1,10 +1,14 @@
 //! `migrate guard-boot`: gates for parked trees, before there is an address.
+//!
+//! Its unit takes [`Exit::Refused`] for success: the host is mute then, or there
+//! is no directory to guard anything of, and it may have a network. Whatever
+//! else fails keeps the network down.
 
 use std::path::PathBuf;
 
 use migrate_core::report::counted;
 use migrate_session::Error;
-use migrate_session::park::{self, ParkError, Place};
+use migrate_session::park::{self, Guarded, ParkError, Place};
 
 use crate::exit::Exit;
 
@@ -28,27 +32,83 @@ pub async fn run(args: &Args) -> Exit {
     };
     let places = match places {
         Ok(places) => places,
-        Err(error) => return failed(&error),
+        // Nothing is parked in a directory that is none.
+        Err(error @ Error::Park(ParkError::Missing(_) | ParkError::NoDirectory(_))) => {
+            return failed(&error);
+        }
+        Err(error @ Error::Park(ParkError::Name(_))) => return failed(&error),
+        Err(error) => {
+            failed(&error);
+            return mute().await;
+        }
     };
-    let mut exit = Exit::Done;
+    let mut is_complete = true;
     for place in &places {
         match park::guard(place).await {
-            Ok(Some(guarded)) => println!(
-                "{}: nothing answers for {} on {}{}",
-                guarded.name,
-                counted(guarded.connections, "connection"),
-                counted(guarded.interfaces, "interface"),
-                if guarded.was_there { ", as before" } else { "" }
-            ),
+            Ok(Some(guarded)) => tell(&guarded),
             Ok(None) => {}
             // What was not parked to the end has no connections to guard.
             Err(Error::Park(ParkError::Unfinished(path))) => {
                 eprintln!("{} was not parked to the end", path.display());
             }
-            Err(error) => exit = failed(&error),
+            Err(error) => {
+                failed(&error);
+                is_complete = false;
+            }
         }
     }
-    exit
+    if !is_complete {
+        return mute().await;
+    }
+    // Only whoever has looked at all sets can tell that none is missed.
+    if args.names.is_empty() {
+        match park::speak() {
+            Ok(true) => println!("all sets are guarded: this host sends resets again"),
+            Ok(false) => {}
+            Err(error) => return failed(&error),
+        }
+    }
+    Exit::Done
+}
+
+fn tell(guarded: &Guarded) {
+    println!(
+        "{}: nothing answers for {} on {}{}",
+        guarded.name,
+        counted(guarded.connections, "connection"),
+        counted(guarded.interfaces, "interface"),
+        if guarded.was_there { ", as before" } else { "" }
+    );
+    if !guarded.missing.is_empty() {
+        println!(
+            "{}: {} is not there yet: nothing answers if it has another name now or is made of \
+             what is there",
+            guarded.name,
+            guarded.missing.join(", ")
+        );
+    }
+}
+
+/// Some connections are not known: no reset leaves for any.
+async fn mute() -> Exit {
+    match park::mute().await {
+        Ok(()) => {
+            eprintln!(
+                "this host sends no resets at all, for those connections are not known\n\
+                 help: put right what is named above, or remove that set to give its tree up; then \
+                 run `migrate guard-boot` again"
+            );
+            Exit::Refused
+        }
+        Err(error) => {
+            eprintln!("nothing is guarded: the network must not come up");
+            match failed(&error) {
+                // Which says that the host is mute.
+                Exit::Refused => Exit::Internal,
+                exit => exit,
+            }
+        }
+    }
 }
 
 fn failed(error: &Error) -> Exit {

@@ -7,6 +7,7 @@ use migrate_core::Phase;
 use migrate_core::journal::{Record, Side, Stage};
 use migrate_core::report::counted;
 use migrate_gate::{Leftover, LeftoverMode, Role};
+use migrate_session::park::MUTE;
 use migrate_session::source::PARKED;
 use migrate_session::{State, journal, sweep};
 use serde::Serialize;
@@ -186,6 +187,10 @@ fn sentence(record: &Record, alive: bool) -> String {
 fn gate_sentence(gate: &Leftover) -> String {
     let owner = if gate.owner_alive {
         format!("held by process {}", gate.owner_pid)
+    } else if gate.id == MUTE {
+        "no reset leaves this host, as what is parked could not be read: `migrate guard-boot` looks \
+         again"
+            .to_owned()
     } else if gate.id.starts_with(PARKED) {
         "it waits with a parked tree until `migrate resume`".to_owned()
     } else {

@@ -2,6 +2,7 @@
 
 use migrate_core::journal::Stage;
 use migrate_gate::Leftover;
+use migrate_session::park::MUTE;
 use migrate_session::source::PARKED;
 use migrate_session::{State, journal, sweep};
 
@@ -57,6 +58,12 @@ pub async fn run(args: &Args) -> Exit {
         } else if committed && !args.force {
             eprintln!(
                 "gate {} guards a tree that was handed over: without it this host would reset its connections\nhelp: see `migrate status` on the destination; then use --force",
+                gate.id
+            );
+            exit = Exit::Refused;
+        } else if gate.id == MUTE && !args.force {
+            eprintln!(
+                "gate {} keeps this host from sending resets, for what is parked could not be read\nhelp: `migrate guard-boot` looks again; --force removes it when you have given the tree up",
                 gate.id
             );
             exit = Exit::Refused;

@@ -27,7 +27,7 @@ use migrate_core::preflight::Finding;
 use crate::error::Error;
 
 pub(crate) use boot::disarm;
-pub use boot::{Guarded, guard};
+pub use boot::{Guarded, MUTE, guard, mute, speak};
 pub(crate) use keep::connect;
 pub use place::{ParkError, Place};
 pub use resume::{Resume, Resumed, resume};

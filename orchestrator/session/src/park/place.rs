@@ -177,8 +177,8 @@ pub enum ParkError {
         /// The name.
         name: String,
     },
-    /// An interface of the tree has not come up.
-    #[error("interface {0}, which the tree's address was on, is not there")]
+    /// No interface has come up.
+    #[error("interface {0}, which the tree's address was on, is not there, nor is any other")]
     NoInterface(String),
 }
 
