@@ -506,15 +506,16 @@ fn configure(machine: &Machine, scratch: &Path) {
     for (unit, text) in UNITS {
         put(&format!("systemd/system/{unit}"), text);
         // As `systemctl enable`, which the machine does not have yet.
-        let wanted_by = text
-            .lines()
-            .find_map(|line| line.strip_prefix("WantedBy="))
-            .unwrap();
-        let wants = format!("{etc}/systemd/system/{wanted_by}.wants");
-        shell(
-            machine,
-            &format!("mkdir -p {wants} && ln -s ../{unit} {wants}/"),
-        );
+        for (setting, how) in [("WantedBy=", "wants"), ("RequiredBy=", "requires")] {
+            let lines = text.lines().filter_map(|line| line.strip_prefix(setting));
+            for by in lines.flat_map(str::split_whitespace) {
+                let directory = format!("{etc}/systemd/system/{by}.{how}");
+                shell(
+                    machine,
+                    &format!("mkdir -p {directory} && ln -s ../{unit} {directory}/"),
+                );
+            }
+        }
     }
 }
 
@@ -524,6 +525,44 @@ fn happened(machine: &Machine, unit: &str, what: &str) -> u64 {
     let us = number(machine, &show);
     assert_ne!(us, 0, "{unit} has not come to {what}");
     us
+}
+
+/// What has been resumed has left its directory, so the guard is asked again.
+fn no_network_without_the_guard(machine: &Machine) {
+    const NETWORK: &str = "systemd-networkd.service";
+    let systemctl = |arguments: &str| {
+        let argv = ["systemctl"].into_iter();
+        let argv = argv.chain(arguments.split_whitespace());
+        machine.exec(argv, MOVES_WITHIN).unwrap()
+    };
+    let is_active = |unit| systemctl(&format!("is-active {unit}")).code == Some(0);
+    // Whoever stops it would stop the network.
+    let stopped = systemctl("stop migrate-guard.service");
+    assert_ne!(stopped.code, Some(0), "{}", stopped.said());
+    assert!(is_active(NETWORK));
+
+    let fails = "[Unit]\nRefuseManualStop=no\n[Service]\nExecStart=\nExecStart=/nonexistent\n";
+    let fails = format!(
+        "mkdir -p /run/systemd/system/migrate-guard.service.d && \
+         printf '{}' >/run/systemd/system/migrate-guard.service.d/fails.conf && \
+         systemctl daemon-reload && \
+         systemctl stop systemd-networkd.socket {NETWORK} migrate-guard.service",
+        fails.replace('\n', "\\n")
+    );
+    shell(machine, &fails);
+    assert!(!is_active(NETWORK));
+    let started = systemctl(&format!("start {NETWORK}"));
+    assert_ne!(started.code, Some(0), "{}", started.said());
+    assert!(!is_active(NETWORK));
+    // What is put right on a console lets it start.
+    shell(
+        machine,
+        &format!(
+            "rm /run/systemd/system/migrate-guard.service.d/fails.conf && \
+             systemctl daemon-reload && systemctl start {NETWORK}"
+        ),
+    );
+    assert!(is_active(NETWORK) && is_active("migrate-guard.service"));
 }
 
 /// By the units that are shipped, under a systemd that brings the network up.
@@ -572,5 +611,6 @@ fn redis_and_openvpn_outlive_a_reset_by_their_units() {
     let gates = shell(one, "migrate status");
     assert!(!gates.contains("waits with a parked tree"), "{gates}");
     served.goes_on(&machines);
+    no_network_without_the_guard(machines.get(HostName::Host1).unwrap());
     println!("done after {} s", begun.elapsed().as_secs());
 }

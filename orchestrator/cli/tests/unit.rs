@@ -1,5 +1,5 @@
-//! The systemd unit in `dist/` is one that systemd takes, and whose commands
-//! this program understands.
+//! The systemd units in `dist/` are such that systemd takes them, and their
+//! commands such that this program understands them.
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
@@ -7,36 +7,56 @@ use std::fs;
 use std::io::ErrorKind;
 use std::process::Command;
 
-const UNIT: &str = include_str!("../../../dist/migrate-agent.service");
+/// Each with how many commands it has.
+const UNITS: [(&str, &str, usize); 3] = [
+    (
+        "migrate-agent.service",
+        include_str!("../../../dist/migrate-agent.service"),
+        2,
+    ),
+    (
+        "migrate-guard.service",
+        include_str!("../../../dist/migrate-guard.service"),
+        1,
+    ),
+    (
+        "migrate-resume.service",
+        include_str!("../../../dist/migrate-resume.service"),
+        1,
+    ),
+];
 const INSTALLED: &str = "/usr/local/bin/migrate";
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate");
 
 /// Lines that are settings.
-fn settings() -> impl Iterator<Item = (&'static str, &'static str)> {
-    let lines = UNIT.lines().filter(|line| !line.starts_with('#'));
+fn settings(unit: &'static str) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let lines = unit.lines().filter(|line| !line.starts_with('#'));
     lines.filter_map(|line| line.split_once('='))
 }
 
 #[test]
-fn systemd_takes_the_unit() {
+fn systemd_takes_the_units() {
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("migrate-agent.service");
-    fs::write(&path, UNIT.replace(INSTALLED, PROGRAM)).unwrap();
+    let paths = UNITS.map(|(name, unit, _)| {
+        let path = directory.path().join(name);
+        fs::write(&path, unit.replace(INSTALLED, PROGRAM)).unwrap();
+        path
+    });
     let verified = Command::new("systemd-analyze")
         .args(["verify", "--man=no"])
-        .arg(&path)
+        .args(paths)
         .output();
     match verified {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            println!("SKIP systemd_takes_the_unit: systemd-analyze is not installed");
+            println!("SKIP systemd_takes_the_units: systemd-analyze is not installed");
         }
         verified => {
             let verified = verified.unwrap();
             let said = String::from_utf8_lossy(&verified.stderr);
-            // Of this unit; others may not be in order here.
+            // Of these units; others may not be in order here.
             let about_us: Vec<&str> = said
                 .lines()
-                .filter(|line| line.contains("migrate-agent"))
+                .filter(|line| line.contains("migrate-"))
                 .collect();
             assert!(about_us.is_empty(), "{said}");
             assert!(verified.status.success(), "{said}");
@@ -46,7 +66,8 @@ fn systemd_takes_the_unit() {
 
 #[test]
 fn nothing_is_set_that_a_copy_would_inherit() {
-    for (setting, _) in settings() {
+    let [(_, agent, _), ..] = UNITS;
+    for (setting, _) in settings(agent) {
         for inherited in [
             "Protect",
             "Private",
@@ -69,22 +90,28 @@ fn nothing_is_set_that_a_copy_would_inherit() {
 }
 
 #[test]
-fn the_commands_of_the_unit_are_understood() {
-    let commands: Vec<&str> = settings()
-        .filter(|(setting, _)| setting.starts_with("Exec"))
-        .map(|(_, command)| command)
-        .collect();
-    assert_eq!(commands.len(), 2);
-    for command in commands {
-        let mut words = command.split_whitespace();
-        assert_eq!(words.next(), Some(INSTALLED));
-        let help = Command::new(PROGRAM).args(words).arg("--help").output();
-        assert!(help.unwrap().status.success(), "{command}");
-        // `--help` alone would do for any arguments that come before it.
-        let mut wrong = command.split_whitespace().skip(1).collect::<Vec<_>>();
-        wrong.push("--no-such-option");
-        let refused = Command::new(PROGRAM).args(wrong).output().unwrap();
-        let said = String::from_utf8_lossy(&refused.stderr);
-        assert!(said.contains("'--no-such-option'"), "{said}");
+fn the_commands_of_the_units_are_understood() {
+    for (name, unit, count) in UNITS {
+        let commands: Vec<&str> = settings(unit)
+            .filter(|(setting, _)| setting.starts_with("Exec"))
+            .map(|(_, command)| command)
+            .collect();
+        assert_eq!(commands.len(), count, "{name}");
+        for command in commands {
+            is_understood(command);
+        }
     }
+}
+
+fn is_understood(command: &str) {
+    let mut words = command.split_whitespace();
+    assert_eq!(words.next(), Some(INSTALLED));
+    let help = Command::new(PROGRAM).args(words).arg("--help").output();
+    assert!(help.unwrap().status.success(), "{command}");
+    // `--help` alone would do for any arguments that come before it.
+    let mut wrong = command.split_whitespace().skip(1).collect::<Vec<_>>();
+    wrong.push("--no-such-option");
+    let refused = Command::new(PROGRAM).args(wrong).output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(said.contains("'--no-such-option'"), "{said}");
 }
