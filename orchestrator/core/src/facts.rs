@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::flow::{Flow, Listener};
+use crate::kernel::Rseq;
 use crate::policy::Credentials;
 
 /// A CRIU release, for example 4.2.1.
@@ -70,6 +71,13 @@ pub struct HostFacts {
     /// Capabilities that a migration makes use of and that are not effective,
     /// by name.
     pub missing_capabilities: Vec<String>,
+    /// What the kernel takes of rseq(2); none where that is not known.
+    #[serde(default)]
+    pub rseq: Option<Rseq>,
+    /// The functions of the vDSO that it gives programs, sorted; empty where it
+    /// gives none, and none where that is not known.
+    #[serde(default)]
+    pub vdso: Option<Vec<String>>,
 }
 
 /// The process tree to be moved.

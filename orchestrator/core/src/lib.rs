@@ -8,6 +8,7 @@ pub mod convergence;
 pub mod facts;
 pub mod flow;
 pub mod journal;
+pub mod kernel;
 pub mod late;
 pub mod parked;
 pub mod phase;

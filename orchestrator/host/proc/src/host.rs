@@ -7,7 +7,7 @@ use migrate_core::facts::{CriuVersion, HostFacts, TreeFacts};
 use migrate_core::preflight::Finding;
 
 use crate::tree::own_ancestors;
-use crate::{parse, read};
+use crate::{kernel, parse, read};
 
 /// Room for the images besides memory pages, in bytes: they come to some
 /// hundred KiB for a plain tree, to a few MiB with thousands of descriptors.
@@ -59,6 +59,8 @@ pub fn host_facts(image_dir: &Path) -> HostFacts {
         image_space_bytes: free_space(image_dir).unwrap_or(0),
         swaps_to: Vec::new(),
         missing_capabilities: missing_of(&status),
+        rseq: kernel::rseq(),
+        vdso: kernel::vdso(),
     }
 }
 
@@ -284,6 +286,9 @@ pub fn compare_hosts(
         findings.push(compare_cpu(source, destination));
     }
     findings.extend(compare_criu(source.criu, destination.criu));
+    if source.machine == destination.machine {
+        findings.extend(migrate_core::kernel::compare(source, destination));
+    }
     findings.push(compare_memory(destination, tree));
     findings.push(compare_space(destination, tree));
     for (host, side) in [(source, "source"), (destination, "destination")] {
@@ -519,6 +524,8 @@ mod tests {
             image_space_bytes: 1 << 30,
             swaps_to: Vec::new(),
             missing_capabilities: Vec::new(),
+            rseq: None,
+            vdso: None,
         }
     }
 
@@ -683,6 +690,9 @@ mod tests {
         assert!(facts.memory_available_bytes > 0 && facts.image_space_bytes > 0);
         assert!(facts.cpu_flags.is_sorted() && !facts.cpu_flags.is_empty());
         assert_eq!(facts.criu, None);
+        // Its own programs run on it.
+        let findings = migrate_core::kernel::compare(&facts, &facts);
+        assert!(!findings.is_empty() && !refused(&findings), "{findings:?}");
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod files;
 mod findings;
 mod home;
 mod host;
+mod kernel;
 mod parse;
 mod read;
 mod repair;

@@ -277,8 +277,11 @@ impl Feeder<'_> {
             stdio: stdio.unwrap_or(&self.manifest.stdio).clone(),
         })
         .await?;
-        let findings = match self.next("the findings").await? {
-            Message::Findings { findings, .. } => findings,
+        let (findings, here) = match self.next("the findings").await? {
+            Message::Findings {
+                findings,
+                destination,
+            } => (findings, destination),
             other => return Err(self.inbox.unexpected(&other, "the findings")),
         };
         let kernel = Finding::ok(
@@ -291,8 +294,11 @@ impl Feeder<'_> {
                     .trim()
             ),
         );
+        // What threads have registered stands in the images.
+        let areas = migrate_criu::rseq_areas(&self.wanted.place.images())?;
         let findings: Vec<Finding> = std::iter::once(kernel)
             .chain(super::kernel_findings())
+            .chain(migrate_core::kernel::refused_areas(&here, &areas))
             .chain(
                 findings
                     .into_iter()
