@@ -23,6 +23,8 @@ use crate::error::NetError;
 
 /// `SOCK_DIAG_BY_FAMILY`, linux/sock_diag.h.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// `TCPDIAG_GETSOCK`, linux/inet_diag.h: TCP sockets of both families.
+const TCPDIAG_GETSOCK: u16 = 18;
 /// `SOCK_DESTROY`, linux/sock_diag.h.
 const SOCK_DESTROY: u16 = 21;
 /// `NLM_F_REQUEST | NLM_F_ACK`, linux/netlink.h.
@@ -233,9 +235,24 @@ pub fn tcp_sockets() -> Result<Vec<TcpSocket>, NetError> {
 /// The TCP sockets of both families whose state is in a set: bit 1 for the
 /// kernel's state 1 and so on.
 pub(crate) fn tcp_sockets_in(states: u32) -> Result<Vec<TcpSocket>, NetError> {
+    /// `struct inet_diag_req` of `linux/inet_diag.h`: family, lengths of addresses,
+    /// extensions, the socket (48 bytes), states, a cursor.
+    const REQUEST_BYTES: usize = 60;
+    const EXTENSIONS_AT: usize = 3;
+    const STATES_AT: usize = 52;
+    const ESTABLISHED: u32 = 1 << 1;
+
+    // The older of the kernel's two requests, for it asks for both families at once:
+    // the kernel goes through all its connections for each.
+    let mut body = [0; REQUEST_BYTES];
+    if states & ESTABLISHED != 0 {
+        body[EXTENSIONS_AT] = ExtensionFlags::INFO.bits();
+    }
+    body[STATES_AT..STATES_AT + 4].copy_from_slice(&states.to_ne_bytes());
     let mut out = Vec::new();
-    inet_sockets("TCP sockets", IPPROTO_TCP, None, states, |r| {
-        out.push(tcp_socket(&r));
+    converse("TCP sockets", TCPDIAG_GETSOCK, REQUEST_DUMP, &body, |r| {
+        out.push(tcp_socket(&InetResponse::parse(r)?));
+        Ok(())
     })?;
     Ok(out)
 }
@@ -475,11 +492,7 @@ fn inet_sockets(
         let request = InetRequest {
             family,
             protocol,
-            extensions: if protocol == IPPROTO_TCP {
-                ExtensionFlags::INFO
-            } else {
-                ExtensionFlags::empty()
-            },
+            extensions: ExtensionFlags::empty(),
             // May include states that are newer than the flags' definition.
             states: StateFlags::from_bits_retain(states),
             socket_id,
@@ -559,7 +572,7 @@ fn converse(
                         errno => Err(failed(io::Error::from_raw_os_error(errno))),
                     };
                 }
-                SOCK_DIAG_BY_FAMILY => {
+                SOCK_DIAG_BY_FAMILY | TCPDIAG_GETSOCK => {
                     seen += 1;
                     if seen > SOCKETS_MAX {
                         return Err(failed(malformed("more sockets than a host can have")));

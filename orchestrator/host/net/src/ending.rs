@@ -14,8 +14,9 @@ use crate::error::NetError;
 use crate::rules;
 
 /// Bits of the kernel's states (`include/net/tcp_states.h`): SYN_RECV,
-/// FIN_WAIT1, LAST_ACK, LISTEN, CLOSING, NEW_SYN_RECV.
-const UNSETTLED_STATES: u32 = 1 << 3 | 1 << 4 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12;
+/// FIN_WAIT1, LAST_ACK, CLOSING, NEW_SYN_RECV.
+const UNSETTLED_STATES: u32 = 1 << 3 | 1 << 4 | 1 << 9 | 1 << 11 | 1 << 12;
+const LISTEN: u32 = 1 << 10;
 /// FIN_WAIT1, FIN_WAIT2, LAST_ACK, CLOSING.
 const CLOSED_STATES: u32 = 1 << 4 | 1 << 5 | 1 << 9 | 1 << 11;
 const TIME_WAIT: u32 = 1 << 6;
@@ -91,29 +92,26 @@ pub(crate) fn ended_of(sockets: &[TcpSocket], addresses: &[IpAddr]) -> EndedFlow
 pub fn unsettled(listeners: &[Listener], addresses: &[IpAddr]) -> Result<Unsettled, NetError> {
     let mut found = Unsettled::default();
     for socket in tcp_sockets_in(UNSETTLED_STATES)? {
+        if socket.state == TcpState::SynRecv {
+            let local = canonical(socket.local);
+            let is_tree = listeners
+                .iter()
+                .any(|l| rules::collide(local, false, l.local, l.v6only));
+            found.handshakes += usize::from(is_tree);
+        } else if is_closing(&socket, addresses) {
+            found.closing.push(Flow::new(socket.local, socket.remote));
+            // The end itself counts for one.
+            found.unsent_bytes += u64::from(socket.wqueue.saturating_sub(1));
+        }
+    }
+    // After handshakes: one that has ended meanwhile waits here, or is the tree's.
+    for socket in tcp_sockets_in(LISTEN)? {
         let local = canonical(socket.local);
-        match socket.state {
-            TcpState::Listen => {
-                let is_tree = listeners
-                    .iter()
-                    .any(|l| l.local == local && l.v6only == socket.v6only);
-                if is_tree && socket.rqueue > 0 {
-                    found.unaccepted.push((local, socket.rqueue));
-                }
-            }
-            TcpState::SynRecv => {
-                let is_tree = listeners
-                    .iter()
-                    .any(|l| rules::collide(local, false, l.local, l.v6only));
-                found.handshakes += usize::from(is_tree);
-            }
-            _ => {
-                if is_closing(&socket, addresses) {
-                    found.closing.push(Flow::new(socket.local, socket.remote));
-                    // The end itself counts for one.
-                    found.unsent_bytes += u64::from(socket.wqueue.saturating_sub(1));
-                }
-            }
+        let is_tree = listeners
+            .iter()
+            .any(|l| l.local == local && l.v6only == socket.v6only);
+        if is_tree && socket.rqueue > 0 {
+            found.unaccepted.push((local, socket.rqueue));
         }
     }
     Ok(found)
