@@ -66,6 +66,12 @@ impl ParkedRestore {
         &self.options
     }
 
+    /// The PID of the CRIU that waits.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.session.pid()
+    }
+
     /// Lets CRIU go on. All images must be in place.
     ///
     /// # Errors

@@ -1,0 +1,133 @@
+//! Precedence over what else runs on a host, for the time in which a tree stands still.
+
+use std::sync::{Mutex, PoisonError};
+
+use rustix::process::{Pid, getpriority_process, setpriority_process};
+
+use crate::read;
+
+/// The highest of the priorities that `nice` knows.
+const FIRST: i32 = -20;
+
+/// Looks at the threads of a process that may have started others meanwhile.
+const LOOKS_MAX: usize = 4;
+
+/// What this process had before, and for how many it goes first.
+static TAKEN: Mutex<Option<(i32, usize)>> = Mutex::new(None);
+
+/// This process, and those that are named, go before others on a busy host. Peers of a
+/// tree that stands still wait for nobody else there; and a task that CRIU makes gets the
+/// priority it had from its image at the end (`restore_sched_info` in CRIU 4.2).
+///
+/// Dropped, this process is as it was before; the others are expected to end soon.
+/// Without `CAP_SYS_NICE` nothing changes.
+#[derive(Debug)]
+pub struct Precedence(());
+
+impl Precedence {
+    /// Takes it.
+    #[must_use]
+    pub fn take(others: &[i32]) -> Self {
+        let own = std::process::id().cast_signed();
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        match taken.as_mut() {
+            Some((_, holders)) => *holders += 1,
+            None => {
+                // Every process has one.
+                let before = getpriority_process(None).unwrap_or(0);
+                *taken = Some((before, 1));
+                set(own, FIRST);
+            }
+        }
+        for pid in others {
+            set(*pid, FIRST);
+        }
+        Self(())
+    }
+}
+
+impl Drop for Precedence {
+    fn drop(&mut self) {
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        match taken.as_mut() {
+            Some((_, holders)) if *holders > 1 => *holders -= 1,
+            Some((before, _)) => {
+                set(std::process::id().cast_signed(), *before);
+                *taken = None;
+            }
+            None => {}
+        }
+    }
+}
+
+/// For all threads of a process: Linux knows priorities of threads alone.
+fn set(pid: i32, priority: i32) {
+    for _ in 0..LOOKS_MAX {
+        let mut changed = false;
+        for thread in threads(pid) {
+            if getpriority_process(Some(thread)).is_ok_and(|now| now != priority) {
+                if let Err(error) = setpriority_process(Some(thread), priority) {
+                    tracing::debug!(%error, pid, "others on this host go first");
+                    return;
+                }
+                changed = true;
+            }
+        }
+        if !changed {
+            return;
+        }
+    }
+}
+
+fn threads(pid: i32) -> Vec<Pid> {
+    let entries = std::fs::read_dir(read::of(pid, "task"));
+    let names = entries.into_iter().flatten().flatten();
+    names
+        .filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    fn priorities(pid: i32) -> Vec<i32> {
+        let of = |thread| getpriority_process(Some(thread)).ok();
+        threads(pid).into_iter().filter_map(of).collect()
+    }
+
+    /// One test, for all of them are about this process.
+    #[test]
+    fn all_threads_go_first_until_the_last_holder_has_done() {
+        let own = std::process::id().cast_signed();
+        let (end, ended) = mpsc::channel::<()>();
+        let waiting = thread::spawn(move || ended.recv());
+        let before = getpriority_process(None).unwrap();
+
+        let first = Precedence::take(&[]);
+        if priorities(own).contains(&before) {
+            println!("SKIP all_threads_go_first_until_the_last_holder_has_done: no CAP_SYS_NICE");
+            return;
+        }
+        // It begins with the priority of whoever starts it.
+        let late = thread::spawn(|| getpriority_process(None).unwrap());
+        assert_eq!(late.join().unwrap(), FIRST);
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        setpriority_process(Pid::from_raw(pid), before).unwrap();
+        let second = Precedence::take(&[pid]);
+        assert_eq!(priorities(pid), [FIRST]);
+        drop(first);
+        assert!(priorities(own).iter().all(|&now| now == FIRST));
+        drop(second);
+        assert!(priorities(own).iter().all(|&now| now == before));
+        drop(end);
+        assert!(waiting.join().unwrap().is_err());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
