@@ -60,7 +60,10 @@ fn moves_under(test: &str, workload: WorkloadKind, clients: &[(Kind, usize)], ho
         for running in &running {
             running.goes_on(1).unwrap();
         }
-        println!("{test}, hop {hop} to {to}: blackout {}", report.blackout);
+        println!(
+            "{test}, hop {hop} to {to}: blackout {}, new ones held {:?} us before",
+            report.blackout, report.new_held_us
+        );
         let noticed = report.continuity.as_ref().unwrap();
         let worst = noticed.worst.iter().max_by_key(|f| f.repeated_by_peer);
         println!(

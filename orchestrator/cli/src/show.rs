@@ -436,6 +436,7 @@ pub fn block(report: &Report) -> String {
         postcopy,
         bytes,
         frozen_us,
+        new_held_us,
         blackout,
         connections,
         held_packets,
@@ -454,6 +455,10 @@ pub fn block(report: &Report) -> String {
         _ => format!(", all but {} while it ran", thousands(*frozen_pages)),
     };
     let noticed = continuity.as_ref().map(noticed).unwrap_or_default();
+    let waited = match new_held_us {
+        None => String::new(),
+        Some(waited_us) => format!("\n    new connections waited {} more", ms(*waited_us)),
+    };
     let restored = match lazy_pages {
         0 => String::new(),
         pages => format!(
@@ -476,7 +481,7 @@ pub fn block(report: &Report) -> String {
   moved        {} pages{while_it_ran}, {} sent, in {}{restored}
   frozen       {}, in which the tree did not run
   blackout     {}, in which no peer was served:
-    {parts}
+    {parts}{waited}
   connections  {connections} kept, {rst_sent} resets sent
   packets      {} held, {} dropped{noticed}",
         thousands(*pages),
@@ -622,6 +627,7 @@ mod tests {
             dropped_packets: 3,
             rst_sent: 0,
             gate_close_ns: None,
+            new_held_us: Some(2_600),
             total_us: 1_235_300,
             continuity: Some(Continuity {
                 was_quiet: true,
@@ -643,6 +649,7 @@ mod tests {
                 "  frozen       196.5 ms, in which the tree did not run",
                 "  blackout     1197.4 ms, in which no peer was served:",
                 "    freeze 1.1 + dump 1079.9 + transfer 0.3 + restore 48.3 + takeover 67.8",
+                "    new connections waited 2.6 ms more",
                 "  connections  20 kept, 0 resets sent",
                 "  packets      1,020 held, 3 dropped",
                 "  peers        silent for 1140.7 ms at most, 1,004 segments sent again",

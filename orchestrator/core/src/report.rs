@@ -333,6 +333,10 @@ pub struct Report {
     /// it is not what kept packets from the frozen tree.
     #[serde(default)]
     pub gate_close_ns: Option<u64>,
+    /// How long before the blackout new connections were held already, until those
+    /// that had begun were the tree's, in microseconds; none where they were not.
+    #[serde(default)]
+    pub new_held_us: Option<u64>,
     /// From the command to the end, in microseconds.
     pub total_us: u64,
     /// What peers noticed; none without a gate.

@@ -31,7 +31,7 @@ use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice, WireE
 use migrate_criu::{Criu, CriuError, ImageDir, Notice, ParkedRestore, Session};
 use migrate_gate::{Gate, HeldPacket, HeldPackets};
 use migrate_net::{Net, Placement, Staged};
-use migrate_proc::Home;
+use migrate_proc::{Home, Precedence};
 
 use self::clock::Clock;
 use crate::cancel::Cancel;
@@ -214,6 +214,8 @@ struct Destination {
     /// have to close them.
     ended: BTreeMap<Flow, bool>,
     tracked: tracking::Made,
+    /// While the tree stands still.
+    precedence: Option<Precedence>,
     staged: Vec<Staged>,
     images: Option<ImageDir>,
     /// Where they are; declared after them, for it goes after them.
@@ -256,6 +258,7 @@ impl Destination {
             held: None,
             ended: BTreeMap::new(),
             tracked: tracking::Made::new(),
+            precedence: None,
             staged: Vec::new(),
             images: None,
             place: None,

@@ -12,6 +12,7 @@ use migrate_core::policy::Policy;
 use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageDigest, PageOwner, PageRun};
 use migrate_criu::{ImageDir, Notice, Session};
 use migrate_memory::{Content, Listed, PageStore};
+use migrate_proc::Precedence;
 
 use super::fetch::Expected;
 use super::{Destination, Engine, Incoming, SILENCE};
@@ -296,6 +297,11 @@ impl Destination {
                 }
                 Frame::Control(Message::Frozen) => {
                     self.clock.frozen();
+                    let criu = match &self.engine {
+                        Engine::Parked(parked) => Some(parked.pid()),
+                        Engine::None | Engine::Held(_) => None,
+                    };
+                    self.precedence = Some(Precedence::take(criu.as_slice()));
                     memory.freeze();
                 }
                 Frame::Control(Message::Flows(flows)) => {

@@ -205,6 +205,7 @@ impl Destination {
 
     /// Nothing here may fail the migration any more.
     async fn clean_up(&mut self) {
+        self.precedence = None;
         // First, for a source that has lost the connection asks for it.
         if let Some(journal) = &mut self.journal
             && let Err(error) = journal.stage(Stage::Done)

@@ -14,6 +14,7 @@ use migrate_core::report::counted;
 use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageDigest, PageOwner, PageRun};
 use migrate_criu::{CriuError, DumpOptions, Notice, PARENT, PageSink, PageStats, serve_pages};
 use migrate_memory::{ContentPrecopy, FrozenSegments, Listed, MemoryError};
+use migrate_proc::Precedence;
 
 use super::deliver::{Delivery, Kept};
 use super::preflight::{externals, survey};
@@ -51,10 +52,12 @@ impl Migration {
         if let Some(fence) = &self.fence {
             self.watch = Some(fence.watch(session.holder()?)?);
         }
+        let criu = session.pid();
         self.engine = Engine::Dumping(session);
         self.expect(&Notice::PreDump, "the start of the dump")
             .await?;
         crate::pause::at("loaded");
+        self.precedence = Some(Precedence::take(&[criu]));
 
         // The limit is for the tree's sake, and must not keep it frozen.
         self.link()?.sender.set_limit(None);

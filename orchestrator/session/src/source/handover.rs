@@ -212,6 +212,7 @@ impl Migration {
             other => return Err(self.unexpected(&other, AWAITED)),
         }
         self.moments.running = Some(Instant::now());
+        self.precedence = None;
         let cgroup = match self.running.cgroup.as_str() {
             "" => "/",
             path => path,

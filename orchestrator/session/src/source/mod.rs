@@ -42,7 +42,7 @@ use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets, Repeats};
 use migrate_memory::{ContentPrecopy, Precopy};
 use migrate_net::{Net, Withdrawn};
-use migrate_proc::{Fence, FenceWatch, HoldDown, Supervisor, TcpSockets, Tree};
+use migrate_proc::{Fence, FenceWatch, HoldDown, Precedence, Supervisor, TcpSockets, Tree};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -332,6 +332,7 @@ enum Engine {
 /// Moments of one migration, all on this host's clock.
 #[derive(Default)]
 struct Moments {
+    new_held: Option<Instant>,
     gate_closed: Option<Instant>,
     frozen: Option<Instant>,
     dumped: Option<Instant>,
@@ -408,6 +409,8 @@ struct Migration {
     tracked: Vec<Tracked>,
     tracked_flows: HashSet<Flow>,
     lease: Option<JoinHandle<()>>,
+    /// While the tree stands still.
+    precedence: Option<Precedence>,
     supervisor: Option<HoldDown>,
     fence: Option<Fence>,
     images: Option<ImagePlace>,
@@ -488,6 +491,7 @@ impl Migration {
             tracked: Vec::new(),
             tracked_flows: HashSet::new(),
             lease: None,
+            precedence: None,
             supervisor: None,
             fence: None,
             images: None,
@@ -862,6 +866,7 @@ impl Migration {
             dropped_packets: crate::dropped_packets(&self.counted) + self.running.dropped_packets,
             rst_sent: self.counted.rst_sent + self.running.rst_sent,
             gate_close_ns: self.gate_closed_in.map(nanos),
+            new_held_us: m.new_held.map(|_| span(m.new_held, m.gate_closed)),
             total_us: micros(self.begun.elapsed()),
             continuity: self.continuity.clone(),
             precopy: self.precopy_rounds.clone(),

@@ -61,32 +61,33 @@ impl Migration {
 
     /// Lets new connections wait until those that have begun are the tree's.
     pub(super) async fn settle(&mut self) -> Result<(), Error> {
-        let Some(gate) = self.gate() else {
+        if self.gate().is_none() {
             return Ok(());
-        };
-        if self.request.choices.lock == NetworkLock::Gate {
+        }
+        // What there is to tell is told while nobody waits for it; the rest once the
+        // tree stands still.
+        self.tell_of_the_past().await?;
+        if let Some(gate) = self.gate()
+            && self.request.choices.lock == NetworkLock::Gate
+        {
             gate.hold_new()?;
+            self.moments.new_held = Some(Instant::now());
         }
         let listeners = self.plan()?.facts.listeners.clone();
         let addresses = self.moved();
         let begun = Instant::now();
-        let mut looks = 0;
         let left = loop {
+            // What another CPU has let in a moment ago does not show yet.
+            tokio::time::sleep(LOOK_AGAIN).await;
             let found = migrate_net::unsettled(&listeners, &addresses)?;
             let waited = begun.elapsed();
-            // A packet that another CPU has let in a moment ago may show only
-            // in the second look.
-            looks = if found.is_settled() { looks + 1 } else { 0 };
-            if looks == 2 {
-                break found;
-            }
             let only_handshakes = found.unaccepted.is_empty() && found.closing.is_empty();
-            if looks == 0 && waited >= SETTLE_LIMIT
-                || (looks == 0 && only_handshakes && waited >= HANDSHAKE_LIMIT)
+            if found.is_settled()
+                || waited >= SETTLE_LIMIT
+                || (only_handshakes && waited >= HANDSHAKE_LIMIT)
             {
                 break found;
             }
-            tokio::time::sleep(LOOK_AGAIN).await;
         };
         let waited = begun.elapsed();
         tracing::debug!(?waited, "handshakes and closed connections have settled");
@@ -104,6 +105,13 @@ impl Migration {
                 waited.as_millis()
             ));
         }
+        // Nobody makes up entries for those that have ended since.
+        self.tell_tracked().await
+    }
+
+    /// Lets the destination know of what is over, and what the kernel tracks.
+    async fn tell_of_the_past(&mut self) -> Result<(), Error> {
+        let addresses = self.moved();
         let mut ended = migrate_net::ended(&addresses)?;
         // What the tree has closed elsewhere, before it came here, no socket
         // of this host tells of.
