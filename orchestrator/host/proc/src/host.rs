@@ -35,6 +35,9 @@ const CAPABILITIES: [(&str, u32, &str); 9] = [
 /// `prlimit(2)` is for processes of the caller's own user.
 const RESOURCE: (&str, u32) = ("CAP_SYS_RESOURCE", 24);
 
+/// What it takes to go before others, see [`crate::Precedence`].
+const NICE: (&str, u32) = ("CAP_SYS_NICE", 23);
+
 /// What this host is. CRIU's version is for the caller to fill in, or to refuse.
 /// What else cannot be found out is left empty or zero, which the comparison
 /// refuses.
@@ -108,7 +111,7 @@ fn missing_of(status: &str) -> Vec<String> {
     CAPABILITIES
         .iter()
         .map(|(name, number, _)| (*name, *number))
-        .chain([RESOURCE])
+        .chain([RESOURCE, NICE])
         .filter(|(_, number)| effective & (1 << number) == 0)
         .map(|(name, _)| name.to_owned())
         .collect()
@@ -135,6 +138,10 @@ fn judge_capabilities(host: &HostFacts, side: &str, tree: &TreeFacts) -> Vec<Fin
                 process.pid, process.name
             );
             findings.push(Finding::refused(subject, finding, WAY_OUT));
+        } else if name == NICE.0 {
+            let finding =
+                format!("lacks {name}: the blackout is longer while this host has much else to do");
+            findings.push(Finding::note(subject, finding, WAY_OUT));
         }
     }
     findings
@@ -634,8 +641,17 @@ mod tests {
         assert!(missing_of("CapEff:\t000001ffffffffff\n").is_empty());
         assert_eq!(
             missing_of("CapEff:\t0000000000000000\n").len(),
-            CAPABILITIES.len() + 1
+            CAPABILITIES.len() + 2
         );
+    }
+
+    #[test]
+    fn without_precedence_a_tree_can_move() {
+        let mut lacking = host();
+        lacking.missing_capabilities = missing_of("CapEff:\t000001ffff7fffff\n");
+        let findings = judge_capabilities(&lacking, "source", &facts(vec![process(50, 50, 50)]));
+        assert_eq!(findings.len(), 1);
+        assert_eq!(findings[0].severity, Severity::Note);
     }
 
     #[test]
