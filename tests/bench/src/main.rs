@@ -182,7 +182,7 @@ fn migrate(scenario: Scenario, method: Method, run: &mut Run) -> anyhow::Result<
     let pid = scenario.start(&lab)?;
     let mut clients = scenario.clients(&lab, method.reply_limit())?;
     clients.are_served(SETTLE_LIMIT)?;
-    let prepared = method.prepare(&lab)?;
+    let prepared = method.prepare(&lab, scenario.address())?;
     let (client_before, hosts_before) = tcp(&lab)?;
     clients.begin();
     let perform = || method.perform(&lab, pid, prepared);

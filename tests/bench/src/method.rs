@@ -1,6 +1,7 @@
 //! How it is moved: by this product in its variants, or by stock CRIU in the
 //! hands of an expert.
 
+use std::net::IpAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -8,7 +9,7 @@ use std::{fs, io};
 use anyhow::{Context as _, bail, ensure};
 use migrate_core::Phase;
 use migrate_core::report::Report;
-use migrate_test_hosts::{Host, HostName, INTERFACE, Lab, PREFIX_BITS_V4, WORKLOAD_V4};
+use migrate_test_hosts::{Host, HostName, INTERFACE, Lab, PREFIX_BITS_V4, PREFIX_BITS_V6};
 use migrate_tests::migration;
 
 /// Where CRIU is when `scripts/setup` fetched it.
@@ -60,7 +61,7 @@ impl Method {
     }
 
     /// What has to be done before, off the clock.
-    pub(crate) fn prepare(self, lab: &Lab) -> anyhow::Result<Prepared> {
+    pub(crate) fn prepare(self, lab: &Lab, address: IpAddr) -> anyhow::Result<Prepared> {
         match self {
             Self::Ours { .. } => Ok(Prepared { announcer: None }),
             Self::Stock { .. } => {
@@ -72,7 +73,7 @@ impl Method {
                     run(host, &format!("{} check >/dev/null 2>&1", criu()))?;
                 }
                 Ok(Prepared {
-                    announcer: Some(Announcer::start(&destination)?),
+                    announcer: Some(Announcer::start(&destination, address)?),
                 })
             }
         }
@@ -116,6 +117,15 @@ pub(crate) struct Prepared {
     announcer: Option<Announcer>,
 }
 
+/// As `ip addr` takes it, on the hosts' interface.
+fn placed(address: IpAddr) -> String {
+    match address {
+        IpAddr::V4(_) => format!("{address}/{PREFIX_BITS_V4} dev {INTERFACE}"),
+        // Nobody asks for a second first whether somebody has it.
+        IpAddr::V6(_) => format!("{address}/{PREFIX_BITS_V6} dev {INTERFACE} nodad"),
+    }
+}
+
 pub(crate) fn criu() -> String {
     std::env::var("MIGRATE_CRIU").unwrap_or_else(|_| {
         if std::path::Path::new(PRIVATE_CRIU).exists() {
@@ -152,28 +162,22 @@ fn run(host: &Host, script: &str) -> anyhow::Result<()> {
 
 fn stock(lab: &Lab, pid: i32, lock: &str, prepared: Prepared) -> anyhow::Result<()> {
     let (source, destination) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
-    let (criu, address) = (criu(), format!("{WORKLOAD_V4}/{PREFIX_BITS_V4}"));
+    let announcer = prepared.announcer.context("nobody announces")?;
+    let (criu, address) = (criu(), placed(announcer.address));
     let common =
         format!("-D {IMAGES} --tcp-established --network-lock {lock} --manage-cgroups=ignore -v0");
     run(
         &source,
-        &format!(
-            "{criu} dump -t {pid} {common} -o dump.log && ip addr del {address} dev {INTERFACE}"
-        ),
+        &format!("{criu} dump -t {pid} {common} -o dump.log && ip addr del {address}"),
     )
     .context("the stock dump")?;
     copy(&source, &destination).context("the copy of the images")?;
     run(
         &destination,
-        &format!(
-            "ip addr add {address} dev {INTERFACE} && {criu} restore {common} -o restore.log -d"
-        ),
+        &format!("ip addr add {address} && {criu} restore {common} -o restore.log -d"),
     )
     .context("the stock restore")?;
-    if let Some(announcer) = prepared.announcer {
-        announcer.announce()?;
-    }
-    Ok(())
+    announcer.announce()
 }
 
 /// From tmpfs to tmpfs of one machine: the network costs the stock way nothing.
@@ -191,20 +195,43 @@ fn copy(source: &Host, destination: &Host) -> anyhow::Result<()> {
 }
 
 /// A started interpreter that says once where the address is now.
-struct Announcer(Child);
+struct Announcer {
+    child: Child,
+    address: IpAddr,
+}
 
 impl Announcer {
-    fn start(host: &Host) -> anyhow::Result<Self> {
+    fn start(host: &Host, address: IpAddr) -> anyhow::Result<Self> {
+        // An ARP request for one's own address, or an unsolicited neighbour
+        // advertisement that overrides what is known.
+        let (open, say) = match address {
+            IpAddr::V4(_) => (
+                format!(
+                    "s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)\n\
+                     s.bind(('{INTERFACE}', 0))\n\
+                     ip = socket.inet_aton('{address}')\n"
+                ),
+                "arp = b'\\0\\1\\x08\\0\\6\\4\\0\\1' + mac + ip + b'\\0' * 6 + ip\n\
+                 s.send(b'\\xff' * 6 + mac + b'\\x08\\x06' + arp)\n",
+            ),
+            IpAddr::V6(_) => (
+                format!(
+                    "s = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)\n\
+                     s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)\n\
+                     s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, \
+                     socket.if_nametoindex('{INTERFACE}'))\n\
+                     ip = socket.inet_pton(socket.AF_INET6, '{address}')\n"
+                ),
+                "s.sendto(b'\\x88\\0\\0\\0\\x20\\0\\0\\0' + ip + b'\\2\\1' + mac, ('ff02::1', 0))\n",
+            ),
+        };
         let script = format!(
             "import socket, sys\n\
-             s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)\n\
-             s.bind(('{INTERFACE}', 0))\n\
              mac = bytes.fromhex(open('/sys/class/net/{INTERFACE}/address').read().strip().replace(':', ''))\n\
-             ip = socket.inet_aton('{WORKLOAD_V4}')\n\
-             arp = b'\\0\\1\\x08\\0\\6\\4\\0\\1' + mac + ip + b'\\0' * 6 + ip\n\
+             {open}\
              print('ready', flush=True)\n\
              sys.stdin.readline()\n\
-             s.send(b'\\xff' * 6 + mac + b'\\x08\\x06' + arp)\n"
+             {say}"
         );
         let mut command: Command = host.command("python3");
         command.args(["-c", &script]);
@@ -215,20 +242,20 @@ impl Announcer {
         let mut ready = [0; 6];
         let stdout = child.stdout.as_mut().context("the announcer's output")?;
         io::Read::read_exact(stdout, &mut ready).context("the announcer did not start")?;
-        Ok(Self(child))
+        Ok(Self { child, address })
     }
 
     fn announce(mut self) -> anyhow::Result<()> {
         // The end of its input is the word.
-        drop(self.0.stdin.take());
-        ensure!(self.0.wait()?.success(), "the announcement failed");
+        drop(self.child.stdin.take());
+        ensure!(self.child.wait()?.success(), "the announcement failed");
         Ok(())
     }
 }
 
 impl Drop for Announcer {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

@@ -1,6 +1,6 @@
 //! What is moved: memory, how fast it changes, and connections.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -108,6 +108,11 @@ impl Server {
 }
 
 impl Scenario {
+    /// The address that moves with the server.
+    pub(crate) fn address(self) -> IpAddr {
+        self.server.address().ip()
+    }
+
     /// Its name in results: two runs with the same name are comparable.
     pub(crate) fn name(&self) -> String {
         let many = self.connections;
