@@ -52,18 +52,17 @@ impl Migration {
         if let Some(fence) = &self.fence {
             self.watch = Some(fence.watch(session.holder()?)?);
         }
-        let criu = session.pid();
         self.engine = Engine::Dumping(session);
         self.expect(&Notice::PreDump, "the start of the dump")
             .await?;
         crate::pause::at("loaded");
-        self.precedence = Some(Precedence::take(&[criu]));
 
         // The limit is for the tree's sake, and must not keep it frozen.
         self.link()?.sender.set_limit(None);
         self.was_quiet = self.await_quiet().await;
         // Behind it, for new connections wait from here on.
         self.settle().await?;
+        self.go_first();
         if let Some(gate) = self.gate() {
             gate.start_watching();
         }
@@ -97,6 +96,16 @@ impl Migration {
         self.must_be_checked()?;
         self.compare_segments()?;
         self.last_look().await
+    }
+
+    /// This side and its CRIU go before whatever else runs here.
+    pub(super) fn go_first(&mut self) {
+        let criu = match &self.engine {
+            Engine::Dumping(session) => Some(session.pid()),
+            Engine::None | Engine::Ready(_) => None,
+        };
+        self.precedence
+            .get_or_insert_with(|| Precedence::take(criu.as_slice()));
     }
 
     /// The root is the process that preflight has examined, and not another one

@@ -67,6 +67,7 @@ impl Migration {
         // What there is to tell is told while nobody waits for it; the rest once the
         // tree stands still.
         self.tell_of_the_past().await?;
+        self.go_first();
         if let Some(gate) = self.gate()
             && self.request.choices.lock == NetworkLock::Gate
         {
@@ -88,6 +89,8 @@ impl Migration {
             {
                 break found;
             }
+            // What is waited for now is the tree, and needs the CPU itself.
+            self.precedence = None;
         };
         let waited = begun.elapsed();
         tracing::debug!(?waited, "handshakes and closed connections have settled");
