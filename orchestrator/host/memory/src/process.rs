@@ -436,10 +436,14 @@ pub(crate) fn populated_pages(
     let mut pages = 0;
     while range.start < range.end {
         let (found, next) = sys::scan(pagemap, &range, ScanMode::Look, guards, &mut regions)
-            .map_err(|source| MemoryError::Scan {
-                pid,
-                vaddr: range.start,
-                source,
+            .map_err(|source| match source.raw_os_error() {
+                // It has ended since its memory was opened.
+                Some(libc::ESRCH) => MemoryError::Gone { pid },
+                _ => MemoryError::Scan {
+                    pid,
+                    vaddr: range.start,
+                    source,
+                },
             })?;
         pages += regions.iter().take(found).map(Region::pages).sum::<u64>();
         range.start = next.max(range.start + PAGE);
@@ -493,4 +497,28 @@ fn descriptor_flags(pid: i32, fd: &str) -> Option<i32> {
         .ok()?;
     let flags = text.lines().find_map(|line| line.strip_prefix("flags:"))?;
     i32::from_str_radix(flags.trim(), 8).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_process_that_has_ended_is_gone() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        let memory = Memory::open(pid).unwrap();
+        let vmas = maps::read(pid).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for vma in &vmas {
+            let found = populated_pages(pid, memory.pagemap(), vma, false);
+            assert!(
+                matches!(found, Ok(0) | Err(MemoryError::Gone { .. })),
+                "{found:?}"
+            );
+        }
+    }
 }
