@@ -552,8 +552,17 @@ fn guard_page(pid: i32, range: Range<u64>) -> Option<u64> {
     None
 }
 
-/// Where there is a guard page in memory that is locked.
+/// Where there is a guard page in memory that is locked. The process runs, so both
+/// have to be found once more: other memory may have come to that place in between.
 fn locked_guard(pid: i32) -> Result<Option<u64>, ProcError> {
+    let found = look_for_locked_guard(pid)?;
+    if found.is_none() {
+        return Ok(None);
+    }
+    Ok(look_for_locked_guard(pid)?.filter(|again| Some(*again) == found))
+}
+
+fn look_for_locked_guard(pid: i32) -> Result<Option<u64>, ProcError> {
     let smaps = read::text_if_there(read::of(pid, "smaps"))?.unwrap_or_default();
     let mut mapping = None;
     for line in smaps.lines() {
