@@ -176,6 +176,14 @@ struct Dumped {
     store: PageStore,
 }
 
+/// A process of 16 MiB, which is gone then.
+async fn one_dumped(criu: &Criu, scratch: &Path) -> Dumped {
+    let mut workload = Workload::start(scratch, "check", 16, 1);
+    let dumped = dump(criu, &workload, scratch, Way::Fresh).await;
+    workload.gone();
+    dumped
+}
+
 async fn dump(criu: &Criu, workload: &Workload, scratch: &Path, way: Way) -> Dumped {
     let source = ImageDir::create(scratch.join("source")).unwrap();
     let mut images = ImageDir::create(scratch.join("destination")).unwrap();
@@ -632,9 +640,7 @@ async fn a_keeper_that_is_killed_when_the_copy_is_let_go_is_replaced() {
 async fn a_copy_that_is_refused_without_its_keeper_ends_whoever_has_replaced_it() {
     let Some(criu) = criu().await else { return };
     let scratch = scratch();
-    let mut workload = Workload::start(scratch.path(), "check", 16, 1);
-    let dumped = dump(&criu, &workload, scratch.path(), Way::Fresh).await;
-    workload.gone();
+    let dumped = one_dumped(&criu, scratch.path()).await;
     let keeper = keeper();
     let pid = keeper.pid();
     let (mut serving, mut end) = serve_apart(&dumped, keeper);
@@ -660,9 +666,7 @@ async fn a_copy_that_is_refused_without_its_keeper_ends_whoever_has_replaced_it(
 async fn a_keeper_that_is_killed_before_the_tree_runs_is_noticed() {
     let Some(criu) = criu().await else { return };
     let scratch = scratch();
-    let mut workload = Workload::start(scratch.path(), "check", 16, 1);
-    let dumped = dump(&criu, &workload, scratch.path(), Way::Fresh).await;
-    workload.gone();
+    let dumped = one_dumped(&criu, scratch.path()).await;
     let keeper = keeper();
     let pid = keeper.pid();
     let (mut serving, _end) = serve_apart(&dumped, keeper);
@@ -676,9 +680,7 @@ async fn a_keeper_that_is_killed_before_the_tree_runs_is_noticed() {
 async fn a_keeper_that_is_not_needed_ends() {
     let Some(criu) = criu().await else { return };
     let scratch = scratch();
-    let mut workload = Workload::start(scratch.path(), "check", 16, 1);
-    let dumped = dump(&criu, &workload, scratch.path(), Way::Fresh).await;
-    workload.gone();
+    let dumped = one_dumped(&criu, scratch.path()).await;
     let unused = keeper();
     let pid = unused.pid();
     drop(unused);

@@ -81,7 +81,7 @@ pub struct HostFacts {
 }
 
 /// The process tree to be moved.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TreeFacts {
     /// The root's PID.
     pub root_pid: i32,

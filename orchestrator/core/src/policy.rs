@@ -218,7 +218,7 @@ fn hexadecimal(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::{TunnelFacts, WindowFacts};
+    use crate::facts::TunnelFacts;
 
     fn network(text: &str) -> Network {
         text.parse().unwrap()
@@ -260,16 +260,7 @@ mod tests {
                 open_flags: 2,
             }),
             root_pid: 1,
-            processes: Vec::new(),
-            files: Vec::new(),
-            flows: Vec::new(),
-            listeners: Vec::new(),
-            windows: WindowFacts::default(),
-            addresses: Vec::new(),
-            stdio: Vec::new(),
-            resident_bytes: 0,
-            shell_job: false,
-            cgroup: String::new(),
+            ..TreeFacts::default()
         };
         let policy = Policy {
             tunnels: Some(["tun0".to_owned()].into()),

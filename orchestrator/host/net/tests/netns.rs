@@ -708,20 +708,12 @@ fn the_destination_compares() {
         let net = Net::open().await.unwrap();
         let mut tree = TreeFacts {
             root_pid: 1,
-            processes: Vec::new(),
-            files: Vec::new(),
-            flows: Vec::new(),
             listeners: vec![migrate_core::Listener {
                 local: "0.0.0.0:6379".parse().unwrap(),
                 v6only: false,
             }],
-            windows: Default::default(),
             addresses: vec![facts("10.77.0.100", 24)],
-            stdio: Vec::new(),
-            tunnel: None,
-            resident_bytes: 0,
-            shell_job: false,
-            cgroup: String::new(),
+            ..TreeFacts::default()
         };
         let (findings, placements) = compare(&net, &tree).await.unwrap();
         assert!(!refused(&findings), "{}", text(&findings));

@@ -540,16 +540,9 @@ mod tests {
         TreeFacts {
             root_pid: processes[0].pid,
             processes,
-            files: Vec::new(),
-            flows: Vec::new(),
-            listeners: Vec::new(),
-            windows: Default::default(),
-            addresses: Vec::new(),
-            stdio: Vec::new(),
-            tunnel: None,
             resident_bytes: 100 << 20,
-            shell_job: false,
             cgroup: "/".into(),
+            ..TreeFacts::default()
         }
     }
 

@@ -136,23 +136,16 @@ mod tests {
                 start_ticks: 1,
                 credentials: migrate_core::policy::Credentials::default(),
             }],
-            files: Vec::new(),
-            flows: Vec::new(),
             listeners: vec![Listener {
                 local: listens.parse().unwrap(),
                 v6only: false,
             }],
-            windows: migrate_core::facts::WindowFacts::default(),
             addresses: vec![AddressFacts {
                 ip: ip.parse().unwrap(),
                 prefix_len: 24,
                 interface: "eth0".to_owned(),
             }],
-            stdio: Vec::new(),
-            tunnel: None,
-            resident_bytes: 0,
-            shell_job: false,
-            cgroup: String::new(),
+            ..TreeFacts::default()
         }
     }
 

@@ -578,26 +578,7 @@ async fn give_up(mut session: Session) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use migrate_core::facts::WindowFacts;
-
     use super::*;
-
-    fn nothing() -> TreeFacts {
-        TreeFacts {
-            root_pid: i32::MAX,
-            processes: Vec::new(),
-            files: Vec::new(),
-            flows: Vec::new(),
-            listeners: Vec::new(),
-            windows: WindowFacts::default(),
-            addresses: Vec::new(),
-            stdio: Vec::new(),
-            tunnel: None,
-            resident_bytes: 0,
-            shell_job: false,
-            cgroup: String::new(),
-        }
-    }
 
     #[tokio::test]
     async fn a_source_that_does_not_stop_asking_is_sent_away() {
@@ -608,7 +589,7 @@ mod tests {
         let side = Destination::new(state, ours, Arc::default(), Cancel::default());
         let served = tokio::spawn(serve_side(side, Cancel::default()));
         let question = Message::Preflight {
-            tree: Box::new(nothing()),
+            tree: Box::default(),
             source: Box::new(migrate_proc::host_facts(directory.path())),
             stdio: StdioChoice::default(),
         };
