@@ -111,6 +111,13 @@ fn bench(arguments: &Arguments) -> anyhow::Result<usize> {
             }
             plan.retain(|(_, methods)| !methods.is_empty());
         }
+        if plan.is_empty() {
+            eprintln!(
+                "{}: nothing is named as --only and --method say; docs/benchmarks.md has the names",
+                suite.name()
+            );
+            continue;
+        }
         let made = store.made();
         if let Some(why) = suite.leaves_out(arguments.quick) {
             eprintln!("{why}");
