@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use migrate_core::preflight::{Finding, Severity};
 use migrate_core::report::counted;
+use migrate_core::wire::PAGE_BYTES;
 
 use crate::descriptors::{Descriptor, Outside, is_terminal_major};
 use crate::error::ProcError;
@@ -18,6 +19,8 @@ use crate::{parse, read, tunnel};
 const GHOST_FILE_MAX_BYTES: u64 = 1 << 20;
 /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of `linux/magic.h`: files in memory.
 const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+
+const PAGE: u64 = PAGE_BYTES as u64;
 
 /// How the kernel names a mapped System V segment.
 const SYSTEM_V: &str = "/SYSV";
@@ -257,7 +260,7 @@ impl Tree {
                 .filter_map(parse::mapping)
                 .filter(|mapping| mapping.path.is_empty() || mapping.path.starts_with("[anon:"))
                 .any(|mapping| {
-                    guard_page(process.pid, mapping.start..mapping.start + 4096).is_some()
+                    guard_page(process.pid, mapping.start..mapping.start + PAGE).is_some()
                 });
             if guarded {
                 findings.push(Finding::refused(
@@ -529,11 +532,10 @@ fn judge_mapping(subject: &str, file: &MappedFile) -> Option<Finding> {
 /// The first page by `MADV_GUARD_INSTALL`: bit 58 of its entry, see
 /// `Documentation/admin-guide/mm/pagemap.rst`. None where the kernel cannot say.
 fn guard_page(pid: i32, range: Range<u64>) -> Option<u64> {
-    const PAGE: u64 = 4096;
     const GUARD: u64 = 1 << 58;
     /// Entries that are read at once, for 2 MiB of memory.
     const ENTRIES: usize = 512;
-    const STEP: usize = ENTRIES * 4096;
+    const STEP: usize = ENTRIES * PAGE_BYTES;
     let pagemap = std::fs::File::open(read::of(pid, "pagemap")).ok()?;
     let mut entries = [0; ENTRIES * 8];
     for first in range.clone().step_by(STEP) {

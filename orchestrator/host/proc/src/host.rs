@@ -51,7 +51,6 @@ pub fn host_facts(image_dir: &Path) -> HostFacts {
             .unwrap_or_default()
     };
     let memory = read::text("/proc/meminfo").unwrap_or_default();
-    let status = read::text("/proc/self/status").unwrap_or_default();
     HostFacts {
         hostname: field(|uname| uname.nodename()),
         kernel: field(|uname| uname.release()),
@@ -61,7 +60,7 @@ pub fn host_facts(image_dir: &Path) -> HostFacts {
         memory_available_bytes: parse::kilobytes(&memory, "MemAvailable").unwrap_or(0),
         image_space_bytes: free_space(image_dir).unwrap_or(0),
         swaps_to: Vec::new(),
-        missing_capabilities: missing_of(&status),
+        missing_capabilities: missing_capabilities(),
         rseq: kernel::rseq(),
         vdso: kernel::vdso(),
     }

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt as _;
 
 use migrate_core::kernel::Rseq;
 
-use crate::read;
+use crate::{parse, read};
 
 /// Of `uapi/linux/auxvec.h`; there from Linux 6.3 on with `CONFIG_RSEQ`.
 const AT_RSEQ_FEATURE_SIZE: u64 = 27;
@@ -67,11 +67,9 @@ pub(crate) fn vdso() -> Option<Vec<String>> {
 }
 
 fn area_of(maps: &str) -> Option<(u64, u64)> {
-    let line = maps.lines().find(|line| line.ends_with("[vdso]"))?;
-    let (start, rest) = line.split_once('-')?;
-    let (end, _) = rest.split_once(' ')?;
-    let number = |text| u64::from_str_radix(text, 16).ok();
-    Some((number(start)?, number(end)?))
+    let mut mappings = maps.lines().filter_map(parse::mapping);
+    let vdso = mappings.find(|mapping| mapping.path == "[vdso]")?;
+    Some((vdso.start, vdso.end))
 }
 
 /// The names in the table of strings for the linker, which in a vDSO are those
