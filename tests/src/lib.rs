@@ -12,6 +12,7 @@ pub mod field;
 pub mod hosts;
 pub mod migration;
 pub mod refusals;
+pub mod seccomp;
 pub mod soak;
 pub mod standing;
 pub mod streams;

@@ -176,6 +176,12 @@ struct Dumped {
     store: PageStore,
 }
 
+/// Kills a child of this process.
+fn end_now(pid: i32) {
+    // SAFETY: no memory involved.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+}
+
 /// A process of 16 MiB, which is gone then.
 async fn one_dumped(criu: &Criu, scratch: &Path) -> Dumped {
     let mut workload = Workload::start(scratch, "check", 16, 1);
@@ -434,8 +440,7 @@ async fn a_copy_that_is_killed_meanwhile_ends_the_server() {
     let (_workload, _dumped, mut serving, mut session) =
         up_to_the_commit(&criu, scratch.path(), "hang", options).await;
     let pid = release(&mut session).await;
-    // SAFETY: no memory involved; a child of this process.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    end_now(pid);
     reap(pid);
     // It may have been complete by then.
     let report = serving.wait(LIMIT).unwrap();
@@ -471,8 +476,7 @@ async fn what_cannot_be_filled_is_never_zeros() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(fs::read_to_string(&workload.file).unwrap(), "ready");
-    // SAFETY: no memory involved; a child of this process.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    end_now(pid);
     reap(pid);
 }
 
@@ -543,10 +547,6 @@ enum Killed {
 
 /// Restores with a keeper.
 async fn run_apart(criu: &Criu, mode: &str, seed: u64, killed: Killed) -> LazyReport {
-    let kill_keeper = |pid| {
-        // SAFETY: no memory involved; a child of this process.
-        assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
-    };
     let scratch = scratch();
     let mut workload = Workload::start(scratch.path(), mode, 64, seed);
     let dumped = dump(criu, &workload, scratch.path(), Way::Precopied).await;
@@ -569,7 +569,7 @@ async fn run_apart(criu: &Criu, mode: &str, seed: u64, killed: Killed) -> LazyRe
     serving.is_served().unwrap();
     fs::write(&workload.go, "").unwrap();
     if killed == Killed::BeforeItRuns {
-        kill_keeper(keeper_pid);
+        end_now(keeper_pid);
         let end = Instant::now() + LIMIT;
         while serving.is_served().is_ok() {
             assert!(Instant::now() < end, "the keeper lives");
@@ -578,14 +578,13 @@ async fn run_apart(criu: &Criu, mode: &str, seed: u64, killed: Killed) -> LazyRe
     }
     let pid = release(&mut session).await;
     if killed == Killed::WhenItRuns {
-        kill_keeper(keeper_pid);
+        end_now(keeper_pid);
     }
     let report = match serving.wait(LIMIT) {
         // It died between an event and its note. Nobody has seen zeros.
         Err(LazyError::Lost) if killed == Killed::WhenItRuns => {
             assert_eq!(fs::read_to_string(&workload.file).unwrap(), "ready");
-            // SAFETY: no memory involved; a child of this process.
-            assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+            end_now(pid);
             reap(pid);
             return LazyReport::default();
         }
@@ -652,8 +651,7 @@ async fn a_copy_that_is_refused_without_its_keeper_ends_whoever_has_replaced_it(
     let mut session = worker.restore(&options).await.unwrap();
     held(&mut session).await;
     serving.handed_over(LIMIT).unwrap();
-    // SAFETY: no memory involved; a child of this process.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    end_now(pid);
     session.answer(false).await.unwrap();
     let refused = session.next(LIMIT).await.unwrap();
     assert_eq!(refused, Notice::Finished(Outcome::Refused));
@@ -670,8 +668,7 @@ async fn a_keeper_that_is_killed_before_the_tree_runs_is_noticed() {
     let keeper = keeper();
     let pid = keeper.pid();
     let (mut serving, _end) = serve_apart(&dumped, keeper);
-    // SAFETY: no memory involved; a child of this process.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    end_now(pid);
     let end = serving.handed_over(LIMIT);
     assert!(matches!(end, Err(LazyError::Lost)), "{end:?}");
 }

@@ -13,8 +13,13 @@ use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{env, io, ptr};
 
+use migrate_tests::seccomp;
+
 const PAGE: usize = 4096;
 const BYTES: usize = 8 << 20;
+
+/// Of `linux/mman.h`, since Linux 6.13.
+const MADV_GUARD_INSTALL: i32 = 102;
 
 /// Whether there is to be more memory.
 static GROWS: AtomicBool = AtomicBool::new(false);
@@ -193,7 +198,6 @@ fn traced() -> io::Result<()> {
 }
 
 fn guarded() -> io::Result<()> {
-    const MADV_GUARD_INSTALL: i32 = 102;
     let code = map(libc::MAP_PRIVATE)?;
     // SAFETY: a mapping of our own that nobody else uses.
     unsafe {
@@ -204,7 +208,6 @@ fn guarded() -> io::Result<()> {
 }
 
 fn locked_guard() -> io::Result<()> {
-    const MADV_GUARD_INSTALL: i32 = 102;
     let memory = map(libc::MAP_PRIVATE)?;
     // SAFETY: a mapping of our own that nobody else uses.
     unsafe {
@@ -217,29 +220,10 @@ fn locked_guard() -> io::Result<()> {
 }
 
 fn filter() -> io::Result<()> {
-    let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
-        code: u16::try_from(code).unwrap_or(0),
-        jt,
-        jf,
-        k,
-    };
-    let number = |call: libc::c_long| u32::try_from(call).unwrap_or(0);
-    let equals = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-    let mut steps = [
-        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        step(equals, 2, 0, number(libc::SYS_userfaultfd)),
-        step(equals, 1, 0, number(libc::SYS_close)),
-        step(libc::BPF_RET, 0, 0, libc::SECCOMP_RET_ALLOW),
-        step(libc::BPF_RET, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
-    ];
-    let program = libc::sock_fprog {
-        len: u16::try_from(steps.len()).unwrap_or(0),
-        filter: steps.as_mut_ptr(),
-    };
-    // SAFETY: a program of that length, which the kernel copies.
-    unsafe {
-        called(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into())?;
-        let mode = libc::SECCOMP_MODE_FILTER;
-        called(libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program).into())
-    }
+    // SAFETY: takes no pointer.
+    called(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
+    seccomp::filter(
+        &[libc::SYS_userfaultfd, libc::SYS_close],
+        libc::SECCOMP_RET_KILL_PROCESS,
+    )
 }
