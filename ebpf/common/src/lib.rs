@@ -1,4 +1,4 @@
-//! What the gate's kernel programs and its user space share.
+//! What the kernel programs and user space share.
 //!
 //! The programs themselves only fetch bytes, look into maps and return
 //! verdicts; everything that can be decided without the kernel is decided
@@ -16,6 +16,7 @@
 
 pub mod judge;
 pub mod key;
+pub mod mapping;
 pub mod parse;
 pub mod state;
 pub mod track;

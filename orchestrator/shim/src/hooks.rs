@@ -7,8 +7,9 @@
 
 use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 
+use crate::mappings;
 use crate::paths::{self, LinkBuffer, PLACE_BYTES_MAX, PathBuffer, TargetBuffer};
 use crate::probe;
 use crate::scan::{self, Kind, MapQuery, PAGEMAP_SCAN, PAGEMAP_SOFT_DIRTY, ScanArg};
@@ -34,6 +35,12 @@ const SEGMENTS: &CStr = c"MIGRATE_SHIM_SEGMENTS";
 
 /// Is there when a tunnel device is to look like one without a state.
 const TUNNELS: &CStr = c"MIGRATE_SHIM_TUNNELS";
+
+/// Holds the number of a descriptor of the program that reads flags of mappings.
+const MAPPINGS: &CStr = c"MIGRATE_SHIM_MAPPINGS";
+
+/// That descriptor, -1 where there is none. Never closed.
+static MAPPINGS_PROGRAM: AtomicI32 = AtomicI32::new(-1);
 
 /// Whether it was there. Else CRIU sees what is there, and refuses it.
 static SHOW_TUNNELS: AtomicBool = AtomicBool::new(false);
@@ -99,6 +106,9 @@ static START: extern "C" fn() = start;
 /// Called by the loader, after the C library has been set up and before
 /// `main`. What CRIU runs (`iptables`, `nft`) finds no trace of us.
 extern "C" fn start() {
+    /// `F_SETFD` and `FD_CLOEXEC`.
+    const SET_FLAGS: isize = 2;
+    const CLOSE_ON_EXEC: isize = 1;
     // SAFETY: there is one thread; the strings that `getenv` gives are read
     // before the environment is changed.
     unsafe {
@@ -113,7 +123,15 @@ extern "C" fn start() {
             share(fd);
             call(number::CLOSE, [whole(fd), 0, 0, 0, 0, 0]);
         }
-        for name in [PRELOAD, KDAT, PROBE, SEGMENTS, TUNNELS] {
+        if let Some(fd) = variable(MAPPINGS).and_then(paths::number_at_end) {
+            // What CRIU runs is not to have it.
+            call(
+                number::FCNTL,
+                [whole(fd), SET_FLAGS, CLOSE_ON_EXEC, 0, 0, 0],
+            );
+            MAPPINGS_PROGRAM.store(fd, Ordering::Release);
+        }
+        for name in [PRELOAD, KDAT, PROBE, SEGMENTS, TUNNELS, MAPPINGS] {
             unsetenv(name.as_ptr());
         }
         if let Some(socket) = probe {
@@ -314,41 +332,98 @@ fn open_on_pagemap(fd: u32) -> bool {
     target_of(fd, &mut target).is_some_and(paths::is_pagemap)
 }
 
+/// Opens the `maps` beside the `pagemap` or `smaps` that `fd` is open on; also gives
+/// the target of `fd`. `None` where that cannot be. The descriptor is the caller's to close.
+fn open_maps_beside(fd: c_int, target: &mut TargetBuffer) -> Option<(isize, &[u8])> {
+    let mut buffer: TargetBuffer = [0; 64];
+    let target = target_of(u32::try_from(fd).ok()?, target)?;
+    let path = paths::maps_beside(target, &mut buffer)?;
+    // SAFETY: a path with a zero at its end, a descriptor of our own.
+    unsafe {
+        let arguments = [AT_FDCWD, address(path.as_ptr()), READ_ONLY, 0, 0, 0];
+        let maps = call(number::OPENAT, arguments);
+        if maps == -1 {
+            return None;
+        }
+        // Another /proc has other processes.
+        if device_of(whole(fd)).is_some_and(|own| device_of(maps) == Some(own)) {
+            return Some((maps, target));
+        }
+        call(number::CLOSE, [maps, 0, 0, 0, 0, 0]);
+        None
+    }
+}
+
+/// Runs what may leave an `errno` behind that is none of CRIU's business.
+fn aside<T>(run: impl FnOnce() -> T) -> T {
+    // SAFETY: `errno` belongs to this thread.
+    unsafe {
+        let errno = crate::sys::__errno_location();
+        let before = *errno;
+        let result = run();
+        *errno = before;
+        result
+    }
+}
+
 /// Whether `fd` is open on the `pagemap` of a process that has nothing but private
 /// memory without a file in a range. `false` where that cannot be told. Leaves
 /// `errno` as it was.
 fn open_on_anonymous(fd: c_int, start: u64, end: u64) -> bool {
-    let mut target: TargetBuffer = [0; 64];
-    let mut buffer: TargetBuffer = [0; 64];
-    let Some(path) = u32::try_from(fd)
-        .ok()
-        .and_then(|fd| target_of(fd, &mut target))
-        .and_then(|pagemap| paths::maps_beside(pagemap, &mut buffer))
-    else {
-        return false;
-    };
-    // SAFETY: a path with a zero at its end, an argument of the request's size, a
-    // descriptor of our own; `errno` belongs to this thread.
-    unsafe {
-        let errno = crate::sys::__errno_location();
-        let before = *errno;
-        let arguments = [AT_FDCWD, address(path.as_ptr()), READ_ONLY, 0, 0, 0];
-        let maps = call(number::OPENAT, arguments);
+    aside(|| {
+        let mut target: TargetBuffer = [0; 64];
         let mut query = MapQuery::at(start);
-        let known = maps != -1 && {
-            // Another /proc has other processes.
-            let same = device_of(whole(fd)).is_some_and(|own| device_of(maps) == Some(own));
+        let Some((maps, _)) = open_maps_beside(fd, &mut target) else {
+            return false;
+        };
+        // SAFETY: an argument of the request's size, a descriptor of our own.
+        let known = unsafe {
             let request = scan::PROCMAP_QUERY.cast_signed();
             let place = address((&raw mut query).cast_const());
-            let known = same && call(number::IOCTL, [maps, request, place, 0, 0, 0]) == 0;
+            let known = call(number::IOCTL, [maps, request, place, 0, 0, 0]) == 0;
             call(number::CLOSE, [maps, 0, 0, 0, 0, 0]);
             known
         };
-        *errno = before;
-        // Written by the kernel, which the compiler does not see.
-        let found = (&raw mut query).read_volatile();
+        // SAFETY: initialized. Written by the kernel, which the compiler does not see.
+        let found = unsafe { (&raw mut query).read_volatile() };
         known && found.is_anonymous(start, end)
+    })
+}
+
+/// What CRIU gets for `fd`, which it has just opened by a path that may lead to some
+/// process's `smaps`: the same without counts of pages, or `fd` itself. Leaves `errno` as
+/// it was.
+fn without_counts(fd: c_int) -> c_int {
+    let program = MAPPINGS_PROGRAM.load(Ordering::Acquire);
+    if program < 0 {
+        return fd;
     }
+    aside(|| {
+        let mut target: TargetBuffer = [0; 64];
+        let Some((maps, target)) = open_maps_beside(fd, &mut target) else {
+            return fd;
+        };
+        let file = paths::process_of_smaps(target).and_then(|process| {
+            let iterator = mappings::iterate(program, process);
+            if iterator == -1 {
+                return None;
+            }
+            let file = mappings::file(maps, iterator);
+            // SAFETY: a descriptor of our own.
+            unsafe { call(number::CLOSE, [iterator, 0, 0, 0, 0, 0]) };
+            file
+        });
+        // SAFETY: descriptors of our own; the other one is nobody's, since CRIU has not
+        // heard of it yet.
+        unsafe {
+            call(number::CLOSE, [maps, 0, 0, 0, 0, 0]);
+            let Some(file) = file else {
+                return fd;
+            };
+            call(number::CLOSE, [whole(fd), 0, 0, 0, 0, 0]);
+            narrow(file)
+        }
+    })
 }
 
 /// The file system that a descriptor is open on.
@@ -511,7 +586,12 @@ unsafe fn open_at(directory: c_int, path: *const c_char, flags: c_int, mode: c_u
             ],
         )
     };
-    narrow(result)
+    let fd = narrow(result);
+    // SAFETY: the caller's promise; the kernel has just read it.
+    if fd >= 0 && paths::may_be_smaps(unsafe { CStr::from_ptr(path) }.to_bytes()) {
+        return without_counts(fd);
+    }
+    fd
 }
 
 /// `open(2)`.

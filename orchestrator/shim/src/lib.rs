@@ -32,6 +32,11 @@
 //! - `open`, `unlink` and `rename` of CRIU's cache of probes: what CRIU finds
 //!   under this library must not be believed by a CRIU without it, so that
 //!   the cache is kept where `MIGRATE_SHIM_KDAT` says, or else nowhere.
+//! - `open` of a process's `smaps`: CRIU wants the flags of mappings from it, and the
+//!   kernel looks at every page for the counts that stand beside them. Where
+//!   `MIGRATE_SHIM_MAPPINGS` names a program that reads flags, CRIU gets what it reads of
+//!   that file, made of `maps` and those flags; else, or where both do not fit each other,
+//!   the file itself.
 //! - `lseek` for the data of a shared segment whose pages reach the destination
 //!   another way: there is none. CRIU, which dumps such segments whole, then
 //!   lists no page of it.
@@ -53,7 +58,9 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod flags;
 mod hooks;
+pub mod mappings;
 mod paths;
 mod probe;
 mod scan;

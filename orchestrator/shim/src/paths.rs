@@ -45,10 +45,12 @@ pub(crate) fn is_pagemap(target: &[u8]) -> bool {
     target.ends_with(b"/pagemap")
 }
 
-/// Writes the path of the `maps` beside a `pagemap`, with a zero at its end;
-/// `None`: it is no `pagemap`.
-pub(crate) fn maps_beside<'a>(pagemap: &[u8], buffer: &'a mut TargetBuffer) -> Option<&'a [u8]> {
-    let process = pagemap.strip_suffix(b"/pagemap")?;
+/// Writes the path of the `maps` beside a `pagemap` or `smaps`, with a zero at its end;
+/// `None`: it is neither.
+pub(crate) fn maps_beside<'a>(file: &[u8], buffer: &'a mut TargetBuffer) -> Option<&'a [u8]> {
+    let process = file
+        .strip_suffix(b"/pagemap")
+        .or_else(|| file.strip_suffix(b"/smaps"))?;
     *buffer = [0; size_of::<TargetBuffer>()];
     let path = process.iter().chain(b"/maps");
     if process.len() + b"/maps".len() >= buffer.len() {
@@ -58,6 +60,20 @@ pub(crate) fn maps_beside<'a>(pagemap: &[u8], buffer: &'a mut TargetBuffer) -> O
         *to = *from;
     }
     Some(buffer)
+}
+
+/// Whether a path that CRIU opens may lead to a process's `smaps`.
+pub(crate) fn may_be_smaps(path: &[u8]) -> bool {
+    path.strip_suffix(b"smaps")
+        .is_some_and(|before| before.is_empty() || before.ends_with(b"/"))
+}
+
+/// The process whose `smaps` the target of a descriptor's link is.
+pub(crate) fn process_of_smaps(target: &[u8]) -> Option<u32> {
+    let process = target.strip_suffix(b"/smaps")?;
+    process.strip_prefix(b"/proc/")?;
+    // Of a thread (`/proc/PID/task/TID`) it would be the same memory.
+    u32::try_from(number_at_end(process)?).ok()
 }
 
 /// The device number to show for a file of this mode and device number: that of
@@ -192,6 +208,34 @@ mod tests {
         ] {
             assert_eq!(number_at_end(bad.as_bytes()), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn smaps_by_their_path_and_link() {
+        for (path, may) in [
+            ("smaps", true),
+            ("/proc/7/smaps", true),
+            ("xsmaps", false),
+            ("smaps_rollup", false),
+            ("", false),
+        ] {
+            assert_eq!(may_be_smaps(path.as_bytes()), may, "{path}");
+        }
+        for (target, process) in [
+            ("/proc/7/smaps", Some(7)),
+            ("/proc/7/task/8/smaps", Some(8)),
+            ("/proc/smaps", None),
+            ("/images/7/smaps", None),
+            ("/proc/self/smaps", None),
+            ("smaps", None),
+        ] {
+            assert_eq!(process_of_smaps(target.as_bytes()), process, "{target}");
+        }
+        let mut buffer: TargetBuffer = [1; 64];
+        let maps = maps_beside(b"/proc/7/smaps", &mut buffer).unwrap();
+        let maps = CStr::from_bytes_until_nul(maps).unwrap();
+        assert_eq!(maps.to_bytes(), b"/proc/7/maps");
+        assert_eq!(maps_beside(b"/proc/7/maps", &mut buffer), None);
     }
 
     #[test]

@@ -21,21 +21,26 @@ pub(crate) mod number {
     pub(crate) const FSTAT: isize = 5;
     pub(crate) const LSEEK: isize = 8;
     pub(crate) const MMAP: isize = 9;
+    pub(crate) const MUNMAP: isize = 11;
     pub(crate) const IOCTL: isize = 16;
     pub(crate) const PREAD64: isize = 17;
     pub(crate) const SETITIMER: isize = 38;
+    pub(crate) const FCNTL: isize = 72;
     pub(crate) const EXIT_GROUP: isize = 231;
     pub(crate) const OPENAT: isize = 257;
     pub(crate) const UNLINKAT: isize = 263;
     pub(crate) const READLINKAT: isize = 267;
     pub(crate) const PPOLL: isize = 271;
     pub(crate) const RENAMEAT2: isize = 316;
+    pub(crate) const MEMFD_CREATE: isize = 319;
+    pub(crate) const BPF: isize = 321;
     pub(crate) const USERFAULTFD: isize = 323;
 }
 
 /// Numbers of system calls (`asm-generic/unistd.h`).
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod number {
+    pub(crate) const FCNTL: isize = 25;
     pub(crate) const IOCTL: isize = 29;
     pub(crate) const UNLINKAT: isize = 35;
     pub(crate) const OPENAT: isize = 56;
@@ -49,8 +54,11 @@ pub(crate) mod number {
     pub(crate) const FSTAT: isize = 80;
     pub(crate) const EXIT_GROUP: isize = 94;
     pub(crate) const SETITIMER: isize = 103;
+    pub(crate) const MUNMAP: isize = 215;
     pub(crate) const MMAP: isize = 222;
     pub(crate) const RENAMEAT2: isize = 276;
+    pub(crate) const MEMFD_CREATE: isize = 279;
+    pub(crate) const BPF: isize = 280;
     pub(crate) const USERFAULTFD: isize = 282;
 }
 
@@ -96,15 +104,19 @@ mod tests {
             (number::FSTAT, libc::SYS_fstat),
             (number::LSEEK, libc::SYS_lseek),
             (number::MMAP, libc::SYS_mmap),
+            (number::MUNMAP, libc::SYS_munmap),
             (number::IOCTL, libc::SYS_ioctl),
             (number::PREAD64, libc::SYS_pread64),
             (number::SETITIMER, libc::SYS_setitimer),
+            (number::FCNTL, libc::SYS_fcntl),
             (number::EXIT_GROUP, libc::SYS_exit_group),
             (number::OPENAT, libc::SYS_openat),
             (number::UNLINKAT, libc::SYS_unlinkat),
             (number::READLINKAT, libc::SYS_readlinkat),
             (number::PPOLL, libc::SYS_ppoll),
             (number::RENAMEAT2, libc::SYS_renameat2),
+            (number::MEMFD_CREATE, libc::SYS_memfd_create),
+            (number::BPF, libc::SYS_bpf),
             (number::USERFAULTFD, libc::SYS_userfaultfd),
         ] {
             assert_eq!(i64::try_from(ours).unwrap(), theirs);

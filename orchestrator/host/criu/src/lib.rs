@@ -66,6 +66,7 @@ mod images;
 mod locate;
 mod lock;
 mod log;
+mod mappings;
 mod offsets;
 mod pages;
 mod park;

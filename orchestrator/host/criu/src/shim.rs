@@ -49,6 +49,9 @@ const PROBE: &str = "MIGRATE_SHIM_PROBE";
 /// Names a descriptor of the page that names segments.
 const SEGMENTS: &str = "MIGRATE_SHIM_SEGMENTS";
 
+/// Names a descriptor of the program that reads flags of mappings.
+const MAPPINGS: &str = "MIGRATE_SHIM_MAPPINGS";
+
 /// Makes tunnel devices look like plain open files.
 const TUNNELS: &str = "MIGRATE_SHIM_TUNNELS";
 
@@ -106,6 +109,7 @@ pub(crate) fn preload(command: &mut Command, version: CriuVersion) -> io::Result
         .env("LD_PRELOAD", format!("/proc/self/fd/{fd}"))
         .env_remove(PROBE)
         .env_remove(TUNNELS)
+        .env_remove(MAPPINGS)
         .env_remove(SEGMENTS);
     match place() {
         Some(place) => command.env(KDAT, place.join(format!("criu-{version}.kdat"))),
@@ -119,6 +123,12 @@ pub(crate) fn preload(command: &mut Command, version: CriuVersion) -> io::Result
 /// [`preload`].
 pub(crate) fn show_tunnels(command: &mut Command) {
     command.env(TUNNELS, "1");
+}
+
+/// Has a command's library read flags of mappings by a program, whose descriptor must stay
+/// open in the child; behind [`preload`].
+pub(crate) fn read_mappings(command: &mut Command, program: RawFd) {
+    command.env(MAPPINGS, program.to_string());
 }
 
 /// The page by which the library learns which shared segments CRIU need not
@@ -570,6 +580,69 @@ mod tests {
             .open(&path)
             .and_then(|mut file| file.write_all(b"x"));
         assert!(written.is_err());
+    }
+
+    /// Any program gets of `smaps` what CRIU reads, with the library and the program of
+    /// flags; and all of it without the latter.
+    #[tokio::test]
+    async fn smaps_comes_without_counts() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIP smaps_comes_without_counts: not root");
+            return;
+        }
+        let program = crate::mappings::program().await.expect("loaded");
+        let mut steady = std::process::Command::new("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Once it has echoed, its mappings are those with which it waits.
+        let mut byte = [0];
+        io::Write::write_all(steady.stdin.as_mut().unwrap(), b"x").unwrap();
+        io::Read::read_exact(steady.stdout.as_mut().unwrap(), &mut byte).unwrap();
+        let path = format!("/proc/{}/smaps", steady.id());
+        let version = CriuVersion::OLDEST_SUPPORTED;
+        let mut texts = Vec::new();
+        for program in [None, Some(program)] {
+            let mut command = Command::new("cat");
+            command.arg(&path);
+            let library = preload(&mut command, version).unwrap();
+            keep_open(&mut command, library);
+            if let Some(program) = program {
+                read_mappings(&mut command, program);
+                keep_open(&mut command, program);
+            }
+            let output = command.output().await.unwrap();
+            assert!(output.status.success(), "{output:?}");
+            texts.push(String::from_utf8(output.stdout).unwrap());
+        }
+        let kernels = fs::read_to_string(&path).unwrap();
+        steady.kill().unwrap();
+        steady.wait().unwrap();
+        assert!(texts[0].contains("\nRss:") && !texts[1].contains("Rss:"));
+        let reads = |text: &str| -> Vec<String> {
+            let known = |name: &&str| {
+                let names = migrate_shim::flags::NAMES;
+                names.iter().any(|(_, known)| known == name.as_bytes())
+            };
+            let mut lines = Vec::new();
+            for line in text.lines() {
+                let first = line.split(' ').next().unwrap_or_default();
+                if first == "VmFlags:" {
+                    lines.push(line.split(' ').skip(1).filter(known).collect::<String>());
+                } else if !first.ends_with(':') {
+                    lines.push(line.to_owned());
+                }
+            }
+            lines
+        };
+        let mut kernels = reads(&kernels);
+        // The kernel writes a line of flags for what is no process's, too.
+        if let Some(at) = kernels.iter().position(|line| line.ends_with("[vsyscall]")) {
+            kernels.remove(at + 1);
+        }
+        assert!(kernels.len() > 10);
+        assert_eq!(reads(&texts[1]), kernels);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::error::{Action, CriuError};
 use crate::images::{INVENTORY, private, uptime_inventory};
 use crate::locate::Criu;
 use crate::lock::NetworkLock;
+use crate::mappings;
 use crate::pages::PageSocket;
 use crate::rpc::{
     CGROUPS_IGNORE, Features, InheritFd, NETWORK_LOCK_SKIP, Options, PageServerInfo, Request,
@@ -30,6 +31,10 @@ use crate::rpc::{
 };
 use crate::session::Session;
 use crate::shim::{self, SegmentTable};
+
+/// The newest CRIU of which it is known what it reads of a process's `smaps`
+/// (`parse_smaps` of `criu/proc_parse.c`), major and minor number.
+const SMAPS_READER: (u32, u32) = (4, 2);
 
 /// Limit for a new worker's first answer: loading it takes 5-10 ms.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
@@ -324,7 +329,13 @@ impl Criu {
     /// It cannot be started, does not answer as CRIU does, or has not loaded
     /// the shim.
     pub async fn worker(&self, options: WorkerOptions) -> Result<Worker, CriuError> {
-        let mut worker = start(self, options).map_err(|source| CriuError::Start {
+        let reads = (self.version.major, self.version.minor);
+        let mappings = if options.shim && reads <= SMAPS_READER {
+            mappings::program().await
+        } else {
+            None
+        };
+        let mut worker = start(self, options, mappings).map_err(|source| CriuError::Start {
             path: self.path.clone(),
             source,
         })?;
@@ -355,7 +366,7 @@ impl Criu {
     }
 }
 
-fn start(criu: &Criu, options: WorkerOptions) -> io::Result<Worker> {
+fn start(criu: &Criu, options: WorkerOptions, mappings: Option<RawFd>) -> io::Result<Worker> {
     let (ours, theirs) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -410,6 +421,10 @@ fn start(criu: &Criu, options: WorkerOptions) -> io::Result<Worker> {
         keep.extend([shim::preload(&mut command, criu.version)?, table.fd()]);
         if options.tunnel {
             shim::show_tunnels(&mut command);
+        }
+        if let Some(program) = mappings {
+            shim::read_mappings(&mut command, program);
+            keep.push(program);
         }
         segments = Some(table);
     }

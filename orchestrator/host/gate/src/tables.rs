@@ -24,7 +24,7 @@ use crate::sys::{self, ControlPage};
 use crate::trace;
 
 /// The programs, built by build.rs.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gate.o"));
+static OBJECT: &[u8] = migrate_ebpf_objects::GATE;
 
 pub(crate) const CONTROL: &str = "CONTROL";
 const FLOWS: &str = "FLOWS";

@@ -1,4 +1,5 @@
-//! Builds the eBPF programs and leaves the object in `OUT_DIR/gate.o`.
+//! Builds the eBPF programs and leaves their objects in `OUT_DIR`, one for each program
+//! of `OBJECTS`.
 //!
 //! The target has no prebuilt standard library in rustup, so one of two
 //! compilers serves, the first that is found:
@@ -16,6 +17,9 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
+/// Binaries of `ebpf/programs`.
+const OBJECTS: [&str; 2] = ["gate", "mappings"];
+
 fn main() {
     if let Err(message) = build() {
         // One line for the person who reads cargo's output, no backtrace.
@@ -27,7 +31,7 @@ fn main() {
 fn build() -> Result<(), String> {
     let here = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
     let out = PathBuf::from(variable("OUT_DIR")?);
-    let ebpf = here.join("../../../ebpf");
+    let ebpf = here.join("..");
     let programs = ebpf.join("programs");
     for input in ["src", "Cargo.toml", "Cargo.lock"] {
         println!("cargo::rerun-if-changed={}", programs.join(input).display());
@@ -111,9 +115,11 @@ fn build() -> Result<(), String> {
             linker.display(),
         ));
     }
-    let object = target_dir.join(target).join("release/gate");
-    std::fs::copy(&object, out.join("gate.o"))
-        .map_err(|error| format!("could not copy {}: {error}", object.display()))?;
+    for name in OBJECTS {
+        let object = target_dir.join(target).join("release").join(name);
+        std::fs::copy(&object, out.join(name).with_extension("o"))
+            .map_err(|error| format!("could not copy {}: {error}", object.display()))?;
+    }
     Ok(())
 }
 
