@@ -5,11 +5,20 @@
 //! DIR/NAME/manifest.json  [`Manifest`], written last: with it the tree is parked
 //! DIR/NAME/mark.json      [`Mark`], from the moment on in which it may run again
 //! ```
+//!
+//! A tree whose images another host keeps leaves a *stub* here, which the boot and
+//! the resume go by; what is left out of it is over there:
+//!
+//! ```text
+//! DIR/NAME/away.json      [`Away`], before the manifest: the images are elsewhere
+//! DIR/NAME/manifest.json  the same as over there, with every image's digest
+//! ```
 
 use serde::{Deserialize, Serialize};
 
 use crate::Flow;
 use crate::facts::{HostFacts, TreeFacts};
+use crate::journal::Route;
 use crate::tracked::Tracked;
 use crate::wire::StdioChoice;
 
@@ -129,6 +138,92 @@ pub enum Mark {
         unix_s: u64,
         /// The images are still there.
         images_kept: bool,
+    },
+    /// On the host that keeps it for another: that one has fetched it, and may
+    /// run it or have run it since.
+    Taken {
+        /// Who, by name.
+        by: String,
+        /// `/etc/machine-id` there.
+        machine_id: Option<String>,
+        /// Seconds since 1970.
+        unix_s: u64,
+    },
+}
+
+/// Where the images of a stub are. It holds no secret: who asks for them proves
+/// itself as for any migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Away {
+    /// Name of the parking, as in the manifest.
+    pub id: String,
+    /// `uname -n` of the host that keeps them.
+    pub keeper: String,
+    /// How it is reached.
+    pub route: Route,
+    /// The store they are in there ([`StoreId`]).
+    pub store: StoreId,
+    /// How much this host knows.
+    pub state: AwayState,
+}
+
+/// What a host knows of a tree that another one keeps for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AwayState {
+    /// The word that it is parked may have come or not: the keeper decides.
+    Pending,
+    /// It is parked there.
+    Kept,
+}
+
+/// Name of a directory in which sets are kept for others, made at random when
+/// it is first used and written into it. A set that is not there proves that it
+/// never was complete only where this is: a disk that is not mounted has none.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreId(pub String);
+
+/// The tree that a source wants to have kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keep {
+    /// Name of the set.
+    pub name: String,
+    /// `/etc/machine-id` of the source: it comes back there.
+    pub machine_id: Option<String>,
+    /// The source's `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+}
+
+/// A question about a set that is kept, from the host that it is kept for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptQuestion {
+    /// Name of the set.
+    pub name: String,
+    /// Name of the parking. Nobody but the two hosts knows it.
+    pub id: String,
+    /// Where it was put.
+    pub store: StoreId,
+    /// What is wanted.
+    pub wanted: KeptWanted,
+}
+
+/// What is wanted of a set that is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum KeptWanted {
+    /// Is it complete? One that is not is removed before the answer, which so
+    /// stays true.
+    Verdict,
+    /// Its images, to run it.
+    Images {
+        /// `/etc/machine-id` of who asks.
+        machine_id: Option<String>,
+        /// Also where somebody else may have run it.
+        force: bool,
+    },
+    /// It runs where it belongs: remove it.
+    Done {
+        /// Keep the images all the same.
+        keep: bool,
     },
 }
 

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,39 @@ pub struct Policy {
     /// from the tree's user; so what says nothing of them allows none.
     #[serde(default = "no_tunnels")]
     pub tunnels: Option<BTreeSet<String>>,
+    /// Where trees are kept for other hosts (`migrate park --to`), a directory of
+    /// root's alone. They do not run here, but their memory lies on the disk; so a
+    /// file that does not name a directory allows none. Without a file it is
+    /// [`KEPT_DIRECTORY`].
+    #[serde(default = "kept_nowhere")]
+    pub keep: Keeping,
+}
+
+/// Where trees are kept for other hosts unless a policy says otherwise. Not where
+/// this host parks its own: what it does at boot with those is not for others'.
+pub const KEPT_DIRECTORY: &str = "/var/lib/migrate/kept";
+
+/// Where trees are kept for other hosts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(from = "PathBuf")]
+pub enum Keeping {
+    /// Nothing is said: in [`KEPT_DIRECTORY`], which is made when it is needed.
+    #[default]
+    Default,
+    /// Here.
+    In(PathBuf),
+    /// Nowhere.
+    Nowhere,
+}
+
+impl From<PathBuf> for Keeping {
+    fn from(path: PathBuf) -> Self {
+        Self::In(path)
+    }
+}
+
+const fn kept_nowhere() -> Keeping {
+    Keeping::Nowhere
 }
 
 #[expect(
@@ -167,19 +201,36 @@ impl Policy {
                 findings.push(refused(format!("process {}", process.pid), what));
             }
         }
-        if let Some(most) = self.memory_bytes_max()
-            && tree.resident_bytes > most
-        {
-            findings.push(refused(
-                "memory".to_owned(),
-                format!(
-                    "{} MiB of memory, only {} MiB",
-                    tree.resident_bytes >> 20,
-                    most >> 20
-                ),
-            ));
-        }
+        findings.extend(self.judge_size(tree));
         findings
+    }
+
+    /// Whether a tree may be kept here: it does not run, so all that counts is
+    /// whether any is kept, and its size.
+    ///
+    /// # Errors
+    ///
+    /// None is kept here.
+    pub fn keeps(&self) -> Result<&Path, NotAllowed> {
+        match &self.keep {
+            Keeping::Default => Ok(Path::new(KEPT_DIRECTORY)),
+            Keeping::In(directory) => Ok(directory),
+            Keeping::Nowhere => Err(NotAllowed("trees to be kept here".to_owned())),
+        }
+    }
+
+    /// Judges the size of a tree.
+    #[must_use]
+    pub fn judge_size(&self, tree: &TreeFacts) -> Option<Finding> {
+        let most = self.memory_bytes_max()?;
+        (tree.resident_bytes > most).then(|| {
+            let what = format!(
+                "{} MiB of memory, only {} MiB",
+                tree.resident_bytes >> 20,
+                most >> 20
+            );
+            Finding::refused("memory", NotAllowed(what).to_string(), WAY_OUT)
+        })
     }
 
     /// The most memory that a tree may have, in bytes.
@@ -274,6 +325,18 @@ mod tests {
             matches!(&findings[..], [only] if only.subject.contains("tun1")),
             "{findings:?}"
         );
+    }
+
+    #[test]
+    fn trees_are_kept_where_a_file_says_so() {
+        let of = |keep| Policy {
+            keep,
+            ..Policy::default()
+        };
+        assert_eq!(Policy::default().keeps(), Ok(Path::new(KEPT_DIRECTORY)));
+        let named = Keeping::In("/srv/kept".into());
+        assert_eq!(of(named).keeps(), Ok(Path::new("/srv/kept")));
+        assert!(of(Keeping::Nowhere).keeps().is_err());
     }
 
     #[test]

@@ -38,6 +38,24 @@
 //!   Pages ...        ------------------>  that first, then all others
 //!                    <------------------  Arrived
 //! ```
+//! A tree that is only to be kept there (`migrate park --to`) goes the same way:
+//!
+//! ```text
+//! source                              keeper
+//!   Keep             ------------------>  before Preflight
+//!   Patience ...     ------------------>
+//!   Preflight ...    as above
+//!   Dumped           ------------------>  images on the disk, hashed
+//!                    <------------------  Store, Manifest ...
+//!                    <------------------  Restored
+//!   Go               ------------------>  ===== the commit: the manifest's rename =====
+//! ```
+//! and comes back over connections of their own:
+//!
+//! ```text
+//!   Kept             ------------------>  complete? / its images / it runs again
+//!                    <------------------  VerdictIs / Image ..., Given / VerdictIs
+//! ```
 //! At any time before `Go`: `Abort` from the source, `Failed` from the
 //! destination, or the end of the connection; each of them undoes everything
 //! on the destination.
@@ -48,6 +66,7 @@ use thiserror::Error;
 use crate::facts::{HostFacts, TreeFacts};
 use crate::flow::Flow;
 use crate::journal::Stage;
+use crate::parked::{Keep, KeptQuestion, Patience, StoreId};
 use crate::phase::Phase;
 use crate::preflight::Finding;
 use crate::report::FlowSeen;
@@ -301,7 +320,31 @@ pub enum Message {
         /// Faults of the copy that had to wait for a page still on the source.
         waited: u64,
     },
+    /// In place of a destination's restore: keep the tree on a disk. Comes before
+    /// `Preflight`.
+    Keep(Box<Keep>),
+    /// What is known of the patience of the tree's connections, as much as fits a
+    /// message at a time; before `Preflight`.
+    Patience(Vec<Patience>),
+    /// The manifest of the set, as the keeper will put it in place at `Go`, piece
+    /// by piece; before `Restored`.
+    Manifest {
+        /// Its next bytes, at most [`MANIFEST_PIECE_BYTES`].
+        bytes: Vec<u8>,
+        /// There are no more.
+        last: bool,
+    },
+    /// Before the first `Manifest`: the store that the set is in.
+    Store(StoreId),
+    /// First message, of a connection of its own: about a set that is kept.
+    /// Answered by `VerdictIs`, or by images and `Given`.
+    Kept(KeptQuestion),
+    /// Every image of the set has been sent.
+    Given,
 }
+
+/// Bytes of a manifest in one message.
+pub const MANIFEST_PIECE_BYTES: usize = 1 << 20;
 
 /// Connections in one [`Message::Seen`]: with their longest addresses they fit
 /// a control message.

@@ -186,11 +186,23 @@ fn without_record(state: &State, migration_id: &str) -> Result<Stage, Error> {
 }
 
 /// Whether a migration may have this name, which becomes part of file names.
-pub(crate) fn is_name(migration_id: &str) -> bool {
+fn is_name(migration_id: &str) -> bool {
     (1..=64).contains(&migration_id.len())
         && migration_id
             .bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+}
+
+/// A peer's names become part of file names here.
+pub(crate) fn check_name(peer: &str, migration_id: &str) -> Result<(), Error> {
+    if is_name(migration_id) {
+        return Ok(());
+    }
+    Err(Error::Unexpected {
+        peer: peer.to_owned(),
+        got: format!("{migration_id:?}"),
+        awaited: "the name of a migration",
+    })
 }
 
 /// Every record of this host that can be read, the longest unchanged first.

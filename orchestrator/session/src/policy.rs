@@ -57,6 +57,8 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
 
+    use migrate_core::policy::Keeping;
+
     use super::*;
 
     fn of(text: &str) -> Result<Option<Policy>, Error> {
@@ -72,7 +74,7 @@ mod tests {
         let policy = of(
             "peers = ['host1']\nusers = [0, 999]\naddresses = ['10.0.0.0/8', '::1']\n\
              build_ids = ['c0ffee']\nmemory_mib_max = 64\n\
-             tunnels = ['tun0']\n",
+             tunnels = ['tun0']\nkeep = '/srv/kept'\n",
         )
         .unwrap()
         .unwrap();
@@ -82,6 +84,7 @@ mod tests {
         assert_eq!(policy.build_ids, Some(["c0ffee".to_owned()].into()));
         assert_eq!(policy.memory_mib_max, Some(64));
         assert_eq!(policy.tunnels, Some(["tun0".to_owned()].into()));
+        assert_eq!(policy.keep, Keeping::In("/srv/kept".into()));
     }
 
     #[test]
@@ -99,6 +102,7 @@ mod tests {
         }
         let empty = Policy {
             tunnels: Some([].into()),
+            keep: Keeping::Nowhere,
             ..Policy::default()
         };
         assert_eq!(of("").unwrap(), Some(empty));

@@ -369,6 +369,13 @@ impl Case<'_> {
         self.remove_lock();
         self.remove_gate(Role::Source);
         self.remove_images();
+        if let Some(place) = self.parked().filter(Place::is_stub) {
+            let forgotten = crate::park::forget(&place, &self.record.migration_id);
+            if let Err(error) = forgotten {
+                self.left
+                    .push(format!("could not remove the stub: {}", error.chain()));
+            }
+        }
         self.forget();
     }
 

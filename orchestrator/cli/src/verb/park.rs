@@ -9,13 +9,14 @@ use migrate_core::convergence::Policy;
 use migrate_core::journal::Route;
 use migrate_core::parked::{Keepalive, Manifest, RETRANSMISSION_DEFAULT_S};
 use migrate_core::report::{Report, counted};
-use migrate_core::stream::Compress;
+use migrate_core::stream::{Compress, STREAMS_MAX};
 use migrate_core::wire::{NetworkLock, RestoreChoice, StdioChoice};
-use migrate_session::park::Place;
+use migrate_session::park::{Keeper, Place};
 use migrate_session::source::{self, Choices, Request, Target};
 use migrate_session::{Cancel, Error, Reporter};
 use serde::Serialize;
 
+use super::Certificates;
 use super::migrate::{EngineName, SupervisorChoice, obey_signals, seconds, stdio};
 use super::{report, resume};
 use crate::Output;
@@ -38,6 +39,15 @@ pub struct How {
     /// Where to: a directory on a disk, root's alone
     #[arg(long, value_name = "DIR")]
     pub dir: PathBuf,
+    /// Have another host keep the memory until the tree is resumed here: [user@]host over SSH,
+    /// or host:port of a standing agent. What the boot goes by still lies in --dir
+    #[arg(long, value_name = "[USER@]HOST|HOST:PORT")]
+    pub to: Option<String>,
+    /// Connections that carry pages to that host; one a core and at most four by default
+    #[arg(long, value_name = "N", requires = "to", value_parser = clap::value_parser!(u32).range(1..=i64::from(STREAMS_MAX)))]
+    pub streams: Option<u32>,
+    #[command(flatten)]
+    pub certificates: Certificates,
     /// Names of the sets, one for each PID in their order; program and PID by default
     #[arg(long = "name", value_name = "NAME")]
     pub names: Vec<String>,
@@ -95,7 +105,13 @@ pub async fn park_all(
     cancel: &Cancel,
     output: &Output,
 ) -> Result<Vec<Place>, Exit> {
-    let places = match places(pids, how) {
+    let made = places(pids, how).and_then(|places| {
+        let places = places.into_iter();
+        places
+            .map(|place| Ok((target(&place, how)?, place)))
+            .collect::<Result<Vec<_>, String>>()
+    });
+    let places = match made {
         Ok(places) => places,
         Err(text) => {
             Show::new(output).usage(&text);
@@ -103,9 +119,9 @@ pub async fn park_all(
         }
     };
     let mut parked: Vec<Place> = Vec::new();
-    for (pid, place) in pids.iter().zip(places) {
+    for (pid, (target, place)) in pids.iter().zip(places) {
         let done = match fits(&place, *pid) {
-            Ok(()) => park(*pid, &place, how, cancel, output).await.map(|_| ()),
+            Ok(()) => park(*pid, target, how, cancel, output).await.map(|_| ()),
             Err(error) => {
                 Show::new(output).error(&error);
                 Err(Exit::of(&error))
@@ -149,6 +165,31 @@ fn places(pids: &[i32], how: &How) -> Result<Vec<Place>, String> {
     Ok(places)
 }
 
+/// A set on this disk, or with another host.
+fn target(place: &Place, how: &How) -> Result<(Target, Route), String> {
+    let Some(to) = &how.to else {
+        if how.certificates.complete()?.is_some() {
+            return Err("--ca, --cert and --key are for --to HOST:PORT".to_owned());
+        }
+        let route = Route {
+            to: place.route(),
+            certificates: None,
+        };
+        return Ok((Target::Directory(place.clone()), route));
+    };
+    let stub = place.clone().for_stub();
+    let route = Route {
+        to: stub.route(),
+        certificates: None,
+    };
+    let keeper = Keeper {
+        stub,
+        host: super::destination(to, &how.certificates)?,
+        route: super::route(to, &how.certificates),
+    };
+    Ok((Target::Keeper(Box::new(keeper)), route))
+}
+
 /// The name of a set that was given none: program and PID.
 pub fn set_name(pid: i32) -> String {
     let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -169,18 +210,22 @@ pub fn set_name(pid: i32) -> String {
 
 async fn park(
     pid: i32,
-    place: &Place,
+    (target, route): (Target, Route),
     how: &How,
     cancel: &Cancel,
     output: &Output,
 ) -> Result<Report, Exit> {
+    let (streams, compress) = match &target {
+        Target::Keeper(_) => (
+            how.streams.unwrap_or_else(Choices::default_streams),
+            Compress::Auto,
+        ),
+        Target::Directory(_) | Target::Host(_) => (1, Compress::None),
+    };
     let request = Request {
         pid,
-        target: Target::Directory(place.clone()),
-        route: Route {
-            to: place.route(),
-            certificates: None,
-        },
+        target,
+        route,
         choices: Choices {
             stdio: how.stdio.clone(),
             addresses: Vec::new(),
@@ -190,9 +235,9 @@ async fn park(
                 max_iterations: how.max_iterations,
                 ..Policy::default()
             },
-            streams: 1,
+            streams,
             stream: StreamOptions {
-                compress: Compress::None,
+                compress,
                 limit_bytes_per_s: None,
             },
             verify: false,
@@ -258,10 +303,14 @@ pub fn told(show: &mut Show, output: &Output, place: &Place) {
         .processes
         .first()
         .map_or_else(String::new, |process| plain(&process.name));
+    let parked = match place.away() {
+        Ok(Some(away)) => format!("on {}", plain(&away.keeper)),
+        Ok(None) => format!("in {}", place.path().display()),
+        Err(error) => return show.error(&error),
+    };
     println!(
-        "process {} ({name}) is parked in {}; `migrate resume --dir {} --name {}` brings it back",
+        "process {} ({name}) is parked {parked}; `migrate resume --dir {} --name {}` brings it back",
         manifest.tree.root_pid,
-        place.path().display(),
         place.directory().display(),
         place.name()
     );

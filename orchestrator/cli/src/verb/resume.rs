@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use migrate_core::parked::Mark;
+use migrate_core::parked::{Away, AwayState, Mark};
 use migrate_core::report::counted;
 use migrate_core::wire::StdioChoice;
 use migrate_session::park::{self, Place, Resume};
@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::migrate::{obey_signals, stdio};
 use crate::Output;
 use crate::exit::Exit;
-use crate::show::Show;
+use crate::show::{Show, plain};
 
 /// What to resume.
 #[derive(Debug, clap::Args)]
@@ -165,7 +165,23 @@ fn sentence(place: &Place) -> String {
         Err(error) => return format!("{name}: {}", error.chain()),
     };
     let what = match place.mark() {
-        Ok(None) => "waits".to_owned(),
+        Ok(None) => match place.away() {
+            Ok(None) => "waits".to_owned(),
+            Ok(Some(Away {
+                keeper,
+                state: AwayState::Kept,
+                ..
+            })) => format!("waits on {}", plain(&keeper)),
+            Ok(Some(Away {
+                keeper,
+                state: AwayState::Pending,
+                ..
+            })) => format!("may wait on {}: the parking was cut off", plain(&keeper)),
+            Err(error) => error.chain(),
+        },
+        Ok(Some(Mark::Taken { by, .. })) => {
+            format!("kept for {}, which has taken it to run it", plain(&by))
+        }
         Ok(Some(Mark::Resuming { .. })) => "may run: a resume was cut off".to_owned(),
         Ok(Some(Mark::Resumed { .. })) => "was resumed".to_owned(),
         Err(error) => error.chain(),

@@ -20,7 +20,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migrate_channel::{Connection, Further, Receiver, Sender};
+use migrate_channel::{ChannelError, Connection, Further, Receiver, Sender};
 use migrate_core::Flow;
 use migrate_core::facts::TreeFacts;
 use migrate_core::journal::{Side, Stage};
@@ -51,7 +51,10 @@ pub(crate) use receive::Memory;
 pub enum Served {
     /// The tree runs here.
     Running,
-    /// The source only wanted to check, or to know the verdict.
+    /// The tree lies on a disk here, for the host that it comes from.
+    Kept,
+    /// The source only wanted to check, or to know the verdict, or what is kept
+    /// here.
     Asked,
 }
 
@@ -62,25 +65,38 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// Questions whether a tree fits here that one connection may ask: a source asks
 /// one. Each takes this host a look at its processes, files and sockets and a run
 /// of CRIU, so nobody may ask for ever.
-const QUESTIONS_MAX: u32 = 4;
+pub(crate) const QUESTIONS_MAX: u32 = 4;
 
-/// Serves one connection.
+/// Serves one connection: a tree that moves here, or is to be kept here for the host
+/// that it comes from, or a question about one that is.
 ///
 /// # Errors
 ///
 /// The tree was not taken over, and everything here has been undone; or, after
 /// [`Error::LostAfterCommit`], it was taken over and could not be run.
 pub async fn serve(
-    connection: Connection,
+    mut connection: Connection,
     policy: Arc<Policy>,
     cancel: Cancel,
 ) -> Result<Served, Error> {
     let state = State::open()?;
-    serve_side(
-        Destination::new(state, connection, policy, cancel.clone()),
-        cancel,
-    )
-    .await
+    let first = tokio::select! {
+        first = connection.receiver.control(SILENCE) => first,
+        () = cancel.cancelled() => return Err(Error::Stopped),
+    };
+    match first {
+        Ok(Message::Keep(order)) => {
+            return crate::park::keep(connection, *order, policy, cancel).await;
+        }
+        Ok(Message::Kept(question)) => {
+            return crate::park::answer(connection, question, &policy).await;
+        }
+        first => {
+            let mut side = Destination::new(state, connection, policy, cancel.clone());
+            side.first = Some(first);
+            serve_side(side, cancel).await
+        }
+    }
 }
 
 /// Serves a tree that comes back to this host. Its addresses are here, and the
@@ -189,6 +205,8 @@ struct Destination {
     /// The way to further connections, until they are there.
     further: Option<Further>,
     incoming: Incoming,
+    /// What came over it, and was looked at to tell what this is about.
+    first: Option<Result<Message, ChannelError>>,
     /// Where it stands; only [`Destination::follow`] changes it.
     step: Step,
     order: Option<Order>,
@@ -242,6 +260,7 @@ impl Destination {
             sender: connection.sender,
             further: Some(connection.further),
             incoming: Incoming::Frames(connection.receiver),
+            first: None,
             step: Step::Listen,
             order: None,
             wanted: None,
@@ -354,7 +373,7 @@ impl Destination {
 
     /// Examines and answers until the source wants its tree taken, or no more.
     async fn listen(&mut self) -> Result<Event, Error> {
-        self.must_be_name(&self.migration_id)?;
+        journal::check_name(&self.peer, &self.migration_id)?;
         let mut questions = 0;
         loop {
             match self.message("what the source wants", SILENCE).await? {
@@ -373,7 +392,7 @@ impl Destination {
                     self.preflight(*tree, &source, stdio).await?;
                 }
                 Message::Verdict { migration_id } => {
-                    self.must_be_name(&migration_id)?;
+                    journal::check_name(&self.peer, &migration_id)?;
                     self.settle(&migration_id).await?;
                     let stage = journal::verdict(&self.state, &migration_id)?;
                     self.send(&Message::VerdictIs(stage)).await?;
@@ -416,18 +435,6 @@ impl Destination {
         Ok(())
     }
 
-    /// A peer's names become part of file names here.
-    fn must_be_name(&self, migration_id: &str) -> Result<(), Error> {
-        if journal::is_name(migration_id) {
-            return Ok(());
-        }
-        Err(Error::Unexpected {
-            peer: self.peer.clone(),
-            got: format!("{migration_id:?}"),
-            awaited: "the name of a migration",
-        })
-    }
-
     async fn send(&mut self, message: &Message) -> Result<(), Error> {
         self.sender
             .control(message)
@@ -440,6 +447,9 @@ impl Destination {
 
     /// The next message, whatever way messages come at the moment.
     async fn message(&mut self, awaited: &'static str, limit: Duration) -> Result<Message, Error> {
+        if let Some(first) = self.first.take() {
+            return first.map_err(|error| crate::inbox::broken(&self.peer, error, awaited));
+        }
         match &mut self.incoming {
             Incoming::Frames(receiver) => {
                 let message = receiver.control(limit).await;

@@ -1,34 +1,40 @@
-//! The destination's side of a parking: a directory in place of a host.
+//! The destination's side of a parking: a directory in place of a restore.
 //!
-//! It answers the source's messages as an agent does, in the same process:
+//! It answers the source's messages as an agent does: in the same process, or in
+//! the agent of a host that keeps the tree for the source's.
 //!
 //! ```text
+//!  Keep        which set
 //!  Preflight   space, memory, the directory itself
 //!  Prepare     the set's directory is made and claimed
 //!  ...         pages and images come in
 //!  Dumped      images are written, synced to the disk and hashed -> Restored
+//!                                                  before it, where it is another host's: Manifest
 //!  Go          the manifest takes its place, by one rename      -> Owned   == the commit ==
 //! ```
 //!
 //! Until the manifest is there everything is removed when the connection ends.
 
+use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use migrate_channel::{Connection, Frame, Receiver, Sender};
+use migrate_channel::{Connection, Frame, Further, Receiver, Sender};
 use migrate_core::facts::{HostFacts, TreeFacts};
-use migrate_core::parked::{ImageFile, MANIFEST_VERSION, Manifest, Patience};
+use migrate_core::parked::{ImageFile, Keep, MANIFEST_VERSION, Manifest, Patience};
 use migrate_core::policy::Policy;
 use migrate_core::preflight::Finding;
 use migrate_core::tracked::Tracked;
-use migrate_core::wire::{Message, RunningReport, StdioChoice, WireError};
+use migrate_core::wire::{MANIFEST_PIECE_BYTES, Message, RunningReport, StdioChoice, WireError};
 use migrate_core::{Flow, Phase};
 use migrate_criu::ImageDir;
-use migrate_proc::TcpSockets;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::sys::statvfs::statvfs;
 
+use super::kept::Store;
 use super::place::{Place, PlaceLock};
-use crate::destination::Memory;
+use crate::cancel::Cancel;
+use crate::destination::{Memory, QUESTIONS_MAX, Served};
 use crate::error::{Error, chain};
 use crate::inbox::Inbox;
 
@@ -38,6 +44,18 @@ const SILENCE: Duration = Duration::from_secs(600);
 
 /// How long another `migrate` may take to leave the set.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long another host's source may take from the last image on the disk to its
+/// `Go`: it closes a fence. A connection that was cut without a word must not keep
+/// the question unanswered what became of the tree.
+const GO_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long connections that have joined may take to be handed over here.
+const JOIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Connections of a tree whose patience is noted: a manifest with more would be
+/// too large to be read again.
+const CONNECTIONS_MAX: usize = 1 << 20;
 
 /// Images of processes, sockets and files beside the memory: 16 KiB each for a
 /// thousand of them.
@@ -49,30 +67,64 @@ pub(crate) fn connect(place: &Place, id: &str) -> Connection {
     let mut directory = source.clone();
     directory.hostname = place.path().display().to_string();
     let (ours, theirs) = Connection::pair(source, directory);
-    tokio::spawn(serve(place.clone(), theirs));
+    let host = place.path().display().to_string();
+    let keeper = Keeper::new(place.clone(), host, theirs);
+    // The source ends it by closing the connection.
+    tokio::spawn(serve(keeper, Cancel::default()));
     ours
 }
 
-async fn serve(place: Place, connection: Connection) {
-    let mut keeper = Keeper {
-        place,
-        id: connection.hello.migration_id,
-        peer: connection.hello.hostname,
-        sender: connection.sender,
-        receiver: Some(connection.receiver),
-        phase: Phase::Preflight,
-        order: None,
-        patience: Vec::new(),
-        lock: None,
-        images: None,
-        tracked: Vec::new(),
-        ended: Vec::new(),
+/// Keeps a tree for another host.
+///
+/// # Errors
+///
+/// It was not taken, and nothing of it is left here.
+pub(crate) async fn keep(
+    mut connection: Connection,
+    order: Keep,
+    policy: Arc<Policy>,
+    cancel: Cancel,
+) -> Result<Served, Error> {
+    let ready = accept(
+        &connection.hello.hostname,
+        &connection.hello.migration_id,
+        &order,
+        &policy,
+    );
+    let (store, place) = match ready {
+        Ok(ready) => ready,
+        Err(error) => {
+            super::kept::refuse(&mut connection, &error).await;
+            return Err(error);
+        }
     };
-    if let Err(error) = keeper.run().await {
+    let mut keeper = Keeper::new(place, crate::hostname(), connection);
+    keeper.keep = Some(order);
+    keeper.policy = policy;
+    keeper.store = Some(store);
+    serve(keeper, cancel).await?;
+    Ok(Served::Kept)
+}
+
+fn accept(peer: &str, id: &str, order: &Keep, policy: &Policy) -> Result<(Store, Place), Error> {
+    crate::journal::check_name(peer, id)?;
+    let store = Store::make(policy)?;
+    let place = store.place(&order.name)?;
+    Ok((store, place))
+}
+
+async fn serve(mut keeper: Keeper, cancel: Cancel) -> Result<(), Error> {
+    let ran = tokio::select! {
+        ran = keeper.run() => ran,
+        () = cancel.cancelled() => Err(Error::Stopped),
+    };
+    // From there on nothing is undone.
+    let ran = if keeper.committed { Ok(()) } else { ran };
+    if let Err(error) = &ran {
         tracing::warn!(error = %error.chain(), phase = %keeper.phase, "the tree was not parked");
         let failed = Message::Failed(WireError {
             phase: keeper.phase,
-            host: keeper.place.path().display().to_string(),
+            host: keeper.host.clone(),
             message: error.chain(),
             help: error.help(),
         });
@@ -80,6 +132,7 @@ async fn serve(place: Place, connection: Connection) {
         keeper.undo();
     }
     let _ = keeper.sender.close().await;
+    ran
 }
 
 /// The tree, as the source has told.
@@ -91,14 +144,25 @@ struct Order {
 
 struct Keeper {
     place: Place,
+    /// Who keeps, for messages.
+    host: String,
+    /// Where, when it is for another host.
+    store: Option<Store>,
+    /// What may be kept here.
+    policy: Arc<Policy>,
     id: String,
     peer: String,
     sender: Sender,
+    /// The way to further connections, until they are there.
+    further: Option<Further>,
     /// Until messages are read by a task of their own.
     receiver: Option<Receiver>,
     phase: Phase,
+    keep: Option<Keep>,
     order: Option<Order>,
     patience: Vec<Patience>,
+    /// The manifest is in its place.
+    committed: bool,
     // Effects, in the order in which they come about.
     lock: Option<PlaceLock>,
     images: Option<ImageDir>,
@@ -107,17 +171,61 @@ struct Keeper {
 }
 
 impl Keeper {
+    fn new(place: Place, host: String, connection: Connection) -> Self {
+        Self {
+            place,
+            host,
+            store: None,
+            policy: Arc::default(),
+            id: connection.hello.migration_id,
+            peer: connection.hello.hostname,
+            sender: connection.sender,
+            further: Some(connection.further),
+            receiver: Some(connection.receiver),
+            phase: Phase::Preflight,
+            keep: None,
+            order: None,
+            patience: Vec::new(),
+            committed: false,
+            lock: None,
+            images: None,
+            tracked: Vec::new(),
+            ended: Vec::new(),
+        }
+    }
+
     async fn run(&mut self) -> Result<(), Error> {
+        let mut questions = 0;
         loop {
             match self.message("what the source wants").await? {
+                Message::Keep(order) if self.keep.is_none() => self.keep = Some(*order),
+                Message::Patience(known) => {
+                    self.patience.extend(known);
+                    if self.patience.len() > CONNECTIONS_MAX {
+                        return Err(Error::Changed(format!(
+                            "more than {CONNECTIONS_MAX} connections"
+                        )));
+                    }
+                }
                 Message::Preflight {
                     tree,
                     source,
                     stdio,
-                } => self.preflight(*tree, *source, stdio).await?,
-                Message::Prepare { verify, .. } => {
+                } => {
+                    questions += 1;
+                    if questions > QUESTIONS_MAX {
+                        return Err(Error::TooManyQuestions {
+                            peer: self.peer.clone(),
+                            most: QUESTIONS_MAX,
+                        });
+                    }
+                    self.preflight(*tree, *source, stdio).await?;
+                }
+                Message::Prepare {
+                    verify, streams, ..
+                } => {
                     self.phase = Phase::Prepare;
-                    self.prepare().await?;
+                    self.prepare(streams).await?;
                     self.phase = Phase::Dump;
                     let begun = self.receive(verify).await?;
                     self.phase = Phase::Restore;
@@ -136,66 +244,54 @@ impl Keeper {
         stdio: StdioChoice,
     ) -> Result<(), Error> {
         let mut findings = Vec::new();
-        let subject = format!("directory {}", self.place.directory().display());
-        match self.place.is_free() {
-            Ok(false) => findings.push(Finding::ok(
-                subject,
-                format!("takes the tree as {}", self.place.name()),
-            )),
-            Ok(true) => findings.push(Finding::note(
-                subject,
-                format!(
-                    "{} holds what is left of an earlier parking, which is removed",
-                    self.place.path().display()
-                ),
-                "",
-            )),
-            Err(error) => findings.push(Finding::refused(
-                subject,
-                error.chain(),
-                error.help().unwrap_or_default(),
-            )),
-        }
-        // The tree is of this host, too.
-        let pids: Vec<i32> = tree.processes.iter().map(|process| process.pid).collect();
-        let timers = TcpSockets::of(&pids).map(|sockets| sockets.patience());
-        self.patience = timers.unwrap_or_default();
-        self.patience
-            .retain(|patience| tree.flows.contains(&patience.flow));
-        findings.extend(room(&self.place, &source, &tree));
-        findings.extend(super::kernel_findings());
+        findings.push(super::judge(&self.place, "takes the tree"));
+        let here = match &self.store {
+            Some(_) => migrate_proc::host_facts(self.place.directory()),
+            None => source.clone(),
+        };
+        findings.extend(self.policy.judge_size(&tree));
+        findings.extend(room(&self.place, &here, &tree));
         self.order = Some(Order {
             tree,
-            source: source.clone(),
+            source,
             stdio,
         });
         let answer = Message::Findings {
             findings,
-            destination: Box::new(source),
+            destination: Box::new(here),
         };
         self.send(&answer).await
     }
 
-    async fn prepare(&mut self) -> Result<(), Error> {
+    async fn prepare(&mut self, streams: u32) -> Result<(), Error> {
+        const AWAITED: &str = "the page stream";
+        // What it has refused is not to be had by asking for it all the same.
+        self.keep.as_ref().ok_or_else(not_prepared)?;
+        self.order()?;
         self.place.make()?;
         self.lock = Some(self.place.lock(LOCK_LIMIT).await?);
         self.images = Some(ImageDir::create_on_disk(self.place.images())?);
-        self.send(&Message::Prepared).await?;
-        match self.message("the page stream").await? {
-            Message::Streams => {}
-            other => return Err(self.unexpected(&other, "the page stream")),
-        }
         let peer = self.peer.clone();
-        self.receiver()?
-            .stripe(Vec::new())
-            .map_err(|source| Error::Channel { peer, source })
+        let broken = |source| Error::Channel {
+            peer: peer.clone(),
+            source,
+        };
+        let further = self.further.take().ok_or_else(not_prepared)?;
+        let expected = further.expect(streams.saturating_sub(1)).map_err(broken)?;
+        self.send(&Message::Prepared).await?;
+        match self.message(AWAITED).await? {
+            Message::Streams => {}
+            other => return Err(self.unexpected(&other, AWAITED)),
+        }
+        let lanes = expected.all(JOIN_LIMIT).await.map_err(broken)?;
+        self.receiver()?.stripe(lanes).map_err(broken)
     }
 
     /// Takes frames until `Dumped`, and gets everything onto the disk.
     async fn receive(&mut self, verify: bool) -> Result<Instant, Error> {
         const AWAITED: &str = "pages and images";
         let resident_bytes = self.order()?.tree.resident_bytes;
-        let mut memory = Memory::new(resident_bytes, &Policy::default(), verify);
+        let mut memory = Memory::new(resident_bytes, &self.policy, verify);
         let (announced, digests, masks) = loop {
             let frame = match self.receiver()?.next(SILENCE).await {
                 Ok(frame) => frame,
@@ -273,15 +369,34 @@ impl Keeper {
                 return Err(crate::inbox::unexpected(&self.peer, &message, "the images on disk"));
             }
         };
-        let manifest = self.manifest(files)?;
+        let mut manifest = self.manifest(files)?;
+        self.show(&manifest).await?;
+        crate::pause::at("shown");
         let restore_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.send(&Message::Restored { restore_us }).await?;
         self.phase = Phase::HandedOver;
-        match inbox.next_within(AWAITED, SILENCE).await? {
-            Message::Go => {}
-            other => return Err(crate::inbox::unexpected(&self.peer, &other, AWAITED)),
+        let limit = match self.store {
+            Some(_) => GO_LIMIT,
+            None => SILENCE,
+        };
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match inbox.next_within(AWAITED, left).await? {
+                Message::Go => break,
+                // The last word on connections that were named before.
+                Message::Ended { open, .. } => {
+                    let known: HashSet<Flow> = manifest.ended.iter().copied().collect();
+                    let fresh = open.into_iter().filter(|flow| !known.contains(flow));
+                    manifest.ended.extend(fresh);
+                }
+                other => return Err(crate::inbox::unexpected(&self.peer, &other, AWAITED)),
+            }
         }
+        crate::pause::at("go");
+        // No wait between here and the note: a task that is dropped does both or none.
         self.place.commit(&manifest)?;
+        self.committed = true;
         crate::pause::at("parked");
         if let Some(images) = self.images.take() {
             let _ = images.keep();
@@ -305,20 +420,46 @@ impl Keeper {
         Ok(())
     }
 
+    /// Lets the source have what will be in place: it guards its connections by
+    /// that, and checks by it what it will be given.
+    async fn show(&mut self, manifest: &Manifest) -> Result<(), Error> {
+        let Some(store) = &self.store else {
+            return Ok(());
+        };
+        let store = Message::Store(store.id().clone());
+        self.send(&store).await?;
+        let text = serde_json::to_vec(manifest)
+            .map_err(|error| Error::file("encode", "the manifest")(error.into()))?;
+        let mut pieces = text.chunks(MANIFEST_PIECE_BYTES).peekable();
+        while let Some(piece) = pieces.next() {
+            let piece = Message::Manifest {
+                bytes: piece.to_vec(),
+                last: pieces.peek().is_none(),
+            };
+            self.send(&piece).await?;
+        }
+        Ok(())
+    }
+
     fn manifest(&self, images: Vec<ImageFile>) -> Result<Manifest, Error> {
         let order = self.order()?;
+        let keep = self.keep.as_ref().ok_or_else(not_prepared)?;
+        let flows: HashSet<Flow> = order.tree.flows.iter().copied().collect();
+        let patience = self.patience.iter().copied();
         Ok(Manifest {
             version: MANIFEST_VERSION,
             release: env!("CARGO_PKG_VERSION").to_owned(),
             id: self.id.clone(),
             parked_unix_s: unix_s(),
-            machine_id: super::machine_id(),
-            boot_id: super::boot_id()?,
+            machine_id: keep.machine_id.clone(),
+            boot_id: keep.boot_id.clone(),
             host: order.source.clone(),
             tree: order.tree.clone(),
             stdio: order.stdio.clone(),
             tracked: self.tracked.clone(),
-            patience: self.patience.clone(),
+            patience: patience
+                .filter(|patience| flows.contains(&patience.flow))
+                .collect(),
             ended: self.ended.clone(),
             images,
         })

@@ -9,11 +9,17 @@
 //!           then the gate of before goes
 //! ```
 //!
+//! With `--to` the directory is another host's: its agent keeps the set (keep.rs,
+//! kept.rs), and a stub stays here that the guard and the resume go by
+//! (elsewhere.rs).
+//!
 //! Both halves are migrations whose other end is a directory, in the same
 //! process: what holds for the commit of a migration holds here.
 
 mod boot;
+mod elsewhere;
 mod keep;
+mod kept;
 mod place;
 mod resume;
 mod tag;
@@ -28,7 +34,10 @@ use crate::error::Error;
 
 pub(crate) use boot::disarm;
 pub use boot::{Guarded, MUTE, guard, mute, speak};
-pub(crate) use keep::connect;
+pub use elsewhere::Keeper;
+pub(crate) use elsewhere::{Stub, forget};
+pub(crate) use keep::{connect, keep};
+pub(crate) use kept::answer;
 pub use place::{ParkError, Place};
 pub use resume::{Resume, Resumed, resume};
 pub use tag::{Marked, mark, marked, still_marked, unmark};
@@ -37,9 +46,17 @@ pub use tag::{Marked, mark, marked, still_marked, unmark};
 /// it has ended.
 const LEAVE_LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
 
-/// What became of a parking whose end was not heard, for good: a set that was
-/// not finished is removed first.
+/// What became of a parking whose end was not heard, for good.
 pub(crate) async fn verdict(place: &Place, id: &str) -> Result<Stage, Error> {
+    if place.is_stub() {
+        elsewhere::verdict(place, id).await
+    } else {
+        stands(place, id).await
+    }
+}
+
+/// The same where the set lies: one that was not finished is removed first.
+async fn stands(place: &Place, id: &str) -> Result<Stage, Error> {
     if !place.path().exists() {
         return Ok(Stage::Undone);
     }
@@ -55,22 +72,39 @@ pub(crate) async fn verdict(place: &Place, id: &str) -> Result<Stage, Error> {
     }
 }
 
+/// Whether a set can be made here, and what it `holds`.
+pub(crate) fn judge(place: &Place, holds: &str) -> Finding {
+    let subject = format!("directory {}", place.directory().display());
+    match place.is_free() {
+        Ok(false) => Finding::ok(subject, format!("{holds} as {}", place.name())),
+        Ok(true) => Finding::note(
+            subject,
+            format!(
+                "{} holds what is left of an earlier parking, which is removed",
+                place.path().display()
+            ),
+            "",
+        ),
+        Err(error) => Finding::refused(subject, error.chain(), error.help().unwrap_or_default()),
+    }
+}
+
 /// Which machine this is, whatever kernel it runs.
-fn machine_id() -> Option<String> {
+pub(crate) fn machine_id() -> Option<String> {
     let id = fs::read_to_string("/etc/machine-id").ok()?;
     let id = id.trim();
     (!id.is_empty()).then(|| id.to_owned())
 }
 
 /// Which boot of it this is.
-fn boot_id() -> Result<String, Error> {
+pub(crate) fn boot_id() -> Result<String, Error> {
     let path = "/proc/sys/kernel/random/boot_id";
     let id = fs::read_to_string(path).map_err(Error::file("read", path))?;
     Ok(id.trim().to_owned())
 }
 
 /// What a kernel has to have been built with, or no tree comes back on it.
-fn kernel_findings() -> Vec<Finding> {
+pub(crate) fn kernel_findings() -> Vec<Finding> {
     lacks(Path::new("/proc"))
 }
 

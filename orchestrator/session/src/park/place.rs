@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use migrate_core::parked::{
-    ImageFile, MANIFEST_BYTES_MAX, MANIFEST_VERSION, Manifest, Mark, is_plain,
+    Away, ImageFile, MANIFEST_BYTES_MAX, MANIFEST_VERSION, Manifest, Mark, is_plain,
 };
 use nix::fcntl::{Flock, FlockArg};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -37,7 +38,7 @@ pub enum ManifestError {
 }
 
 /// Reads a manifest. Its version is looked at before anything else.
-fn parse(text: &[u8]) -> Result<Manifest, ManifestError> {
+pub(crate) fn parse(text: &[u8]) -> Result<Manifest, ManifestError> {
     #[derive(Deserialize)]
     struct Head {
         version: u32,
@@ -134,6 +135,45 @@ pub enum ParkError {
     /// Its images are gone.
     #[error("the images in {} were removed when the tree was resumed", .0.display())]
     ImagesGone(PathBuf),
+    /// The host that was to keep the tree has not taken it.
+    #[error("{keeper} was to keep the tree of {} and has not taken it", path.display())]
+    NeverParked {
+        /// The stub, which has been removed.
+        path: PathBuf,
+        /// The host.
+        keeper: String,
+    },
+    /// A record of the same parking is open.
+    #[error("what became of the parking {0} has not been settled on this host")]
+    Unsettled(String),
+    /// Nothing says any more who keeps the tree.
+    #[error("{} does not say which host keeps the tree", .0.display())]
+    NoKeeper(PathBuf),
+    /// Another host answers at the keeper's address.
+    #[error("{answers} answers for {keeper}, which keeps the tree")]
+    OtherKeeper {
+        /// Who keeps it.
+        keeper: String,
+        /// Who has answered.
+        answers: String,
+    },
+    /// The keeper's directory is not the one that the tree was put into.
+    #[error("{} is not the directory that the tree was put into", .0.display())]
+    OtherStore(PathBuf),
+    /// The keeper has another tree of this name.
+    #[error("{} holds another tree than the one that is asked for", .0.display())]
+    OtherTree(PathBuf),
+    /// A policy's directory could be anywhere.
+    #[error("{}, where the policy has trees kept, is not an absolute path", .0.display())]
+    RelativeStore(PathBuf),
+    /// What is kept elsewhere does not fit here.
+    #[error("the images have {} MiB, and {} MiB of memory are available", needs_bytes >> 20, available_bytes >> 20)]
+    NoMemory {
+        /// Twice the images: they come into memory, and the tree is made of them.
+        needs_bytes: u64,
+        /// What there is.
+        available_bytes: u64,
+    },
     /// Another `migrate` is at work there.
     #[error("another migrate is at work in {}", .0.display())]
     Busy(PathBuf),
@@ -234,6 +274,26 @@ impl ParkError {
             Self::ImagesGone(_) => {
                 "start the workload anew; `resume --keep` keeps images".to_owned()
             }
+            Self::NeverParked { .. } => {
+                "it went on running here, or was lost with the boot; the stub is removed and its gate gone: start the workload anew if it does not run".to_owned()
+            }
+            Self::Unsettled(_) => "run `migrate recover`, then this again".to_owned(),
+            Self::NoKeeper(path) => format!(
+                "bring {} back from a copy; the host that keeps the tree has it as it was",
+                path.join("away.json").display()
+            ),
+            Self::OtherKeeper { keeper, .. } => {
+                format!("see to it that {keeper} is reached by the name that `park --to` was given")
+            }
+            Self::OtherStore(path) => format!(
+                "mount the disk that was at {} at the parking (and see `keep` in the agent's policy), then try again",
+                path.display()
+            ),
+            Self::OtherTree(_) => {
+                "the one that is asked for was resumed or removed there".to_owned()
+            }
+            Self::RelativeStore(_) => "name it from the root directory on".to_owned(),
+            Self::NoMemory { .. } => "free memory, then try again; nothing was changed".to_owned(),
             Self::Busy(_) => "wait for it".to_owned(),
             Self::NotMarked { directory, .. } => {
                 format!("see what is: migrate mark --dir {}", directory.display())
@@ -270,6 +330,8 @@ impl ParkError {
 pub struct Place {
     directory: PathBuf,
     name: String,
+    /// What lies here is a stub: another host has the images.
+    stub: bool,
 }
 
 /// Held while somebody works in a [`Place`].
@@ -280,6 +342,9 @@ impl Place {
     /// What a record's route begins with when a tree goes to a directory. No
     /// host has such a name.
     const ROUTE: &str = "directory:";
+
+    /// The same for a stub: who has the tree then stands in it.
+    const STUB_ROUTE: &str = "stub:";
 
     /// The set `name` in `directory`.
     ///
@@ -295,7 +360,19 @@ impl Place {
         Ok(Self {
             directory,
             name: name.to_owned(),
+            stub: false,
         })
+    }
+
+    /// The same for a tree that another host is to keep.
+    #[must_use]
+    pub fn for_stub(self) -> Self {
+        Self { stub: true, ..self }
+    }
+
+    /// Whether another host has the images.
+    pub(crate) fn is_stub(&self) -> bool {
+        self.stub
     }
 
     /// All sets in a directory, by name.
@@ -310,7 +387,10 @@ impl Place {
             .flatten()
             .filter(|entry| entry.path().is_dir())
             .filter_map(|entry| Self::new(directory, entry.file_name().to_str()?).ok())
-            .filter(|place| place.manifest_path().exists() || place.images().exists())
+            .filter(|place| {
+                let parts = [place.manifest_path(), place.images(), place.away_path()];
+                parts.iter().any(|part| part.exists())
+            })
             .collect();
         places.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(places)
@@ -342,6 +422,10 @@ impl Place {
         self.path().join("manifest.json")
     }
 
+    fn away_path(&self) -> PathBuf {
+        self.path().join("away.json")
+    }
+
     fn mark_path(&self) -> PathBuf {
         self.path().join("mark.json")
     }
@@ -349,14 +433,24 @@ impl Place {
     /// For a record: how to ask what became of the tree.
     #[must_use]
     pub fn route(&self) -> String {
-        format!("{}{}", Self::ROUTE, self.path().display())
+        let kind = if self.stub {
+            Self::STUB_ROUTE
+        } else {
+            Self::ROUTE
+        };
+        format!("{kind}{}", self.path().display())
     }
 
     /// The other way round; none for a host.
     #[must_use]
     pub fn of_route(route: &str) -> Option<Self> {
-        let path = Path::new(route.strip_prefix(Self::ROUTE)?);
-        Self::new(path.parent()?, path.file_name()?.to_str()?).ok()
+        let stub = route.strip_prefix(Self::STUB_ROUTE);
+        let path = Path::new(stub.or_else(|| route.strip_prefix(Self::ROUTE))?);
+        let place = Self::new(path.parent()?, path.file_name()?.to_str()?).ok()?;
+        Some(Self {
+            stub: stub.is_some(),
+            ..place
+        })
     }
 
     /// Whether something new may have this name: it must not be the file that
@@ -403,7 +497,7 @@ impl Place {
         let mut any = false;
         for entry in entries.flatten() {
             let entry = entry.file_name().to_string_lossy().into_owned();
-            let ours = ["images", "manifest.json", "mark.json"];
+            let ours = ["images", "manifest.json", "mark.json", "away.json"];
             if !ours.contains(&entry.trim_end_matches(UNFINISHED)) {
                 return Err(ParkError::Foreign { path, entry }.into());
             }
@@ -432,7 +526,7 @@ impl Place {
 
     /// Removes everything, so that no part of it is taken for a whole.
     pub(crate) fn remove(&self) -> Result<(), Error> {
-        for path in [self.manifest_path(), self.mark_path()] {
+        for path in [self.manifest_path(), self.mark_path(), self.away_path()] {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(Error::file("remove", path)(error));
@@ -474,21 +568,27 @@ impl Place {
         parse(&text).map_err(|source| ParkError::Manifest { path, source }.into())
     }
 
+    /// Who keeps the images; none where they are here.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub fn away(&self) -> Result<Option<Away>, Error> {
+        read(self.away_path())
+    }
+
+    pub(crate) fn write_away(&self, away: &Away) -> Result<(), Error> {
+        replace(&self.away_path(), away)
+    }
+
     /// How far it has come back; none while it waits.
     ///
     /// # Errors
     ///
     /// The mark cannot be read.
     pub fn mark(&self) -> Result<Option<Mark>, Error> {
-        let path = self.mark_path();
-        match fs::read(&path) {
-            // Not understood, it says all the same that there was an attempt.
-            Ok(text) => serde_json::from_slice(&text)
-                .map(Some)
-                .map_err(|error| Error::file("understand", path)(error.into())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::file("read", path)(error)),
-        }
+        // Not understood, it says all the same that there was an attempt.
+        read(self.mark_path())
     }
 
     pub(crate) fn write_mark(&self, mark: &Mark) -> Result<(), Error> {
@@ -605,6 +705,17 @@ pub(super) fn check_directory(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// What a small file holds; none where there is no such file.
+pub(super) fn read<T: DeserializeOwned>(path: PathBuf) -> Result<Option<T>, Error> {
+    match fs::read(&path) {
+        Ok(text) => serde_json::from_slice(&text)
+            .map(Some)
+            .map_err(|error| Error::file("understand", path)(error.into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::file("read", path)(error)),
+    }
+}
+
 /// Replaces a file as a whole, for good.
 pub(super) fn replace(path: &Path, content: &impl Serialize) -> Result<(), Error> {
     let mut name = path.as_os_str().to_owned();
@@ -675,7 +786,11 @@ mod tests {
     #[test]
     fn a_route_leads_back_to_its_place() {
         let place = Place::new(Path::new("/var/lib/parked"), "redis").unwrap();
-        assert_eq!(Place::of_route(&place.route()), Some(place));
+        let stub = place.clone().for_stub();
+        assert_ne!(place.route(), stub.route());
+        for place in [place, stub] {
+            assert_eq!(Place::of_route(&place.route()), Some(place));
+        }
         assert_eq!(Place::of_route("host2"), None);
         assert_eq!(Place::of_route("directory:/"), None);
     }

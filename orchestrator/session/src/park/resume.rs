@@ -4,6 +4,8 @@
 //! tell, from what lies on the disk:
 //!
 //! ```text
+//!  of a stub: the host that keeps the set is asked for the images, which are
+//!  checked as they come
 //!  the set is whole: manifest, digests of every image, not resumed before
 //!  Preflight            addresses, PIDs, files, CRIU, processor as they are now
 //!  Prepare, pages, ...  behind a second gate, in front of the one from the boot
@@ -21,7 +23,7 @@ use std::time::{Duration, Instant};
 use migrate_channel::{Connection, Sender, StreamOptions};
 use migrate_core::Phase;
 use migrate_core::journal::Stage;
-use migrate_core::parked::{Manifest, Mark};
+use migrate_core::parked::{Away, Manifest, Mark};
 use migrate_core::preflight::{Finding, Severity};
 use migrate_core::report::counted;
 use migrate_core::wire::{
@@ -30,11 +32,13 @@ use migrate_core::wire::{
 };
 use migrate_criu::StoredRun;
 
+use super::elsewhere;
 use super::keep::unix_s;
 use super::place::{ParkError, Place};
 use crate::cancel::Cancel;
 use crate::destination::{self, Served};
 use crate::error::Error;
+use crate::images::ImagePlace;
 use crate::inbox::Inbox;
 use crate::journal;
 use crate::progress::{Progress, Reporter};
@@ -97,15 +101,26 @@ pub async fn resume(wanted: Resume, reporter: Reporter, cancel: Cancel) -> Resul
     let place = &wanted.place;
     let manifest = place.manifest()?;
     let _lock = place.lock(LOCK_LIMIT).await?;
-    may_resume(&state, &wanted, &manifest)?;
-    let checked = {
-        let (place, manifest) = (place.clone(), manifest.clone());
-        tokio::task::spawn_blocking(move || place.verify(&manifest))
-    };
-    checked
-        .await
-        .map_err(|error| Error::Changed(format!("reading the images failed: {error}")))??;
     let id = format!("resume-{}", crate::source::migration_id()?);
+    let away = match place.away()? {
+        Some(away) => Some(elsewhere::settle(&state, place, away).await?),
+        None => None,
+    };
+    may_resume(&state, &wanted, &manifest)?;
+    let fetched = match &away {
+        Some(away) => {
+            let fetching = elsewhere::fetch(&state, place, away, &manifest, &id, wanted.force);
+            // Nothing is done here yet.
+            tokio::select! {
+                fetched = fetching => Some(fetched?),
+                () = cancel.cancelled() => return Err(Error::Cancelled),
+            }
+        }
+        None => {
+            verify(place, &manifest).await?;
+            None
+        }
+    };
     let mut directory = crate::hello(&id);
     directory.hostname = place.path().display().to_string();
     let host = crate::hello(&id);
@@ -119,6 +134,10 @@ pub async fn resume(wanted: Resume, reporter: Reporter, cancel: Cancel) -> Resul
     let mut feeder = Feeder {
         wanted: &wanted,
         manifest: &manifest,
+        images: fetched
+            .as_ref()
+            .map_or_else(|| place.images(), ImagePlace::images),
+        fetched,
         reporter: &reporter,
         inbox: Inbox::new(peer.clone(), ours.receiver),
         sender: ours.sender,
@@ -136,6 +155,9 @@ pub async fn resume(wanted: Resume, reporter: Reporter, cancel: Cancel) -> Resul
         .unwrap_or_else(|error| Err(Error::Changed(format!("the restore has panicked: {error}"))));
     let error = match (outcome, served) {
         (Ok(report), Ok(Served::Running)) => {
+            if let Some(away) = &away {
+                told(place, away, wanted.keep, &reporter).await;
+            }
             return Ok(Resumed {
                 name: place.name().to_owned(),
                 root_pid: manifest.tree.root_pid,
@@ -147,7 +169,9 @@ pub async fn resume(wanted: Resume, reporter: Reporter, cancel: Cancel) -> Resul
         }
         (Err(error), _) => error,
         (Ok(_), Err(error)) => return Err(error),
-        (Ok(_), Ok(Served::Asked)) => Error::Changed("nothing was resumed".to_owned()),
+        (Ok(_), Ok(Served::Asked | Served::Kept)) => {
+            Error::Changed("nothing was resumed".to_owned())
+        }
     };
     if marked {
         // Its record says whether it has run; the answer binds.
@@ -158,6 +182,29 @@ pub async fn resume(wanted: Resume, reporter: Reporter, cancel: Cancel) -> Resul
         super::guard(place).await?;
     }
     Err(error)
+}
+
+/// Compares what lies on the disk with what was parked.
+async fn verify(place: &Place, manifest: &Manifest) -> Result<(), Error> {
+    let (place, manifest) = (place.clone(), manifest.clone());
+    let checked = tokio::task::spawn_blocking(move || place.verify(&manifest));
+    checked
+        .await
+        .map_err(|error| Error::Changed(format!("reading the images failed: {error}")))?
+}
+
+/// The host that has kept the tree need not any more. It would give the set to
+/// nobody but this machine, which has it marked as resumed.
+async fn told(place: &Place, away: &Away, keep: bool, reporter: &Reporter) {
+    if let Err(error) = elsewhere::done(place, away, keep).await {
+        reporter.warn(format!(
+            "{0} was not told that the tree runs again; its copy of the memory lies there as {1}: \
+             remove it ({2})",
+            away.keeper,
+            place.name(),
+            error.chain()
+        ));
+    }
 }
 
 /// A tree must not come back twice, nor in two places.
@@ -175,6 +222,8 @@ fn may_resume(state: &State, wanted: &Resume, manifest: &Manifest) -> Result<(),
             images_kept: false, ..
         }) => return Err(ParkError::ImagesGone(path).into()),
         Some(Mark::Resumed { .. }) => Some("was resumed before".to_owned()),
+        // Kept here for another machine.
+        Some(Mark::Taken { by, .. }) => Some(format!("was given to {by}, which may run it")),
     };
     if let Some(what) = what
         && !wanted.force
@@ -191,6 +240,10 @@ fn may_resume(state: &State, wanted: &Resume, manifest: &Manifest) -> Result<(),
 struct Feeder<'a> {
     wanted: &'a Resume,
     manifest: &'a Manifest,
+    /// Where they are.
+    images: PathBuf,
+    /// They came from the host that has kept them.
+    fetched: Option<ImagePlace>,
     reporter: &'a Reporter,
     inbox: Inbox,
     sender: Sender,
@@ -203,13 +256,15 @@ struct Feeder<'a> {
 impl Feeder<'_> {
     async fn run(&mut self) -> Result<RunningReport, Error> {
         let place = &self.wanted.place;
-        let images = place.images();
+        let images = self.images.clone();
         let begun = Instant::now();
         let detail = self.preflight().await?;
         let begun = self.ended(Phase::Preflight, begun, detail);
         self.prepare().await?;
         let begun = self.ended(Phase::Prepare, begun, String::new());
         let detail = self.feed(&images).await?;
+        // They have come in once more, and the tree will be made of them.
+        let was_fetched = self.fetched.take().is_some();
         self.ended(Phase::Dump, begun, detail);
         let restore_us = match self.next("the restored copy").await? {
             Message::Restored { restore_us } => restore_us,
@@ -238,7 +293,7 @@ impl Feeder<'_> {
             begun,
             format!("runs in cgroup {}", report.cgroup),
         );
-        self.used_up(&images);
+        self.used_up((!was_fetched).then_some(&images));
         if let Err(error) = super::tag::follow(place.directory(), self.manifest) {
             self.reporter.warn(format!(
                 "could not look after the mark of the tree for a maintenance: {}",
@@ -249,7 +304,7 @@ impl Feeder<'_> {
     }
 
     /// The tree runs: what is left of it here is of the past.
-    fn used_up(&self, images: &PathBuf) {
+    fn used_up(&self, images: Option<&PathBuf>) {
         let place = &self.wanted.place;
         let marked = place.write_mark(&Mark::Resumed {
             unix_s: unix_s(),
@@ -262,6 +317,7 @@ impl Feeder<'_> {
             ));
         }
         if !self.wanted.keep
+            && let Some(images) = images
             && let Err(error) = fs::remove_dir_all(images)
         {
             self.reporter
@@ -295,7 +351,7 @@ impl Feeder<'_> {
             ),
         );
         // What threads have registered stands in the images.
-        let areas = migrate_criu::rseq_areas(&self.wanted.place.images())?;
+        let areas = migrate_criu::rseq_areas(&self.images)?;
         let findings: Vec<Finding> = std::iter::once(kernel)
             .chain(super::kernel_findings())
             .chain(migrate_core::kernel::refused_areas(&here, &areas))

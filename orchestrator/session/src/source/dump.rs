@@ -353,18 +353,49 @@ impl Migration {
     /// Waits for the destination's copy.
     pub(super) async fn restore(&mut self) -> Result<String, Error> {
         const AWAITED: &str = "the restored copy";
-        match self.next_while_carrying(AWAITED, DUMP_LIMIT).await? {
-            Message::Restored { restore_us } => {
-                self.moments.restored = Some(Instant::now());
-                Ok(match &self.request.target {
-                    Target::Host(_) => {
-                        format!("in {} ms on the destination", restore_us / 1000)
+        loop {
+            match self.next_while_carrying(AWAITED, DUMP_LIMIT).await? {
+                Message::Store(store) => self.stub.store(store),
+                Message::Manifest { bytes, last } => {
+                    self.stub.piece(&bytes)?;
+                    if last {
+                        self.write_stub().await?;
                     }
-                    Target::Directory(_) => format!("on the disk in {} ms", restore_us / 1000),
-                })
+                }
+                Message::Restored { restore_us } => {
+                    if let Target::Keeper(_) = &self.request.target
+                        && !self.stub.is_written()
+                    {
+                        return Err(not_yet("the stub"));
+                    }
+                    self.moments.restored = Some(Instant::now());
+                    let took_ms = restore_us / 1000;
+                    return Ok(match &self.request.target {
+                        Target::Host(_) => format!("in {took_ms} ms on the destination"),
+                        Target::Directory(_) => format!("on the disk in {took_ms} ms"),
+                        Target::Keeper(_) => format!("on the keeper's disk in {took_ms} ms"),
+                    });
+                }
+                other => return Err(self.unexpected(&other, AWAITED)),
             }
-            other => Err(self.unexpected(&other, AWAITED)),
         }
+    }
+
+    /// What is known of the set, onto this disk: the other host must not have the tree
+    /// before a boot of this one would guard its connections.
+    async fn write_stub(&mut self) -> Result<(), Error> {
+        let Target::Keeper(keeper) = &self.request.target else {
+            return Err(not_yet("a keeper"));
+        };
+        let name = self
+            .link
+            .as_ref()
+            .map_or_else(String::new, |link| link.peer.clone());
+        self.stub
+            .write(keeper, name, &self.id, self.request.pid)
+            .await?;
+        crate::pause::at("stub");
+        Ok(())
     }
 
     async fn expect(&mut self, wanted: &Notice, awaited: &'static str) -> Result<(), Error> {

@@ -29,6 +29,7 @@ use migrate_gate::Gate;
 use super::{Engine, Migration, STEP_LIMIT, Target, detach, micros, not_yet, verdict};
 use crate::cancel::Cancel;
 use crate::error::Error;
+use crate::park::Place;
 
 impl Migration {
     /// How long the destination may take to put the ownership on record, at
@@ -168,14 +169,10 @@ impl Migration {
         let host = match &self.request.target {
             Target::Host(host) => host,
             // What lies there is the answer.
-            Target::Directory(place) => {
-                let undecided = |error| Error::Undecided(Box::new(error));
-                let stage = crate::park::verdict(place, &self.id).await;
-                let event = Event::says(stage.map_err(undecided)?)
-                    .filter(|event| step.on(*event).is_ok())
-                    .ok_or_else(|| undecided(not_yet("an answer")))?;
-                self.disowned = event == Event::SaysNever;
-                return Ok(event);
+            Target::Directory(place) => return self.ask_directory(step, place.clone(), 1).await,
+            Target::Keeper(keeper) => {
+                let stub = keeper.stub.clone();
+                return self.ask_directory(step, stub, Self::VERDICT_TRIES).await;
             }
         };
         for _ in 0..Self::VERDICT_TRIES {
@@ -204,6 +201,33 @@ impl Migration {
         )))
     }
 
+    /// The same where a manifest is the answer, here or with the keeper of a stub.
+    async fn ask_directory(
+        &mut self,
+        step: Step,
+        place: Place,
+        tries: u32,
+    ) -> Result<Event, Error> {
+        let mut last = not_yet("an answer");
+        for tried in 1..=tries {
+            match crate::park::verdict(&place, &self.id)
+                .await
+                .map(Event::says)
+            {
+                Ok(Some(event)) if step.on(event).is_ok() => {
+                    self.disowned = event == Event::SaysNever;
+                    return Ok(event);
+                }
+                Ok(_) => last = not_yet("an answer"),
+                Err(error) => last = error,
+            }
+            if tried < tries {
+                tokio::time::sleep(verdict::PAUSE).await;
+            }
+        }
+        Err(Error::Undecided(Box::new(last)))
+    }
+
     /// Waits for the running copy; how it runs.
     pub(super) async fn await_running(&mut self) -> Result<String, Error> {
         const AWAITED: &str = "the running copy";
@@ -220,6 +244,7 @@ impl Migration {
         Ok(match &self.request.target {
             Target::Host(_) => format!("runs as {} in cgroup {cgroup}", self.running.root_pid),
             Target::Directory(_) => "waits on the disk".to_owned(),
+            Target::Keeper(_) => "waits on the keeper's disk".to_owned(),
         })
     }
 
@@ -312,6 +337,13 @@ impl Migration {
             }
         }
         self.images = None;
+        // Without it the keeper is asked before a resume.
+        if let Err(error) = std::mem::take(&mut self.stub).kept() {
+            leftovers.push(format!(
+                "could not note who keeps the tree: {}",
+                error.chain()
+            ));
+        }
         if let Some(seen) = seen {
             self.continuity = Some(self.sum_up(&seen).await);
         }

@@ -53,7 +53,7 @@ use crate::guard::Guard;
 use crate::images::ImagePlace;
 use crate::inbox::Inbox;
 use crate::journal::Journal;
-use crate::park::Place;
+use crate::park::{self, Place};
 use crate::progress::{Progress, Reporter};
 use crate::state::{State, TreeLock};
 
@@ -82,6 +82,19 @@ pub enum Target {
     Host(Destination),
     /// To a directory, to come back to this host.
     Directory(Place),
+    /// To the disk of another host, to come back to this one.
+    Keeper(Box<park::Keeper>),
+}
+
+impl Target {
+    /// What the tree leaves on this host's disk, where it comes back to it.
+    fn place(&self) -> Option<&Place> {
+        match self {
+            Self::Host(_) => None,
+            Self::Directory(place) => Some(place),
+            Self::Keeper(keeper) => Some(&keeper.stub),
+        }
+    }
 }
 
 /// What the user said about the tree.
@@ -423,6 +436,8 @@ struct Migration {
     /// The frozen tree's shared segments, on their way.
     segments: Option<SegmentDump>,
     engine: Engine,
+    /// What a boot guards by while another host keeps the tree.
+    stub: park::Stub,
     /// A connection for what goes over after the commit.
     late_lane: Option<(Sender, Receiver)>,
     /// Its sending.
@@ -440,10 +455,10 @@ impl Migration {
         let now = Instant::now();
         let id = migration_id()?;
         Ok(Self {
-            id: match &request.target {
-                Target::Host(_) => id,
+            id: match request.target.place() {
+                None => id,
                 // Its gate stays, and this tells what it is for.
-                Target::Directory(_) => format!("{PARKED}{id}"),
+                Some(_) => format!("{PARKED}{id}"),
             },
             request,
             reporter,
@@ -500,6 +515,7 @@ impl Migration {
             soft_dirty: None,
             segments: None,
             engine: Engine::None,
+            stub: park::Stub::default(),
             late_lane: None,
             delivery: None,
             watch: None,
@@ -754,6 +770,12 @@ impl Migration {
             );
         }
         self.images = None;
+        note(
+            "remove the stub",
+            std::mem::take(&mut self.stub)
+                .remove()
+                .map_err(|error| error.chain()),
+        );
         if let Some(journal) = self.journal.take() {
             journal.discard();
         }

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use migrate_channel::{Connection, Destination};
 use migrate_core::facts::{HostFacts, SocketFacts, StdioFacts, StdioKind, TreeFacts};
+use migrate_core::parked::Keep;
 use migrate_core::preflight::{Finding, Severity};
 use migrate_core::report::counted;
 use migrate_core::wire::{Message, RestoreChoice, StdioChoice};
 use migrate_net::{Net, SurveyOptions, TreeSockets};
-use migrate_proc::Tree;
+use migrate_proc::{TcpSockets, Tree};
 
 use super::precopy::{EngineChoice, choose};
 use super::{
@@ -40,6 +41,10 @@ pub(super) struct Examined {
 /// with some GB a second.
 const MEMORY_LIMIT: Duration = Duration::from_secs(60);
 
+/// Connections whose patience is told in one message, which may have 4 MiB; one
+/// takes 80 bytes at most.
+const PATIENCE_AT_ONCE: usize = 16 << 10;
+
 /// Bytes a second that a full dump and restore are expected to move, for the
 /// warning about big trees: measured 0.5 to 2.5 GB/s with cold and warm tmpfs.
 const EXPECTED_BYTES_PER_SECOND: u64 = 500_000_000;
@@ -58,6 +63,7 @@ impl Migration {
                 &self.id,
                 &self.reporter,
             ),
+            Target::Keeper(keeper) => connect(&keeper.host, &self.id, &self.reporter).await?,
         };
         self.link = Some(link);
         crate::pause::at(self.step.phase().name());
@@ -67,6 +73,25 @@ impl Migration {
         let mut findings = examined.findings;
         let stdio = self.request.choices.stdio.clone();
         let (tree, host) = (&examined.plan.facts, &examined.plan.host);
+        if let Some(place) = self.request.target.place() {
+            findings.extend(crate::park::kernel_findings());
+            if let Target::Keeper(_) = &self.request.target {
+                findings.push(crate::park::judge(place, "takes what the boot goes by"));
+            }
+            let order = Message::Keep(Box::new(Keep {
+                name: place.name().to_owned(),
+                machine_id: crate::park::machine_id(),
+                boot_id: crate::park::boot_id()?,
+            }));
+            let pids: Vec<i32> = tree.processes.iter().map(|process| process.pid).collect();
+            let timers = TcpSockets::of(&pids).map(|sockets| sockets.patience());
+            let timers = timers.unwrap_or_default();
+            let timers = timers.chunks(PATIENCE_AT_ONCE);
+            let timers = timers.map(|some| Message::Patience(some.to_vec()));
+            for message in std::iter::once(order).chain(timers) {
+                self.send(&message).await?;
+            }
+        }
         findings.extend(ask(self.link()?, tree, host, &stdio).await?);
         self.reporter.findings(&findings);
         let refused: Vec<String> = findings
