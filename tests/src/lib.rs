@@ -11,6 +11,7 @@ pub mod echo_wire;
 pub mod field;
 pub mod hosts;
 pub mod migration;
+pub mod parking;
 pub mod refusals;
 pub mod seccomp;
 pub mod soak;

@@ -8,6 +8,7 @@
 //! The functions here panic with all that is known, as assertions do.
 
 use std::ffi::OsStr;
+use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
@@ -865,6 +866,38 @@ impl Drop for Held {
         // It may have been killed meanwhile.
         let _ = kill(self.0, Signal::SIGCONT);
     }
+}
+
+/// Cuts a host off from another one.
+///
+/// # Panics
+///
+/// When that fails.
+#[track_caller]
+pub fn wall(host: &Host, from: &Host) {
+    let mut wall = "nft add table inet wall && \
+         nft add chain inet wall input '{ type filter hook input priority 0; }' && \
+         nft add chain inet wall output '{ type filter hook output priority 0; }'"
+        .to_owned();
+    let (v4, v6) = (from.ipv4(), from.ipv6());
+    for (chain, what) in [("input", "saddr"), ("output", "daddr")] {
+        let _ = write!(
+            wall,
+            " && nft add rule inet wall {chain} ip {what} {v4} drop \
+              && nft add rule inet wall {chain} ip6 {what} {v6} drop"
+        );
+    }
+    shell(host, &wall);
+}
+
+/// Ends that, if it was done.
+///
+/// # Panics
+///
+/// When that fails.
+#[track_caller]
+pub fn unwall(host: &Host) {
+    shell(host, "nft delete table inet wall 2>/dev/null || true");
 }
 
 /// Runs a shell command in a host, which must succeed.

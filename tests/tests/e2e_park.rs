@@ -1,17 +1,12 @@
 //! Trees parked, a boot played, and resumed: their peers stay connected. And
 //! everything that must be refused on the way.
-//!
-//! A boot is played on a test host: its link goes down, everything that
-//! `migrate` has in memory and in the kernel goes, and its addresses. Then the
-//! guard, the addresses, the link and the resume come in the order of a boot.
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use migrate_test_hosts::{Host, HostName, INTERFACE, WORKLOAD_V4};
 use migrate_tests::client::{StrictClient, program};
@@ -19,43 +14,17 @@ use migrate_tests::hosts::{
     ResetCapture, TcpCounts, eventually, listens, process_name, reset_connections, runs,
 };
 use migrate_tests::migration::serves_old_connections;
+use migrate_tests::parking::{
+    DIR, PATIENT, WITHIN, clean_client, comes_up, goes_down, held, make_directory, run, succeeds,
+    with,
+};
 use migrate_tests::refusals::{
-    Ended, INTERRUPTED, REFUSED, Running, Scene, guards, is_stopped, runner, scoped, shell,
+    Ended, INTERRUPTED, REFUSED, ROLLED_BACK, Running, Scene, guards, runner, scoped, shell,
 };
 use migrate_tests::require;
 use migrate_tests::tunnel::{self, End};
 use migrate_tests::workload::{Kind, Workload};
 use nix::sys::signal::{Signal, kill};
-
-/// On a host: memory that outlives everything that is played here.
-const DIR: &str = "/srv/parked";
-
-/// Rolled back.
-const ROLLED_BACK: i32 = 6;
-
-/// To hold a process at a moment, to end, to settle.
-const WITHIN: Duration = Duration::from_secs(60);
-
-/// Clients that wait for as long as a boot may take on a busy machine, and for
-/// the timers of their kernel, which may run for as long again.
-const PATIENT: [&str; 2] = ["--reply-timeout-ms", "300000"];
-
-fn make_directory(host: &Host) {
-    shell(host, &format!("mkdir -m 700 {DIR}"));
-}
-
-fn run(host: &Host, arguments: &[&str]) -> Ended {
-    let mut command = host.command("migrate");
-    command.args(arguments);
-    Running::start(command).finish()
-}
-
-#[track_caller]
-fn succeeds(host: &Host, arguments: &[&str]) -> Ended {
-    let ended = run(host, arguments);
-    assert_eq!(ended.status.code(), Some(0), "{arguments:?}: {ended:#?}");
-    ended
-}
 
 #[track_caller]
 fn parks(host: &Host, pids: &[i32], more: &[&str]) -> Ended {
@@ -69,34 +38,6 @@ fn parks(host: &Host, pids: &[i32], more: &[&str]) -> Ended {
         assert!(eventually(WITHIN, || !runs(host, pid)), "{pid} is parked");
     }
     ended
-}
-
-/// The host as it is before its network comes up after a boot.
-fn goes_down(host: &Host) {
-    shell(host, &format!("ip link set {INTERFACE} down"));
-    shell(host, "migrate unlock --force");
-    shell(host, "rm -rf /run/migrate");
-    shell(host, &format!("ip address flush dev {INTERFACE}"));
-}
-
-/// Its network comes up.
-fn comes_up(host: &Host) {
-    let (own, interface) = (host.ipv4(), INTERFACE);
-    shell(host, &format!("ip address add {own}/24 dev {interface}"));
-    shell(
-        host,
-        &format!("ip address add {WORKLOAD_V4}/24 dev {interface}"),
-    );
-    shell(host, &format!("ip link set {interface} up"));
-}
-
-/// What must hold after all of it.
-fn clean_client(lab: &migrate_test_hosts::Lab, client: StrictClient, resets: u64) {
-    let verdict = client.stop().unwrap();
-    println!("{verdict}");
-    assert!(verdict.is_clean(), "{verdict:?}");
-    let client = lab.host(HostName::Client);
-    assert_eq!(reset_connections(&client).unwrap(), resets);
 }
 
 #[test]
@@ -497,21 +438,6 @@ fn a_disk_that_fills_up_leaves_the_tree_running() {
     assert!(scene.client.stop().unwrap().is_clean());
 }
 
-/// Waits until a `migrate` has stopped itself, and names it.
-fn held(host: &Host, verb: &str) -> nix::unistd::Pid {
-    // It must be there before it can be asked for.
-    let running = || {
-        let ps = host
-            .exec(["pgrep", "-f", &format!("migrate {verb}")])
-            .unwrap();
-        ps.status.success()
-    };
-    assert!(eventually(WITHIN, running));
-    let pid = runner(host, verb);
-    assert!(eventually(WITHIN, || is_stopped(pid)));
-    pid
-}
-
 /// Kills the CRIU that waits for its images under a `migrate`.
 fn kill_criu_of(migrate: nix::unistd::Pid) {
     let mut killed = 0;
@@ -527,17 +453,6 @@ fn kill_criu_of(migrate: nix::unistd::Pid) {
         }
     }
     assert_eq!(killed, 1);
-}
-
-/// A file of the set, changed and put back.
-fn with<T>(path: &Path, change: impl FnOnce(&mut Vec<u8>), test: impl FnOnce() -> T) -> T {
-    let content = fs::read(path).unwrap();
-    let mut changed = content.clone();
-    change(&mut changed);
-    fs::write(path, changed).unwrap();
-    let result = test();
-    fs::write(path, content).unwrap();
-    result
 }
 
 #[test]

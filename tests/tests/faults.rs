@@ -18,7 +18,7 @@ use migrate_tests::hosts::{eventually, has_address, runs};
 use migrate_tests::migration::print_logs;
 use migrate_tests::refusals::{
     Ended, Held, Running, Scene, Starved, UNDECIDED, agent, criu_if_any, driver, guards, is_over,
-    is_stopped, keepers, leftovers, shell,
+    is_stopped, keepers, leftovers, shell, unwall, wall,
 };
 use migrate_tests::require;
 use migrate_tests::workload::Kind;
@@ -344,10 +344,6 @@ impl Provoked {
     }
 }
 
-fn unwall(host: &Host) {
-    shell(host, "nft delete table inet wall 2>/dev/null || true");
-}
-
 /// Makes a fault happen, or says why it cannot here.
 fn provoke(scene: &Scene, fault: Fault, driver: Pid, agent: Pid) -> Result<Provoked, &'static str> {
     let (source, destination) = (scene.source(), scene.destination());
@@ -366,19 +362,7 @@ fn provoke(scene: &Scene, fault: Fault, driver: Pid, agent: Pid) -> Result<Provo
         Fault::CriuSource => end(*criu_if_any(driver).first().ok_or("no CRIU there")?),
         Fault::CriuDestination => end(*criu_if_any(agent).first().ok_or("no CRIU there")?),
         Fault::NetworkCut => {
-            let mut wall = "nft add table inet wall && \
-                 nft add chain inet wall input '{ type filter hook input priority 0; }' && \
-                 nft add chain inet wall output '{ type filter hook output priority 0; }'"
-                .to_owned();
-            let (v4, v6) = (source.ipv4(), source.ipv6());
-            for (chain, what) in [("input", "saddr"), ("output", "daddr")] {
-                let _ = write!(
-                    wall,
-                    " && nft add rule inet wall {chain} ip {what} {v4} drop \
-                      && nft add rule inet wall {chain} ip6 {what} {v6} drop"
-                );
-            }
-            shell(&destination, &wall);
+            wall(&destination, &source);
             return Ok(Provoked::Wall(destination));
         }
         Fault::NetworkStall => return Ok(Provoked::Still(Held::stop(agent))),
