@@ -302,7 +302,12 @@ async fn send(place: &Place, away: &Away, wanted: KeptWanted) -> Result<Connecti
 
 async fn next(connection: &mut Connection, away: &Away) -> Result<Frame, Error> {
     match connection.receiver.next(SILENCE).await {
-        Ok(Frame::Control(Message::Failed(error))) => Err(error.into()),
+        Ok(Frame::Control(Message::Failed(error))) => Err(ParkError::Keeper {
+            keeper: away.keeper.clone(),
+            what: error.message,
+            help: error.help,
+        }
+        .into()),
         Ok(frame) => Ok(frame),
         Err(error) => Err(crate::inbox::broken(&away.keeper, error, "its answer")),
     }

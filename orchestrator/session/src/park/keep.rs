@@ -80,7 +80,7 @@ pub(crate) fn connect(place: &Place, id: &str) -> Connection {
 ///
 /// It was not taken, and nothing of it is left here.
 pub(crate) async fn keep(
-    mut connection: Connection,
+    connection: Connection,
     order: Keep,
     policy: Arc<Policy>,
     cancel: Cancel,
@@ -94,7 +94,7 @@ pub(crate) async fn keep(
     let (store, place) = match ready {
         Ok(ready) => ready,
         Err(error) => {
-            super::kept::refuse(&mut connection, &error).await;
+            refuse(connection, &error).await;
             return Err(error);
         }
     };
@@ -104,6 +104,29 @@ pub(crate) async fn keep(
     keeper.store = Some(store);
     serve(keeper, cancel).await?;
     Ok(Served::Kept)
+}
+
+/// Says so where the source looks for it: among the findings.
+async fn refuse(mut connection: Connection, error: &Error) {
+    tracing::warn!(error = %error.chain(), "nothing is kept here");
+    let source = loop {
+        match connection.receiver.control(SILENCE).await {
+            Ok(Message::Preflight { source, .. }) => break source,
+            Ok(Message::Patience(_)) => {}
+            Ok(_) | Err(_) => return,
+        }
+    };
+    let finding = Finding::refused(
+        "keeping a tree",
+        error.chain(),
+        error.help().unwrap_or_default(),
+    );
+    let answer = Message::Findings {
+        findings: vec![finding],
+        destination: source,
+    };
+    let _ = connection.sender.control(&answer).await;
+    let _ = connection.sender.close().await;
 }
 
 fn accept(peer: &str, id: &str, order: &Keep, policy: &Policy) -> Result<(Store, Place), Error> {

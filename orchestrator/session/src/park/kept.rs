@@ -125,7 +125,7 @@ pub(crate) async fn answer(
 }
 
 /// Says why, to somebody who may not listen.
-pub(super) async fn refuse(connection: &mut Connection, error: &Error) {
+async fn refuse(connection: &mut Connection, error: &Error) {
     tracing::warn!(error = %error.chain(), "nothing is kept or given");
     let failed = Message::Failed(WireError {
         phase: Phase::Preflight,

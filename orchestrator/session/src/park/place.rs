@@ -160,6 +160,16 @@ pub enum ParkError {
     /// The keeper's directory is not the one that the tree was put into.
     #[error("{} is not the directory that the tree was put into", .0.display())]
     OtherStore(PathBuf),
+    /// The keeper has an answer of its own.
+    #[error("{keeper}, which keeps the tree, says: {what}")]
+    Keeper {
+        /// The keeper.
+        keeper: String,
+        /// What it says.
+        what: String,
+        /// And what can be done.
+        help: Option<String>,
+    },
     /// The keeper has another tree of this name.
     #[error("{} holds another tree than the one that is asked for", .0.display())]
     OtherTree(PathBuf),
@@ -289,6 +299,9 @@ impl ParkError {
                 "mount the disk that was at {} at the parking (and see `keep` in the agent's policy), then try again",
                 path.display()
             ),
+            Self::Keeper { keeper, help, .. } => help.clone().unwrap_or_else(|| {
+                format!("see the log of `migrate` on {keeper} (`/run/migrate/log`)")
+            }),
             Self::OtherTree(_) => {
                 "the one that is asked for was resumed or removed there".to_owned()
             }
