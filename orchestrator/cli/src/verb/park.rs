@@ -75,6 +75,9 @@ struct ParkedLine<'a> {
     event: &'static str,
     set: &'a str,
     directory: String,
+    /// The host that has the images; none where they are here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    keeper: Option<&'a str>,
     manifest: &'a Manifest,
 }
 
@@ -281,11 +284,16 @@ pub fn told(show: &mut Show, output: &Output, place: &Place) {
         Ok(manifest) => manifest,
         Err(error) => return show.error(&error),
     };
+    let away = match place.away() {
+        Ok(away) => away,
+        Err(error) => return show.error(&error),
+    };
     if output.json {
         let line = ParkedLine {
             event: "parked",
             set: place.name(),
             directory: place.directory().display().to_string(),
+            keeper: away.as_ref().map(|away| &*away.keeper),
             manifest: &manifest,
         };
         if let Ok(line) = serde_json::to_string(&line) {
@@ -303,10 +311,9 @@ pub fn told(show: &mut Show, output: &Output, place: &Place) {
         .processes
         .first()
         .map_or_else(String::new, |process| plain(&process.name));
-    let parked = match place.away() {
-        Ok(Some(away)) => format!("on {}", plain(&away.keeper)),
-        Ok(None) => format!("in {}", place.path().display()),
-        Err(error) => return show.error(&error),
+    let parked = match &away {
+        Some(away) => format!("on {}", plain(&away.keeper)),
+        None => format!("in {}", place.path().display()),
     };
     println!(
         "process {} ({name}) is parked {parked}; `migrate resume --dir {} --name {}` brings it back",

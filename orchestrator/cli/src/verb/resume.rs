@@ -166,7 +166,8 @@ fn sentence(place: &Place) -> String {
     };
     let what = match place.mark() {
         Ok(None) => match place.away() {
-            Ok(None) => "waits".to_owned(),
+            Ok(None) if park::is_of_here(&manifest) => "waits".to_owned(),
+            Ok(None) => format!("kept for {}", plain(&manifest.host.hostname)),
             Ok(Some(Away {
                 keeper,
                 state: AwayState::Kept,

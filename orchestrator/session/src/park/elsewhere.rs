@@ -24,6 +24,7 @@ use super::place::{ParkError, Place, PlaceLock, parse};
 use crate::error::Error;
 use crate::images::ImagePlace;
 use crate::journal;
+use crate::progress::{Progress, Reporter};
 use crate::state::State;
 
 /// To connect, by SSH as a rule.
@@ -202,8 +203,8 @@ pub(super) async fn fetch(
     place: &Place,
     away: &Away,
     manifest: &Manifest,
-    id: &str,
     force: bool,
+    reporter: &Reporter,
 ) -> Result<ImagePlace, Error> {
     let bytes: u64 = manifest.images.iter().map(|image| image.bytes).sum();
     let needs_bytes = bytes.saturating_mul(2);
@@ -220,13 +221,23 @@ pub(super) async fn fetch(
         force,
     };
     let mut connection = send(place, away, wanted).await?;
-    let fetched = ImagePlace::make(state.image_root()?.join(format!("{id}-fetched")))?;
+    reporter.tell(Progress::Connected {
+        migration_id: away.id.clone(),
+        destination: away.keeper.clone(),
+    });
+    // By the set, which this process has for itself: what one that was killed has left
+    // goes first.
+    let at = state.image_root()?.join(format!("{}-fetched", manifest.id));
+    if at.exists() {
+        ImagePlace::remove(&at).map_err(Error::file("remove", &at))?;
+    }
+    let fetched = ImagePlace::make(at)?;
     let images = fetched.images();
     DirBuilder::new()
         .mode(0o700)
         .create(&images)
         .map_err(Error::file("create", &images))?;
-    let mut coming = Coming::new(&images, manifest);
+    let mut coming = Coming::new(&images, &manifest.images);
     loop {
         match next(&mut connection, away).await? {
             Frame::Image { name, last, data } => coming.piece(&ImagePiece {
@@ -328,8 +339,8 @@ struct Open<'a> {
 }
 
 impl<'a> Coming<'a> {
-    fn new(directory: &'a Path, manifest: &'a Manifest) -> Self {
-        let images = manifest.images.iter();
+    fn new(directory: &'a Path, images: &'a [ImageFile]) -> Self {
+        let images = images.iter();
         Self {
             directory,
             awaited: images.map(|image| (&*image.name, image)).collect(),
@@ -401,6 +412,76 @@ impl<'a> Coming<'a> {
         match missing.or_else(|| self.awaited.keys().next().copied()) {
             Some(name) => Err(self.altered(name, "it is missing")),
             None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(name: &str, content: &[u8]) -> ImageFile {
+        ImageFile {
+            name: name.to_owned(),
+            bytes: content.len() as u64,
+            blake3: blake3::hash(content).to_hex().to_string(),
+        }
+    }
+
+    /// What comes of these pieces, where `a.img` and `b.img` were parked.
+    fn comes(pieces: &[(&str, &[u8], bool)]) -> Result<(), String> {
+        let directory = tempfile::tempdir().unwrap();
+        let images = [image("a.img", b"abc"), image("b.img", b"")];
+        let mut coming = Coming::new(directory.path(), &images);
+        let came = pieces.iter().try_for_each(|(name, data, last)| {
+            coming.piece(&ImagePiece {
+                name,
+                last: *last,
+                data,
+            })
+        });
+        came.and_then(|()| coming.end())
+            .map_err(|error| error.chain())?;
+        assert_eq!(
+            std::fs::read(directory.path().join("a.img")).unwrap(),
+            b"abc"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn images_that_come_are_what_was_parked() {
+        let empty: (&str, &[u8], bool) = ("b.img", b"", true);
+        comes(&[("a.img", b"abc", true), empty]).unwrap();
+        comes(&[empty, ("a.img", b"a", false), ("a.img", b"bc", true)]).unwrap();
+        for (pieces, words) in [
+            (
+                vec![("a.img", &b"abd"[..], true), empty],
+                "content has changed",
+            ),
+            (vec![("a.img", b"ab", true), empty], "has 2 bytes and had 3"),
+            (vec![("a.img", b"abcd", false)], "more than the 3 bytes"),
+            (
+                vec![("a.img", b"abc", true)],
+                "b.img is not what was parked: it is missing",
+            ),
+            (
+                vec![("a.img", b"a", false), empty],
+                "only a part of it came",
+            ),
+            (
+                vec![empty, ("a.img", b"abc", false)],
+                "a.img is not what was parked: it is missing",
+            ),
+            (vec![("c.img", b"", true)], "it was not there"),
+            // What has been looked at is not replaced.
+            (
+                vec![("a.img", b"abc", true), ("a.img", b"abc", true)],
+                "it was not there",
+            ),
+        ] {
+            let said = comes(&pieces).unwrap_err();
+            assert!(said.contains(words), "{said}");
         }
     }
 }

@@ -22,7 +22,7 @@ use migrate_core::wire::{ImagePiece, Message, WireError};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::keep::unix_s;
-use super::place::{ParkError, Place, check_directory, read, replace};
+use super::place::{ParkError, Place, PlaceLock, check_directory, read, replace};
 use crate::destination::Served;
 use crate::error::Error;
 
@@ -156,9 +156,14 @@ async fn reply(
             sender.control(&answer).await.map_err(broken)
         }
         KeptWanted::Images { machine_id, force } => {
-            let _lock = place.lock(LOCK_LIMIT).await?;
-            let manifest = asked_for(&place, &question.id)?;
-            may_take(&place, &manifest, machine_id.as_deref(), *force)?;
+            let (_lock, manifest) = asked_for(&place, &question.id).await?;
+            may_take(
+                place.path(),
+                &manifest,
+                place.mark()?,
+                machine_id.as_deref(),
+                *force,
+            )?;
             place.write_mark(&Mark::Taken {
                 by: by.clone(),
                 machine_id: machine_id.clone(),
@@ -171,8 +176,7 @@ async fn reply(
             sender.control(&Message::Given).await.map_err(broken)
         }
         KeptWanted::Done { keep } => {
-            let _lock = place.lock(LOCK_LIMIT).await?;
-            asked_for(&place, &question.id)?;
+            let (_lock, _) = asked_for(&place, &question.id).await?;
             if *keep {
                 place.write_mark(&Mark::Resumed {
                     unix_s: unix_s(),
@@ -187,34 +191,37 @@ async fn reply(
     }
 }
 
-/// The manifest of the set, if it is the one that is meant.
-fn asked_for(place: &Place, id: &str) -> Result<Manifest, Error> {
+/// The set, if it is the one that is meant, for as long as the first value lives.
+async fn asked_for(place: &Place, id: &str) -> Result<(PlaceLock, Manifest), Error> {
+    // Where there is none there is no lock either.
+    place.manifest()?;
+    let lock = place.lock(LOCK_LIMIT).await?;
     let manifest = place.manifest()?;
     if manifest.id != id {
         return Err(ParkError::OtherTree(place.path()).into());
     }
-    Ok(manifest)
+    Ok((lock, manifest))
 }
 
 /// It goes to the machine that it came from, as often as that one asks: whether it
 /// has run there is on that one's disk. But not when anybody else may have run it.
 fn may_take(
-    place: &Place,
+    path: PathBuf,
     manifest: &Manifest,
+    mark: Option<Mark>,
     machine_id: Option<&str>,
     force: bool,
-) -> Result<(), Error> {
-    let path = place.path();
+) -> Result<(), ParkError> {
     let is_its_own = |id: Option<&str>| manifest.machine_id.as_deref() == id;
     if !is_its_own(machine_id) && !force {
-        return Err(ParkError::OtherMachine(manifest.host.hostname.clone()).into());
+        return Err(ParkError::OtherMachine(manifest.host.hostname.clone()));
     }
-    let what = match place.mark()? {
+    let what = match mark {
         None => return Ok(()),
         Some(Mark::Taken { machine_id, .. }) if is_its_own(machine_id.as_deref()) => return Ok(()),
         Some(Mark::Resumed {
             images_kept: false, ..
-        }) => return Err(ParkError::ImagesGone(path).into()),
+        }) => return Err(ParkError::ImagesGone(path)),
         Some(Mark::Taken { by, .. }) => format!("was given to {by}, which may run it"),
         Some(Mark::Resuming { .. }) => {
             "was resumed where it was kept, and may run there".to_owned()
@@ -224,7 +231,7 @@ fn may_take(
     if force {
         return Ok(());
     }
-    Err(ParkError::MayHaveRun { path, what }.into())
+    Err(ParkError::MayHaveRun { path, what })
 }
 
 /// Sends one image. Whether it is what was parked is for the other host to say,
@@ -257,5 +264,71 @@ async fn give(
         if left == 0 {
             return Ok(());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migrate_core::parked::MANIFEST_VERSION;
+    use migrate_core::wire::StdioChoice;
+
+    use super::*;
+
+    #[test]
+    fn a_set_goes_to_its_machine_alone_and_while_nobody_else_has_it() {
+        let manifest = Manifest {
+            version: MANIFEST_VERSION,
+            release: String::new(),
+            id: "park-1".to_owned(),
+            parked_unix_s: 0,
+            machine_id: Some("one".to_owned()),
+            boot_id: String::new(),
+            host: migrate_proc::host_facts(Path::new("/")),
+            tree: migrate_core::facts::TreeFacts::default(),
+            stdio: StdioChoice::Keep,
+            tracked: Vec::new(),
+            ended: Vec::new(),
+            patience: Vec::new(),
+            images: Vec::new(),
+        };
+        let takes = |mark: Option<Mark>, machine_id, force| {
+            let path = PathBuf::from("/srv/kept/tree");
+            may_take(path, &manifest, mark, machine_id, force).map_err(|error| error.to_string())
+        };
+        let taken = |by: &str| {
+            Some(Mark::Taken {
+                by: format!("host-{by}"),
+                machine_id: Some(by.to_owned()),
+                unix_s: 1,
+            })
+        };
+        let resumed = |images_kept| {
+            Some(Mark::Resumed {
+                unix_s: 1,
+                images_kept,
+            })
+        };
+        let one = Some("one");
+        for mark in [None, taken("one")] {
+            takes(mark.clone(), one, false).unwrap();
+            for other in [Some("two"), None] {
+                let said = takes(mark.clone(), other, false).unwrap_err();
+                assert!(said.contains("another machine"), "{said}");
+            }
+        }
+        let here = Some(Mark::Resuming {
+            id: "resume-1".to_owned(),
+            boot_id: String::new(),
+        });
+        for (mark, words) in [
+            (taken("two"), "was given to host-two"),
+            (here, "may run there"),
+            (resumed(true), "was resumed before"),
+        ] {
+            let said = takes(mark.clone(), one, false).unwrap_err();
+            assert!(said.contains(words), "{said}");
+            takes(mark, one, true).unwrap();
+        }
+        assert!(takes(resumed(false), one, true).is_err());
     }
 }

@@ -28,6 +28,7 @@ use std::fs;
 use std::path::Path;
 
 use migrate_core::journal::Stage;
+use migrate_core::parked::Manifest;
 use migrate_core::preflight::Finding;
 
 use crate::error::Error;
@@ -94,6 +95,12 @@ pub(crate) fn machine_id() -> Option<String> {
     let id = fs::read_to_string("/etc/machine-id").ok()?;
     let id = id.trim();
     (!id.is_empty()).then(|| id.to_owned())
+}
+
+/// Whether a set was parked on this machine, and not on one that it is kept for.
+#[must_use]
+pub fn is_of_here(manifest: &Manifest) -> bool {
+    manifest.machine_id == machine_id()
 }
 
 /// Which boot of it this is.

@@ -109,7 +109,8 @@ pub async fn resume(wanted: Resume, reporter: Reporter, cancel: Cancel) -> Resul
     may_resume(&state, &wanted, &manifest)?;
     let fetched = match &away {
         Some(away) => {
-            let fetching = elsewhere::fetch(&state, place, away, &manifest, &id, wanted.force);
+            let fetching =
+                elsewhere::fetch(&state, place, away, &manifest, wanted.force, &reporter);
             // Nothing is done here yet.
             tokio::select! {
                 fetched = fetching => Some(fetched?),
