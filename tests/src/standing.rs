@@ -81,11 +81,23 @@ pub fn words(from: HostName, to: HostName) -> Vec<String> {
 #[track_caller]
 #[must_use]
 pub fn start(host: &Host) -> i32 {
+    start_with(host, &[])
+}
+
+/// The same with further options.
+///
+/// # Panics
+///
+/// When it does not come up.
+#[track_caller]
+#[must_use]
+pub fn start_with(host: &Host, more: &[&str]) -> i32 {
     let listen = format!("{}:{PORT}", host.ipv4());
     let options = options(host.name());
     let argv = ["migrate", "agent", "--listen", &listen]
         .into_iter()
-        .chain(options.iter().map(String::as_str));
+        .chain(options.iter().map(String::as_str))
+        .chain(more.iter().copied());
     let pid = match host.spawn_detached(argv, "/srv/agent.log") {
         Ok(pid) => pid,
         Err(error) => panic!("{}", error.chain()),

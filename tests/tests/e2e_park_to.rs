@@ -15,10 +15,11 @@ use migrate_tests::parking::{
     with,
 };
 use migrate_tests::refusals::{
-    CONNECT, Ended, Held, POLICY_FILE, REFUSED, ROLLED_BACK, Running, Scene, UNDECIDED, agent,
-    driver, guards, is_stopped, scoped, shell, unwall, wall,
+    CONNECT, Ended, Held, INTERRUPTED, POLICY_FILE, REFUSED, ROLLED_BACK, Running, Scene,
+    UNDECIDED, agent, driver, guards, is_stopped, scoped, shell, unwall, wall,
 };
 use migrate_tests::require;
+use migrate_tests::standing;
 use migrate_tests::workload::{Kind, Workload};
 use nix::sys::signal::{Signal, kill};
 
@@ -230,7 +231,7 @@ fn before_the_keeper_has_it_the_tree_runs_on() {
     runs_on();
     pair.policy(&format!("keep = '{KEPT}'"));
 
-    // The keeper dies with everything on its disk: what is left there is named as such.
+    // The keeper dies with everything on its disk.
     let running = Running::start(pair.park(pid, Some("shown")));
     let keeper = agent(&pair.keeper);
     assert!(eventually(WITHIN, || is_stopped(keeper)));
@@ -238,6 +239,22 @@ fn before_the_keeper_has_it_the_tree_runs_on() {
     let ended = running.finish();
     assert_eq!(ended.status.code(), Some(ROLLED_BACK), "{ended:#?}");
     runs_on();
+    assert!(!pair.set().exists(), "{ended:#?}");
+    // It cannot be asked to clear up either.
+    let running = Running::start(pair.park(pid, Some("shown")));
+    let keeper = agent(&pair.keeper);
+    assert!(eventually(WITHIN, || is_stopped(keeper)));
+    wall(&pair.keeper, &pair.host);
+    kill(driver(&pair.host), Signal::SIGINT).unwrap();
+    let ended = running.finish();
+    unwall(&pair.keeper);
+    assert_eq!(ended.status.code(), Some(INTERRUPTED), "{ended:#?}");
+    assert!(
+        ended.text().contains("host2 may have something of tree"),
+        "{ended:#?}"
+    );
+    runs_on();
+    kill(keeper, Signal::SIGKILL).unwrap();
     let list = succeeds(&pair.keeper, &["resume", "--list", "--dir", KEPT]).stdout;
     assert!(list.contains("was not parked to the end"), "{list}");
 
@@ -483,4 +500,24 @@ fn what_is_kept_comes_back_once_and_as_it_was() {
     pair.refuses(&["were removed when the tree was resumed"]);
     no_gate_left(host);
     clean_client(&lab, client, resets);
+}
+
+#[test]
+fn a_standing_agent_keeps_a_tree() {
+    require!("a_standing_agent_keeps_a_tree": root, tcx, criu, migrate);
+    let mut scene = Scene::start("park-to-standing", Kind::Echo, 3);
+    let pair = Pair::of(&scene);
+    standing::certify(&scene.lab, &[HostName::Host1, HostName::Host2]);
+    let _agent = standing::start_with(&pair.keeper, &["--policy", POLICY_FILE]);
+    let pid = scene.workload.pid.to_string();
+    let mut park = vec!["park", &pid, "--dir", DIR, "--name", NAME];
+    let words = standing::words(HostName::Host1, HostName::Host2);
+    park.extend(words.iter().map(String::as_str));
+    succeeds(&pair.host, &park);
+    pair.is_parked(scene.workload.pid);
+    succeeds(&pair.host, &["resume", "--dir", DIR]);
+    serves_old_connections(&mut scene.client);
+    assert!(!pair.set().exists());
+    no_gate_left(&pair.host);
+    assert!(scene.client.stop().unwrap().is_clean());
 }

@@ -45,8 +45,9 @@
 //!   Keep             ------------------>  before Preflight
 //!   Patience ...     ------------------>
 //!   Preflight ...    as above
+//!                    <------------------  Store, Prepared
 //!   Dumped           ------------------>  images on the disk, hashed
-//!                    <------------------  Store, Manifest ...
+//!                    <------------------  Manifest ...
 //!                    <------------------  Restored
 //!   Go               ------------------>  ===== the commit: the manifest's rename =====
 //! ```
@@ -334,7 +335,7 @@ pub enum Message {
         /// There are no more.
         last: bool,
     },
-    /// Before the first `Manifest`: the store that the set is in.
+    /// Before `Prepared`: the store that the set is in.
     Store(StoreId),
     /// First message, of a connection of its own: about a set that is kept.
     /// Answered by `VerdictIs`, or by images and `Given`.

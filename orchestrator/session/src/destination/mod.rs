@@ -60,7 +60,7 @@ pub enum Served {
 
 /// The longest silence of the source outside the blackout. It examines its
 /// tree or asks its user within this time.
-const SILENCE: Duration = Duration::from_secs(60);
+pub(crate) const SILENCE: Duration = Duration::from_secs(60);
 
 /// Questions whether a tree fits here that one connection may ask: a source asks
 /// one. Each takes this host a look at its processes, files and sockets and a run
@@ -85,12 +85,8 @@ pub async fn serve(
         () = cancel.cancelled() => return Err(Error::Stopped),
     };
     match first {
-        Ok(Message::Keep(order)) => {
-            return crate::park::keep(connection, *order, policy, cancel).await;
-        }
-        Ok(Message::Kept(question)) => {
-            return crate::park::answer(connection, question, &policy).await;
-        }
+        Ok(Message::Keep(order)) => crate::park::keep(connection, *order, policy, cancel).await,
+        Ok(Message::Kept(question)) => crate::park::answer(connection, question, &policy).await,
         first => {
             let mut side = Destination::new(state, connection, policy, cancel.clone());
             side.first = Some(first);

@@ -34,6 +34,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 /// own to leave the set.
 const SILENCE: Duration = Duration::from_secs(60);
 
+/// How long a command that has rolled back waits for a keeper to clear up.
+const DISOWN_LIMIT: Duration = Duration::from_secs(10);
+
 /// How long another `migrate` may take to leave the stub.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
 
@@ -57,7 +60,8 @@ pub(crate) struct Stub {
 }
 
 impl Stub {
-    pub(crate) fn store(&mut self, store: StoreId) {
+    /// The keeper has begun with the set.
+    pub(crate) fn begun(&mut self, store: StoreId) {
         self.store = Some(store);
     }
 
@@ -89,7 +93,7 @@ impl Stub {
         if !of_this || manifest.machine_id != super::machine_id() {
             return Err(wrong("a manifest of another tree"));
         }
-        let store = self.store.take().ok_or_else(|| wrong("no store"))?;
+        let store = self.store.clone().ok_or_else(|| wrong("no store"))?;
         let place = to.stub.clone();
         place.make()?;
         let lock = place.lock(LOCK_LIMIT).await?;
@@ -127,10 +131,34 @@ impl Stub {
     }
 
     /// The tree runs on here.
-    pub(crate) fn remove(self) -> Result<(), Error> {
-        match self.written {
+    pub(crate) fn remove(&mut self) -> Result<(), Error> {
+        match self.written.take() {
             Some((place, _, _lock)) => place.remove(),
             None => Ok(()),
+        }
+    }
+
+    /// Makes sure that the keeper has nothing of it any more, also one that has died.
+    pub(crate) async fn disown(self, to: &Keeper, keeper: String, id: &str) -> Result<(), Error> {
+        let Some(store) = self.store else {
+            return Ok(());
+        };
+        let away = Away {
+            id: id.to_owned(),
+            keeper,
+            route: to.route.clone(),
+            store,
+            state: AwayState::Pending,
+        };
+        let asked = ask(&to.stub, &away, KeptWanted::Verdict);
+        let said = tokio::time::timeout(DISOWN_LIMIT, asked).await;
+        match said {
+            Ok(said) => said.map(drop),
+            Err(_) => Err(Error::PeerSilent {
+                peer: away.keeper,
+                awaited: "its word",
+                waited: DISOWN_LIMIT,
+            }),
         }
     }
 }

@@ -34,7 +34,7 @@ use nix::sys::statvfs::statvfs;
 use super::kept::Store;
 use super::place::{Place, PlaceLock};
 use crate::cancel::Cancel;
-use crate::destination::{Memory, QUESTIONS_MAX, Served};
+use crate::destination::{self, Memory, QUESTIONS_MAX, Served};
 use crate::error::{Error, chain};
 use crate::inbox::Inbox;
 
@@ -180,6 +180,8 @@ struct Keeper {
     further: Option<Further>,
     /// Until messages are read by a task of their own.
     receiver: Option<Receiver>,
+    /// The longest silence of the source.
+    silence: Duration,
     phase: Phase,
     keep: Option<Keep>,
     order: Option<Order>,
@@ -205,6 +207,7 @@ impl Keeper {
             sender: connection.sender,
             further: Some(connection.further),
             receiver: Some(connection.receiver),
+            silence: SILENCE,
             phase: Phase::Preflight,
             keep: None,
             order: None,
@@ -245,9 +248,16 @@ impl Keeper {
                     self.preflight(*tree, *source, stdio).await?;
                 }
                 Message::Prepare {
-                    verify, streams, ..
+                    verify,
+                    streams,
+                    blackout_limit_ms,
+                    ..
                 } => {
                     self.phase = Phase::Prepare;
+                    if self.store.is_some() {
+                        let blackout = Duration::from_millis(blackout_limit_ms);
+                        self.silence = destination::SILENCE.max(blackout.min(SILENCE));
+                    }
                     self.prepare(streams).await?;
                     self.phase = Phase::Dump;
                     let begun = self.receive(verify).await?;
@@ -301,6 +311,10 @@ impl Keeper {
         };
         let further = self.further.take().ok_or_else(not_prepared)?;
         let expected = further.expect(streams.saturating_sub(1)).map_err(broken)?;
+        if let Some(store) = &self.store {
+            let store = Message::Store(store.id().clone());
+            self.send(&store).await?;
+        }
         self.send(&Message::Prepared).await?;
         match self.message(AWAITED).await? {
             Message::Streams => {}
@@ -316,7 +330,8 @@ impl Keeper {
         let resident_bytes = self.order()?.tree.resident_bytes;
         let mut memory = Memory::new(resident_bytes, &self.policy, verify);
         let (announced, digests, masks) = loop {
-            let frame = match self.receiver()?.next(SILENCE).await {
+            let silence = self.silence;
+            let frame = match self.receiver()?.next(silence).await {
                 Ok(frame) => frame,
                 Err(error) => return Err(self.lost(error, AWAITED)),
             };
@@ -354,7 +369,8 @@ impl Keeper {
             }
         };
         let peer = self.peer.clone();
-        let ended = self.receiver()?.unstripe(SILENCE).await;
+        let silence = self.silence;
+        let ended = self.receiver()?.unstripe(silence).await;
         ended.map_err(|source| Error::Channel { peer, source })?;
         let begun = Instant::now();
         let mut images = self.images.take().ok_or_else(not_prepared)?;
@@ -446,11 +462,9 @@ impl Keeper {
     /// Lets the source have what will be in place: it guards its connections by
     /// that, and checks by it what it will be given.
     async fn show(&mut self, manifest: &Manifest) -> Result<(), Error> {
-        let Some(store) = &self.store else {
+        if self.store.is_none() {
             return Ok(());
-        };
-        let store = Message::Store(store.id().clone());
-        self.send(&store).await?;
+        }
         let text = serde_json::to_vec(manifest)
             .map_err(|error| Error::file("encode", "the manifest")(error.into()))?;
         let mut pieces = text.chunks(MANIFEST_PIECE_BYTES).peekable();
@@ -511,7 +525,8 @@ impl Keeper {
     }
 
     async fn message(&mut self, awaited: &'static str) -> Result<Message, Error> {
-        match self.receiver()?.control(SILENCE).await {
+        let silence = self.silence;
+        match self.receiver()?.control(silence).await {
             Ok(Message::Abort { reason }) if self.lock.is_some() => Err(Error::Aborted(reason)),
             Ok(message) => Ok(message),
             Err(error) => Err(self.lost(error, awaited)),

@@ -355,7 +355,6 @@ impl Migration {
         const AWAITED: &str = "the restored copy";
         loop {
             match self.next_while_carrying(AWAITED, DUMP_LIMIT).await? {
-                Message::Store(store) => self.stub.store(store),
                 Message::Manifest { bytes, last } => {
                     self.stub.piece(&bytes)?;
                     if last {

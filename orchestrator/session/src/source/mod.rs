@@ -772,18 +772,27 @@ impl Migration {
         self.images = None;
         note(
             "remove the stub",
-            std::mem::take(&mut self.stub)
-                .remove()
-                .map_err(|error| error.chain()),
+            self.stub.remove().map_err(|error| error.chain()),
         );
         if let Some(journal) = self.journal.take() {
             journal.discard();
         }
         self.dismiss_guard();
-        if let Some(mut link) = self.link.take()
-            && told
-        {
-            link.inbox.closed(Self::PEER_UNDO_LIMIT).await;
+        if let Some(mut link) = self.link.take() {
+            if told {
+                link.inbox.closed(Self::PEER_UNDO_LIMIT).await;
+            }
+            if let Target::Keeper(keeper) = &self.request.target {
+                let name = keeper.stub.name();
+                let stub = std::mem::take(&mut self.stub);
+                if let Err(error) = stub.disown(keeper, link.peer.clone(), &self.id).await {
+                    self.reporter.warn(format!(
+                        "{} may have something of {name} on its disk, which it does not need: {}",
+                        link.peer,
+                        error.chain()
+                    ));
+                }
+            }
         }
         leftovers
     }

@@ -153,10 +153,17 @@ impl Migration {
             .await?;
         self.engine = Engine::Ready(worker);
 
-        let link = self.link()?;
-        match link.inbox.next_within(AWAITED, READY_LIMIT).await? {
-            Message::Prepared => {}
-            other => return Err(link.inbox.unexpected(&other, AWAITED)),
+        let link = self
+            .link
+            .as_mut()
+            .ok_or_else(|| not_yet("the connection"))?;
+        loop {
+            match link.inbox.next_within(AWAITED, READY_LIMIT).await? {
+                Message::Prepared => break,
+                // From here on something of the set is there.
+                Message::Store(store) => self.stub.begun(store),
+                other => return Err(link.inbox.unexpected(&other, AWAITED)),
+            }
         }
         self.open_streams().await?;
         Ok(format!(
