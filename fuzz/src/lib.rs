@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use migrate_core::facts::CriuVersion;
 use migrate_core::journal::Record;
-use migrate_core::parked::{Manifest, Mark, is_plain};
+use migrate_core::parked::{Away, Manifest, Mark, is_plain};
 use migrate_core::stream::BatchHead;
 use migrate_core::wire::{
     CONTROL_BYTES_MAX, FRAME_BODY_BYTES_MAX, FrameKind, ImagePiece, Message, PACKET_BYTES_MAX,
@@ -119,6 +119,11 @@ pub fn manifests(data: &[u8]) {
             let silence_s = patience.silence_s();
             assert_eq!(silence_s.is_none(), patience.keepalive.is_none());
         }
+    }
+    if let Ok(away) = serde_json::from_slice::<Away>(data) {
+        let text = serde_json::to_vec(&away).expect("a stub's word that was read");
+        let again: Away = serde_json::from_slice(&text).expect("what was written");
+        assert_eq!(away, again);
     }
     if let Ok(mark) = serde_json::from_slice::<Mark>(data) {
         let text = serde_json::to_vec(&mark).expect("a mark that was read");

@@ -16,7 +16,8 @@ use migrate_tests::parking::{
 };
 use migrate_tests::refusals::{
     CONNECT, Ended, Held, INTERRUPTED, POLICY_FILE, REFUSED, ROLLED_BACK, Running, Scene,
-    UNDECIDED, agent, driver, guards, is_stopped, scoped, shell, unwall, wall,
+    UNDECIDED, agent, driver, guards, image_mounts, is_over, is_stopped, runner, scoped, shell,
+    unwall, wall,
 };
 use migrate_tests::require;
 use migrate_tests::standing;
@@ -490,6 +491,16 @@ fn what_is_kept_comes_back_once_and_as_it_was() {
     kill(giving, Signal::SIGKILL).unwrap();
     let ended = running.finish();
     assert_ne!(ended.status.code(), Some(0), "{ended:#?}");
+    assert_eq!(image_mounts(host), Vec::<String>::new());
+    // What one has fetched that is killed goes with the next.
+    let running = Running::start(pair.resume(Some("taken")));
+    let giving = agent(&pair.keeper);
+    assert!(eventually(WITHIN, || is_stopped(giving)));
+    assert!(eventually(WITHIN, || !image_mounts(host).is_empty()));
+    kill(runner(host, "resume"), Signal::SIGKILL).unwrap();
+    assert_eq!(running.finish().status.code(), None);
+    kill(giving, Signal::SIGCONT).unwrap();
+    assert!(eventually(WITHIN, || is_over(giving)));
     waits();
     let guard = succeeds(host, &["guard-boot", "--dir", DIR]).stdout;
     assert!(guard.contains("as before"), "{guard}");
@@ -497,6 +508,7 @@ fn what_is_kept_comes_back_once_and_as_it_was() {
     pair.resumes();
     serves_old_connections(&mut client);
     assert!(runs(host, pid) && !set.exists());
+    assert_eq!(image_mounts(host), Vec::<String>::new());
     pair.refuses(&["were removed when the tree was resumed"]);
     no_gate_left(host);
     clean_client(&lab, client, resets);
