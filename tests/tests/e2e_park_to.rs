@@ -317,7 +317,9 @@ fn whoever_fails_at_the_commit_leaves_one_tree() {
     let pair = Pair::prepare(lab.host(HostName::Host1), lab.host(HostName::Host2));
     let (host, pid) = (&pair.host, echo.pid);
     let stopped_at = |moment| {
-        let running = Running::start(pair.park(pid, Some(moment)));
+        let mut command = pair.park(pid, Some(moment));
+        command.arg("--json");
+        let running = Running::start(command);
         let keeper = agent(&pair.keeper);
         assert!(eventually(WITHIN, || is_stopped(keeper)), "{moment}");
         (running, keeper)
@@ -341,7 +343,20 @@ fn whoever_fails_at_the_commit_leaves_one_tree() {
     pair.resumes();
     serves_old_connections(&mut client);
 
-    // The network is gone between `Go` and its answer, and who has parked with it.
+    // The network is gone between `Go` and its answer for as long as that takes.
+    let (mut running, keeper) = stopped_at("go");
+    wall(&pair.keeper, host);
+    kill(keeper, Signal::SIGCONT).unwrap();
+    assert!(running.await_event(|event| event["event"] == "warning"));
+    assert!(runs(host, pid), "it is kept until somebody knows");
+    unwall(&pair.keeper);
+    let ended = running.finish();
+    assert_eq!(ended.status.code(), Some(0), "{ended:#?}");
+    pair.is_parked(pid);
+    pair.resumes();
+    serves_old_connections(&mut client);
+
+    // And who has parked with it.
     let (running, keeper) = stopped_at("go");
     let driver = driver(host);
     wall(&pair.keeper, host);
