@@ -104,18 +104,12 @@ impl Stub {
             store,
             state: AwayState::Pending,
         };
-        let written = {
-            let (place, away) = (place.clone(), away.clone());
-            tokio::task::spawn_blocking(move || {
-                // A manifest alone would be a set whose images are gone.
-                place.write_away(&away)?;
-                place.commit(&manifest)
-            })
-        };
-        self.written = Some((place, away, lock));
-        written
-            .await
-            .map_err(|error| Error::Changed(format!("writing the stub failed: {error}")))?
+        // Noted before it is there, and no wait from here on: a step that is dropped leaves
+        // nothing that is not noted.
+        let (place, away, _) = self.written.insert((place, away, lock));
+        // A manifest alone would be a set whose images are gone.
+        place.write_away(away)?;
+        place.commit(&manifest)
     }
 
     pub(crate) fn is_written(&self) -> bool {

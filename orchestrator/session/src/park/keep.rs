@@ -23,7 +23,7 @@ use migrate_channel::{Connection, Frame, Further, Receiver, Sender};
 use migrate_core::facts::{HostFacts, TreeFacts};
 use migrate_core::parked::{ImageFile, Keep, MANIFEST_VERSION, Manifest, Patience};
 use migrate_core::policy::Policy;
-use migrate_core::preflight::Finding;
+use migrate_core::preflight::{Finding, refused};
 use migrate_core::tracked::Tracked;
 use migrate_core::wire::{MANIFEST_PIECE_BYTES, Message, RunningReport, StdioChoice, WireError};
 use migrate_core::{Flow, Phase};
@@ -284,7 +284,7 @@ impl Keeper {
         };
         findings.extend(self.policy.judge_size(&tree));
         findings.extend(room(&self.place, &here, &tree));
-        self.order = Some(Order {
+        self.order = (!refused(&findings)).then_some(Order {
             tree,
             source,
             stdio,
