@@ -509,7 +509,7 @@ impl Keeper {
         {
             tracing::error!(error = %chain(&error), "could not remove the images");
         }
-        if self.lock.take().is_some()
+        if let Some(_lock) = self.lock.take()
             && let Err(error) = self.place.remove()
         {
             tracing::error!(error = %error.chain(), "could not remove the directory");

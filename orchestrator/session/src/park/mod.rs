@@ -61,7 +61,12 @@ async fn stands(place: &Place, id: &str) -> Result<Stage, Error> {
     if !place.path().exists() {
         return Ok(Stage::Undone);
     }
-    let _lock = place.lock(LEAVE_LIMIT).await?;
+    let _lock = match place.lock(LEAVE_LIMIT).await {
+        Ok(lock) => lock,
+        // Whoever was at work there has undone it meanwhile.
+        Err(_) if !place.path().exists() => return Ok(Stage::Undone),
+        Err(error) => return Err(error),
+    };
     match place.manifest() {
         Ok(manifest) if manifest.id == id => Ok(Stage::Done),
         Ok(_) => Ok(Stage::Undone),

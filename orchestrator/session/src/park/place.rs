@@ -349,7 +349,9 @@ pub struct Place {
 
 /// Held while somebody works in a [`Place`].
 #[derive(Debug)]
-pub(crate) struct PlaceLock(#[expect(dead_code, reason = "held for its lock")] Flock<File>);
+pub(crate) struct PlaceLock(
+    #[cfg_attr(not(test), expect(dead_code, reason = "held for its lock"))] Flock<File>,
+);
 
 impl Place {
     /// What a record's route begins with when a tree goes to a directory. No
@@ -489,7 +491,9 @@ impl Place {
         loop {
             let file = File::open(&path).map_err(Error::file("open", &path))?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(PlaceLock(lock)),
+                // Whoever held it may have removed the directory, and another have made it.
+                Ok(lock) if is_at(&lock, &path) => return Ok(PlaceLock(lock)),
+                Ok(_) => {}
                 Err(_) if Instant::now() < deadline => tokio::time::sleep(AGAIN).await,
                 Err(_) => return Err(ParkError::Busy(path).into()),
             }
@@ -689,6 +693,13 @@ impl Place {
     }
 }
 
+/// Whether an open file is still what has this name.
+fn is_at(file: &File, path: &Path) -> bool {
+    let of = |meta: fs::Metadata| (meta.dev(), meta.ino());
+    let (open, named) = (file.metadata().map(of), fs::metadata(path).map(of));
+    matches!((open, named), (Ok(open), Ok(named)) if open == named)
+}
+
 /// Ends the name of a file that marks a tree.
 pub(super) const MARK_SUFFIX: &str = ".tree";
 
@@ -794,6 +805,24 @@ mod tests {
             let error = named(name).check_name().unwrap_err();
             assert!(error.help().contains(".tree"), "{error}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_lock_is_on_what_is_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = Place::new(directory.path(), "tree").unwrap();
+        let missing = place.lock(Duration::ZERO).await.unwrap_err();
+        assert!(missing.chain().contains("tree"), "{missing:?}");
+        fs::create_dir(place.path()).unwrap();
+        let held = place.lock(Duration::ZERO).await.unwrap();
+        let busy = place.lock(Duration::ZERO).await.unwrap_err();
+        assert!(matches!(busy, Error::Park(ParkError::Busy(_))), "{busy:?}");
+        // What is made in its place is nobody's yet, whatever became of the former.
+        fs::remove_dir(place.path()).unwrap();
+        assert!(!is_at(&held.0, &place.path()));
+        fs::create_dir(place.path()).unwrap();
+        assert!(!is_at(&held.0, &place.path()));
+        place.lock(Duration::ZERO).await.unwrap();
     }
 
     #[test]
