@@ -272,7 +272,7 @@ fn snmp(text: &str, group: &str, name: &str) -> Option<u64> {
 
 /// Why a test cannot run here, for [`require!`](crate::require).
 ///
-/// `need` is `root`, `tcx` (kernel 6.6), `migrate` (built), `vm` (QEMU),
+/// `need` is `root`, `tcx` (kernel 6.6), `migrate` and `xtask` (built), `vm` (QEMU),
 /// `kernel_6_1` and the like (fetched), or the name of a program.
 #[must_use]
 pub fn lacking(need: &str) -> Option<String> {
@@ -302,6 +302,10 @@ pub fn lacking(need: &str) -> Option<String> {
         "migrate" => {
             let path = std::env::var_os("MIGRATE_BIN")
                 .map_or_else(|| crate::client::program("migrate"), Into::into);
+            (!path.is_file()).then(|| format!("{} is not built", path.display()))
+        }
+        "xtask" => {
+            let path = crate::client::program("xtask");
             (!path.is_file()).then(|| format!("{} is not built", path.display()))
         }
         "criu" => {

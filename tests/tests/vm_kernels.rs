@@ -6,7 +6,8 @@
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -111,6 +112,23 @@ const ATTEMPTS: usize = 6;
 
 /// Moves a process between machines and returns the report, and what was said of the engine.
 fn moves(from: &Machine, to: &Machine, pid: &str, options: &[&str]) -> (Report, String) {
+    let migration = moved(from, to, pid, options);
+    let engine = said_of(&migration, "memory engine");
+    (migration.expect_committed().clone(), engine)
+}
+
+/// What preflight said of something.
+fn said_of(migration: &Migration, subject: &str) -> String {
+    migration
+        .events
+        .iter()
+        .find(|event| event["subject"] == subject)
+        .map(ToString::to_string)
+        .unwrap_or_default()
+}
+
+/// Moves a process between machines, which has to succeed.
+fn moved(from: &Machine, to: &Machine, pid: &str, options: &[&str]) -> Migration {
     let argv = ["migrate", "--json", "--to", to.host().as_str()];
     // Every page is compared, and no machine is quick here.
     let always = ["--verify", "--max-blackout", "300", pid];
@@ -132,14 +150,8 @@ fn moves(from: &Machine, to: &Machine, pid: &str, options: &[&str]) -> (Report, 
             println!("-- {}: {}", machine.host(), logs.unwrap().said());
         }
     }
-    let report = migration.expect_committed().clone();
-    let engine = migration
-        .events
-        .iter()
-        .find(|event| event["subject"] == "memory engine")
-        .map(ToString::to_string)
-        .unwrap_or_default();
-    (report, engine)
+    migration.expect_committed();
+    migration
 }
 
 /// What such a set of machines runs.
@@ -612,5 +624,258 @@ fn redis_and_openvpn_outlive_a_reset_by_their_units() {
     assert!(!gates.contains("waits with a parked tree"), "{gates}");
     served.goes_on(&machines);
     no_network_without_the_guard(machines.get(HostName::Host1).unwrap());
+    println!("done after {} s", begun.elapsed().as_secs());
+}
+
+/// A service as an administrator has it, who lets it begin anew whatever ends it.
+const REDIS: &str = "redis-server.service";
+const REDIS_UNIT: &str = "\
+[Unit]
+Description=A cache
+[Service]
+User=redis
+WorkingDirectory=/tmp
+ExecStart=/usr/bin/redis-server --bind 10.77.0.100 --protected-mode no --save \"\"
+ExecStop=/usr/bin/redis-cli -h 10.77.0.100 shutdown nosave
+MemoryMax=300M
+Restart=on-failure
+[Install]
+WantedBy=multi-user.target
+";
+const REDIS_OVERRIDE: &str = "[Service]\nRestart=always\nRestartSec=1\n";
+/// Its `MemoryMax=` in bytes.
+const REDIS_BYTES: &str = "314572800";
+/// Higher than what either machine has used, so that no PID is taken.
+const PIDS_ABOVE: &str = "echo 30000 >/proc/sys/kernel/ns_last_pid";
+
+/// One property of a unit.
+#[track_caller]
+fn property(machine: &Machine, unit: &str, name: &str) -> String {
+    let show = ["systemctl", "show", "--value", "-p", name, unit];
+    let value = machine.succeed(show, MOVES_WITHIN).unwrap();
+    value.trim().to_owned()
+}
+
+/// Puts a text into a file of a guest.
+#[track_caller]
+fn put(machine: &Machine, scratch: &Path, text: &str, to: &str) {
+    let (directory, _) = to.rsplit_once('/').unwrap();
+    shell(machine, &format!("mkdir -p {directory}"));
+    let file = scratch.join("text");
+    fs::write(&file, text).unwrap();
+    machine.put(&file, to, 0o644).unwrap();
+}
+
+/// The Debian package of what was built, as `cargo xtask dist` makes it.
+fn package(scratch: &Path) -> PathBuf {
+    let made = Command::new(program("xtask"))
+        .arg("dist")
+        .arg("--out")
+        .arg(scratch)
+        .arg("--program")
+        .arg(program("migrate"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&made.stderr);
+    assert!(made.status.success(), "{said}");
+    PathBuf::from(String::from_utf8(made.stdout).unwrap().trim())
+}
+
+/// Installs it with dpkg, which knows of the packages that it depends on.
+fn install(machine: &Machine, scratch: &Path, package: &Path) {
+    let known = Command::new("dpkg-query")
+        .args(["-s", "libc6", "libgcc-s1"])
+        .output()
+        .unwrap();
+    let known = String::from_utf8(known.stdout).unwrap();
+    put(machine, scratch, &known, "/var/lib/dpkg/status");
+    shell(machine, "mkdir -p /var/lib/dpkg/info /var/lib/dpkg/updates");
+    machine.put(package, "/tmp/migrate.deb", 0o644).unwrap();
+    let said = shell(machine, "dpkg -i /tmp/migrate.deb 2>&1");
+    assert!(said.contains("Setting up migrate"), "{said}");
+    for file in [
+        "/usr/bin/migrate",
+        "/usr/lib/systemd/system/migrate-agent.service",
+        "/usr/lib/systemd/system/migrate-guard.service",
+        "/usr/lib/systemd/system/migrate-resume.service",
+        "/usr/share/bash-completion/completions/migrate",
+        "/usr/share/zsh/vendor-completions/_migrate",
+        "/usr/share/fish/vendor_completions.d/migrate.fish",
+        "/usr/share/man/man8/migrate.8.gz",
+        "/etc/migrate/config.toml",
+    ] {
+        shell(machine, &format!("test -s {file}"));
+    }
+    // As dpkg has noted them while it unpacked.
+    shell(machine, "dpkg --verify migrate");
+    shell(machine, "systemctl daemon-reload");
+    for unit in ["agent", "guard", "resume"] {
+        let unit = format!("migrate-{unit}.service");
+        assert_eq!(property(machine, &unit, "LoadState"), "loaded", "{unit}");
+        let start = property(machine, &unit, "ExecStart");
+        assert!(start.contains("path=/usr/bin/migrate "), "{start}");
+    }
+}
+
+/// The unit has this process as its main one, bounds it, and is what its files say.
+fn has_the_tree(machine: &Machine, pid: &str) {
+    let is = |name| property(machine, REDIS, name);
+    println!(
+        "{}:\n{}",
+        machine.host(),
+        shell(machine, &format!("systemctl status --no-pager {REDIS}"))
+    );
+    assert_eq!(
+        (is("ActiveState").as_str(), is("MainPID").as_str()),
+        ("active", pid)
+    );
+    let group = format!("/sys/fs/cgroup{}", is("ControlGroup"));
+    shell(machine, &format!("grep -qx {pid} {group}/cgroup.procs"));
+    assert_eq!(
+        shell(machine, &format!("cat {group}/memory.max")).trim(),
+        REDIS_BYTES
+    );
+    for (name, value) in [
+        ("Type", "simple"),
+        ("Restart", "always"),
+        ("KillMode", "control-group"),
+        ("NRestarts", "0"),
+        ("NeedDaemonReload", "no"),
+        (
+            "DropInPaths",
+            "/etc/systemd/system/redis-server.service.d/override.conf",
+        ),
+    ] {
+        assert_eq!(is(name), value, "{name}");
+    }
+    let start = is("ExecStart");
+    assert!(start.contains("path=/usr/bin/redis-server ;"), "{start}");
+    // What it says now is said by the unit.
+    let answer = format!("redis-cli -h {} bgsave", workload());
+    assert!(shell(machine, &answer).contains("saving started"));
+    until(
+        machine,
+        &format!("journalctl -o cat _PID={pid} _SYSTEMD_UNIT={REDIS} | grep -q 'saving started'"),
+    );
+    assert_eq!(
+        shell(machine, "ls /sys/fs/cgroup/migrate 2>/dev/null | wc -l").trim(),
+        "0"
+    );
+}
+
+/// The unit is down and stays so: nothing is about to start it.
+fn is_left(machine: &Machine) {
+    let is = |name| property(machine, REDIS, name);
+    let state = (is("ActiveState"), is("SubState"));
+    assert!(
+        matches!(state.0.as_str(), "failed" | "inactive"),
+        "{state:?}"
+    );
+    assert!(matches!(state.1.as_str(), "failed" | "dead"), "{state:?}");
+    assert_eq!(
+        (is("MainPID").as_str(), is("Restart").as_str()),
+        ("0", "always")
+    );
+    assert_eq!(is("NRestarts"), "0");
+    let running = machine.exec(["pgrep", "-x", "redis-server"], MOVES_WITHIN);
+    assert_ne!(
+        running.unwrap().code,
+        Some(0),
+        "a second copy on {}",
+        machine.host()
+    );
+}
+
+/// The package is installed, a service moves to another machine's own unit and back, is stopped
+/// and started there as ever, and then moves to a machine that has no such unit.
+#[test]
+fn a_service_moves_into_the_unit_of_the_other_machine() {
+    require!(
+        "a_service_moves_into_the_unit_of_the_other_machine":
+        vm, kernel_6_12, migrate, xtask, criu, redis, systemctl, udevadm, dpkg
+    );
+    let _alone = alone();
+    let begun = Instant::now();
+    let dir = scratch().unwrap();
+    let package = package(&dir.path().join("dist"));
+    let orders = [
+        Order::new(HostName::Host1, Kernel::V6_12).under_systemd(),
+        Order::new(HostName::Host2, Kernel::V6_12).under_systemd(),
+        Order::new(HostName::Client, Kernel::V6_12),
+    ];
+    let client = Program {
+        path: program("strict-client"),
+        name: "strict-client".to_owned(),
+    };
+    let machines = Machines::boot(dir.path(), &orders, &[client]).unwrap();
+    let [one, two, peer] = orders.map(|order| machines.get(order.host).unwrap());
+    println!("up after {} s", begun.elapsed().as_secs());
+    for machine in [one, two] {
+        until(machine, "systemctl is-active -q network-online.target");
+        install(machine, dir.path(), &package);
+        for (file, text) in [
+            (REDIS.to_owned(), REDIS_UNIT),
+            (format!("{REDIS}.d/override.conf"), REDIS_OVERRIDE),
+        ] {
+            put(
+                machine,
+                dir.path(),
+                text,
+                &format!("/etc/systemd/system/{file}"),
+            );
+        }
+        shell(
+            machine,
+            "systemctl daemon-reload && systemctl start ssh.service",
+        );
+    }
+    println!("installed after {} s", begun.elapsed().as_secs());
+    shell(one, &format!("{PIDS_ABOVE} && systemctl start {REDIS}"));
+    let pid = property(one, REDIS, "MainPID");
+    let mut client = client_on(peer, &workload());
+
+    for (from, to) in [(one, two), (two, one)] {
+        let migration = moved(from, to, &pid, &["--stdio", "journal"]);
+        let planned = said_of(&migration, &format!("unit {REDIS}"));
+        assert!(planned.contains("kept down meanwhile"), "{planned}");
+        let report = migration.expect_committed();
+        assert_eq!(report.unit.as_deref(), Some(REDIS));
+        is_left(from);
+        has_the_tree(to, &pid);
+        serves_old_connections(&mut client);
+        println!("on {} after {} s", to.host(), begun.elapsed().as_secs());
+    }
+    let verdict = client.stop().unwrap();
+    assert!(verdict.is_clean(), "{verdict}");
+
+    shell(one, &format!("systemctl stop {REDIS}"));
+    assert_eq!(property(one, REDIS, "ActiveState"), "inactive");
+    shell(one, &format!("test ! -e /proc/{pid}"));
+    shell(one, &format!("systemctl restart {REDIS}"));
+    let anew = property(one, REDIS, "MainPID");
+    assert_ne!(anew, pid);
+    assert_eq!(
+        shell(one, &format!("cat /proc/{anew}/comm")).trim(),
+        "redis-server"
+    );
+
+    let gone = format!("rm -r /etc/systemd/system/{REDIS}* /usr/lib/systemd/system/redis*");
+    shell(
+        two,
+        &format!("{gone} && systemctl daemon-reload && systemctl reset-failed"),
+    );
+    let migration = moved(one, two, &anew, &["--stdio", "journal"]);
+    const SCOPE: &str = "redis-server.migrated.scope";
+    assert_eq!(migration.expect_committed().unit.as_deref(), Some(SCOPE));
+    is_left(one);
+    shell(two, &format!("systemctl status --no-pager {SCOPE}"));
+    assert_eq!(property(two, SCOPE, "MemoryMax"), REDIS_BYTES);
+    let group = property(two, SCOPE, "ControlGroup");
+    shell(
+        two,
+        &format!("grep -qx {anew} /sys/fs/cgroup{group}/cgroup.procs"),
+    );
+    shell(two, &format!("systemctl stop {SCOPE}"));
+    shell(two, &format!("test ! -e /proc/{anew}"));
     println!("done after {} s", begun.elapsed().as_secs());
 }

@@ -34,6 +34,7 @@ struct Config {
 struct Defaults {
     stdio: Option<String>,
     supervisor: Option<String>,
+    adopt: Option<String>,
     engine: Option<String>,
     goal: Option<u8>,
     downtime_limit: Option<u64>,
@@ -55,6 +56,7 @@ impl Defaults {
         [
             ("stdio", self.stdio),
             ("supervisor", self.supervisor),
+            ("adopt", self.adopt),
             ("engine", self.engine),
             ("goal", number(self.goal.map(u64::from))),
             ("downtime_limit", number(self.downtime_limit)),
@@ -222,7 +224,7 @@ mod tests {
             }
             documented += 1;
         }
-        assert_eq!(documented, 13, "{uncommented}");
+        assert_eq!(documented, 14, "{uncommented}");
         with(command, &uncommented).unwrap();
     }
 }

@@ -92,6 +92,9 @@ enum Verb {
     /// What an agent starts to put a copy's memory in place; of no use by hand
     #[command(hide = true)]
     KeepMemory(verb::keep_memory::Args),
+    /// What a unit starts to take a moved tree in; of no use by hand
+    #[command(hide = true)]
+    Adopt(verb::adopt::Args),
 }
 
 /// The command line, with this host's defaults for those verbs that have any.
@@ -167,6 +170,7 @@ fn main() -> ExitCode {
             Some(Verb::Guard(args)) => verb::recover::guard(args).await,
             Some(Verb::Unlock(args)) => verb::unlock::run(&args).await,
             Some(Verb::KeepMemory(args)) => verb::keep_memory::run(&args),
+            Some(Verb::Adopt(args)) => verb::adopt::run(&args),
         }
     });
     // Tasks that only wait for a peer must not keep the process.

@@ -444,6 +444,7 @@ pub fn block(report: &Report) -> String {
         rst_sent,
         total_us,
         continuity,
+        unit,
         ..
     } = report;
     let parts = blackout
@@ -454,6 +455,13 @@ pub fn block(report: &Report) -> String {
         0 => String::new(),
         _ => format!(", all but {} while it ran", thousands(*frozen_pages)),
     };
+    let unit = unit.as_ref().map_or_else(String::new, |unit| {
+        let how = match unit.ends_with(".scope") {
+            true => "\n    systemctl status and stop work there, restart cannot",
+            false => "",
+        };
+        format!("\n  unit         {}{how}", plain(unit))
+    });
     let noticed = continuity.as_ref().map(noticed).unwrap_or_default();
     let waited = match new_held_us {
         None => String::new(),
@@ -483,7 +491,7 @@ pub fn block(report: &Report) -> String {
   blackout     {}, in which no peer was served:
     {parts}{waited}
   connections  {connections} kept, {rst_sent} resets sent
-  packets      {} held, {} dropped{noticed}",
+  packets      {} held, {} dropped{noticed}{unit}",
         thousands(*pages),
         mib(*bytes),
         ms(*total_us),
@@ -638,6 +646,7 @@ mod tests {
                 silence_us: Some(1_140_700),
                 worst: Vec::new(),
             }),
+            unit: Some("redis-server.migrated.scope".into()),
             ..Report::default()
         };
         let text = block(&report);
@@ -653,6 +662,8 @@ mod tests {
                 "  connections  20 kept, 0 resets sent",
                 "  packets      1,020 held, 3 dropped",
                 "  peers        silent for 1140.7 ms at most, 1,004 segments sent again",
+                "  unit         redis-server.migrated.scope",
+                "    systemctl status and stop work there, restart cannot",
             ]
         );
         assert!(text.lines().all(|line| line.len() <= 80));

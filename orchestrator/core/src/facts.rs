@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::flow::{Flow, Listener};
 use crate::kernel::Rseq;
 use crate::policy::Credentials;
+use crate::unit::UnitFacts;
 
 /// A CRIU release, for example 4.2.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -109,6 +110,9 @@ pub struct TreeFacts {
     pub shell_job: bool,
     /// cgroup path of the root in the unified or freezer hierarchy.
     pub cgroup: String,
+    /// Where it stood among the source's units.
+    #[serde(default)]
+    pub unit: UnitFacts,
 }
 
 /// A tunnel device of the host, persistent, that a process of the tree is

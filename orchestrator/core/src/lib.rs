@@ -19,6 +19,7 @@ pub mod report;
 pub mod stream;
 pub mod timeline;
 pub mod tracked;
+pub mod unit;
 pub mod wire;
 
 pub use flow::{Flow, Listener};

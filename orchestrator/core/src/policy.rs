@@ -1,7 +1,7 @@
 //! What an agent may restore: a restore is code execution as root.
 //!
-//! A rule that is not there allows everything, but for tunnel devices: a file that
-//! does not name them allows none. What the source says about its
+//! A rule that is not there allows everything, but for tunnel devices and units: a
+//! file that does not name them allows none. What the source says about its
 //! tree is judged before anything is changed; whom the copy would run as is
 //! judged once more by the images, which is what counts.
 
@@ -33,7 +33,7 @@ pub struct Policy {
     /// Tunnel devices of this host that a tree may serve. A device is the host's,
     /// with addresses and routes, and whose program serves it is not to be seen
     /// from the tree's user; so what says nothing of them allows none.
-    #[serde(default = "no_tunnels")]
+    #[serde(default = "none_of_them")]
     pub tunnels: Option<BTreeSet<String>>,
     /// Where trees are kept for other hosts (`migrate park --to`), a directory of
     /// root's alone. They do not run here, but their memory lies on the disk; so a
@@ -41,6 +41,11 @@ pub struct Policy {
     /// [`KEPT_DIRECTORY`].
     #[serde(default = "kept_nowhere")]
     pub keep: Keeping,
+    /// Services of this host that may take a tree which was their namesake's main
+    /// process. A unit that has a tree counts as started, and is started anew when
+    /// the tree ends; so what says nothing of them allows none, and trees get scopes.
+    #[serde(default = "none_of_them")]
+    pub units: Option<BTreeSet<String>>,
 }
 
 /// Where trees are kept for other hosts unless a policy says otherwise. Not where
@@ -74,7 +79,7 @@ const fn kept_nowhere() -> Keeping {
     clippy::unnecessary_wraps,
     reason = "the type of the field, whose `None` is for hosts without a policy"
 )]
-fn no_tunnels() -> Option<BTreeSet<String>> {
+fn none_of_them() -> Option<BTreeSet<String>> {
     Some(BTreeSet::new())
 }
 
@@ -231,6 +236,14 @@ impl Policy {
             );
             Finding::refused("memory", NotAllowed(what).to_string(), WAY_OUT)
         })
+    }
+
+    /// Whether a service of this host may take a tree.
+    #[must_use]
+    pub fn admits_unit(&self, unit: &str) -> bool {
+        self.units
+            .as_ref()
+            .is_none_or(|allowed| allowed.contains(unit))
     }
 
     /// The most memory that a tree may have, in bytes.

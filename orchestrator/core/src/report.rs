@@ -357,6 +357,10 @@ pub struct Report {
     /// When the blackout began, in microseconds since the migration did.
     #[serde(default)]
     pub blackout_start_us: Option<u64>,
+    /// The unit of the destination's systemd that the tree runs in now; none where
+    /// it has none.
+    #[serde(default)]
+    pub unit: Option<String>,
     /// Why there was no commit.
     #[serde(default)]
     pub failure: Option<FailureReport>,

@@ -73,6 +73,7 @@ use crate::preflight::Finding;
 use crate::report::FlowSeen;
 use crate::timeline::Timing;
 use crate::tracked::Tracked;
+use crate::unit::AdoptChoice;
 
 /// Version of this protocol; both sides must have the same.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -199,6 +200,8 @@ pub enum Message {
         source: Box<HostFacts>,
         /// What to do with standard streams that lead out of the tree.
         stdio: StdioChoice,
+        /// Which unit is to have it.
+        adopt: AdoptChoice,
     },
     /// The destination's view; nothing has been changed there yet.
     Findings {
@@ -316,6 +319,9 @@ pub enum Message {
         /// need not queue behind others.
         came: u64,
     },
+    /// What has become of the tree's unit: follows [`Message::Seen`], or the end of
+    /// the source's half, where [`RunningReport::adopting`] has said so.
+    Adopted(Adopted),
     /// Every page that was to come has come: the source is not needed any more.
     Arrived {
         /// Faults of the copy that had to wait for a page still on the source.
@@ -454,6 +460,17 @@ pub struct RunningReport {
     pub lazy_pages: u64,
     /// When it did what.
     pub timing: Timing,
+    /// The tree is to get a unit, and [`Message::Adopted`] will follow.
+    pub adopting: bool,
+}
+
+/// The unit that a moved tree runs in.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adopted {
+    /// Its name; none where no unit has taken the tree, which runs all the same.
+    pub unit: Option<String>,
+    /// What has not gone as it was to, with the way out.
+    pub warning: Option<String>,
 }
 
 /// A failure as the other side needs it: what, where, why, never a local type.

@@ -53,6 +53,17 @@ pub fn hello(migration_id: &str) -> migrate_core::wire::Hello {
     }
 }
 
+/// What the process of a unit does that takes a moved tree in: the tree whose root
+/// has this PID and began at this moment, in clock ticks since the boot, comes into
+/// the cgroup of this process.
+///
+/// # Errors
+///
+/// It has gone, or cannot be moved whole; then it is where it was.
+pub fn adopt(pid: i32, ticks: u64, home: &str) -> Result<(), Error> {
+    Ok(migrate_proc::bring_in(pid, ticks, home)?)
+}
+
 /// `uname -n`.
 #[must_use]
 pub fn hostname() -> String {

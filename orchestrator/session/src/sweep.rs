@@ -13,6 +13,7 @@ const ENDED_RECORDS_MAX: usize = 64;
 
 /// Clears this host; problems are logged, never fatal.
 pub async fn sweep(state: &State) {
+    migrate_proc::clear_adoptions();
     let records = match journal::all(state) {
         Ok(records) => records,
         Err(error) => {

@@ -58,6 +58,8 @@ pub struct Order {
     pub next: Option<Kernel>,
     /// Whether systemd is PID 1 under that.
     pub next_by_systemd: bool,
+    /// Whether systemd is PID 1 from the first boot on.
+    pub systemd: bool,
 }
 
 impl Order {
@@ -70,7 +72,17 @@ impl Order {
             memory_mib: 768,
             next: None,
             next_by_systemd: false,
+            systemd: false,
         }
+    }
+
+    /// With systemd as PID 1, as [`Order::by_systemd`], but from the first boot on.
+    #[must_use]
+    pub const fn under_systemd(mut self) -> Self {
+        self.systemd = true;
+        // Its programs and units are in memory, too.
+        self.memory_mib = 1024;
+        self
     }
 
     /// With a disk at [`DISK`](crate::DISK), which outlives the kernel, and with what `kernel` boots on it, as
@@ -163,7 +175,7 @@ impl Machines {
             };
             let kernel = order.kernel.find()?;
             let first = dir.join(format!("{}.initrd", order.host));
-            initrd(&kernel, &first, false)?;
+            initrd(&kernel, &first, order.systemd)?;
             if let Some(next) = order.next {
                 let kernel = next.find()?;
                 let initrd_of_next = next_initrd(dir, order.host);

@@ -105,6 +105,17 @@ const SYSTEMD_PROGRAMS: [&str; 12] = [
     "/usr/bin/systemd-tmpfiles",
     "/usr/bin/udevadm",
 ];
+/// What installs a package there, and puts processes into scopes; a guest comes up without.
+const SYSTEMD_TOOLS: [&str; 8] = [
+    "dpkg",
+    "dpkg-deb",
+    "dpkg-query",
+    "dpkg-split",
+    "ldconfig",
+    "start-stop-daemon",
+    "systemd-run",
+    "tar",
+];
 /// Of systemd 254 and newer.
 const SYSTEMD_EXECUTOR: &str = "/usr/lib/systemd/systemd-executor";
 /// What the units are in, and the rules of devices.
@@ -180,11 +191,11 @@ pub(crate) fn common(path: &Path, programs: &[Program]) -> Result<()> {
     for (name, text) in [
         (
             "passwd",
-            "root:x:0:0:root:/root:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\nmemcache:x:101:65534::/:/usr/sbin/nologin\nsystemd-network:x:102:102::/:/usr/sbin/nologin\nnobody:x:65534:65534::/:/usr/sbin/nologin\n",
+            "root:x:0:0:root:/root:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\nmemcache:x:101:65534::/:/usr/sbin/nologin\nredis:x:103:103::/:/usr/sbin/nologin\nsystemd-network:x:102:102::/:/usr/sbin/nologin\nnobody:x:65534:65534::/:/usr/sbin/nologin\n",
         ),
         (
             "group",
-            "root:x:0:\ntty:x:5:\nsystemd-network:x:102:\nnogroup:x:65534:\n",
+            "root:x:0:\ntty:x:5:\nsystemd-network:x:102:\nredis:x:103:\nnogroup:x:65534:\n",
         ),
         ("shadow", "root:*:19000:0:99999:7:::\n"),
         (
@@ -248,6 +259,12 @@ pub(crate) fn systemd(path: &Path, host: HostName, programs: &[Program]) -> Resu
         let program = Path::new(program);
         archive.libraries(program)?;
         archive.copy(program)?;
+    }
+    for name in SYSTEMD_TOOLS {
+        match archive.program(name) {
+            Err(Error::MissingProgram { .. }) | Ok(()) => {}
+            Err(error) => return Err(error),
+        }
     }
     archive.link(
         "/usr/lib/systemd/systemd-udevd",

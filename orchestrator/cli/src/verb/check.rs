@@ -51,6 +51,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
         restore: RestoreChoice::default(),
         postcopy: false,
         lock: args.tree.network_lock.into(),
+        adopt: args.tree.adopt.into(),
         ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
         in_place: false,
     };

@@ -6,6 +6,7 @@ use std::time::Duration;
 use migrate_channel::StreamOptions;
 use migrate_core::convergence::{OnTimeout, Policy};
 use migrate_core::stream::{Compress, STREAMS_MAX};
+use migrate_core::unit::AdoptChoice;
 use migrate_core::wire::{NetworkLock, RestoreChoice, StdioChoice};
 use migrate_session::source::{self, Choices, EngineChoice, MemoryEngine, Request, Target};
 use migrate_session::{Cancel, Reporter};
@@ -52,6 +53,10 @@ pub struct TreeArgs {
     /// ignore it because you have seen to it
     #[arg(long, value_name = "refuse|ignore", value_enum, default_value_t = SupervisorChoice::Refuse)]
     pub supervisor: SupervisorChoice,
+    /// Which unit takes the tree where systemd runs the destination: the service it was, if
+    /// that is there and down, or else a scope (auto); a scope; or none
+    #[arg(long, value_name = "auto|scope|none", value_enum, default_value_t = AdoptName::Auto)]
+    pub adopt: AdoptName,
     /// How unchanged memory is told in rounds: the kernel tracks it (uffd), or all of it is
     /// read and compared, also of the frozen tree (full); auto takes the best that works
     #[arg(long, value_name = "auto|uffd|full", value_enum, default_value_t = EngineName::Auto)]
@@ -240,6 +245,28 @@ pub enum SupervisorChoice {
     Ignore,
 }
 
+/// Which unit takes a tree.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum AdoptName {
+    /// Its service, or else a scope.
+    #[default]
+    Auto,
+    /// A scope.
+    Scope,
+    /// None.
+    None,
+}
+
+impl From<AdoptName> for AdoptChoice {
+    fn from(name: AdoptName) -> Self {
+        match name {
+            AdoptName::Auto => Self::Auto,
+            AdoptName::Scope => Self::Scope,
+            AdoptName::None => Self::None,
+        }
+    }
+}
+
 pub fn stdio(text: &str) -> Result<StdioChoice, String> {
     match text {
         "keep" => Ok(StdioChoice::Keep),
@@ -326,6 +353,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
             restore: args.rounds.restore.into(),
             postcopy: args.rounds.postcopy,
             lock: args.tree.network_lock.into(),
+            adopt: args.tree.adopt.into(),
             ignore_supervisor: args.tree.supervisor == SupervisorChoice::Ignore,
             in_place: false,
         },

@@ -1,5 +1,6 @@
 //! One file per verb.
 
+pub mod adopt;
 pub mod agent;
 pub mod cancel;
 pub mod check;

@@ -10,6 +10,7 @@ use migrate_core::journal::Route;
 use migrate_core::parked::{Keepalive, Manifest, RETRANSMISSION_DEFAULT_S};
 use migrate_core::report::{Report, counted};
 use migrate_core::stream::{Compress, STREAMS_MAX};
+use migrate_core::unit::AdoptChoice;
 use migrate_core::wire::{NetworkLock, RestoreChoice, StdioChoice};
 use migrate_session::park::{Keeper, Place};
 use migrate_session::source::{self, Choices, Request, Target};
@@ -246,6 +247,8 @@ async fn park(
             verify: false,
             restore: RestoreChoice::Eager,
             postcopy: false,
+            // The one who brings it back says.
+            adopt: AdoptChoice::None,
             ignore_supervisor: how.supervisor == SupervisorChoice::Ignore,
             lock: NetworkLock::Gate,
             in_place: true,

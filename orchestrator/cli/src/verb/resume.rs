@@ -9,7 +9,7 @@ use migrate_session::park::{self, Place, Resume};
 use migrate_session::{Cancel, Reporter};
 use serde::Serialize;
 
-use super::migrate::{obey_signals, stdio};
+use super::migrate::{AdoptName, obey_signals, stdio};
 use crate::Output;
 use crate::exit::Exit;
 use crate::show::{Show, plain};
@@ -36,6 +36,10 @@ pub struct How {
     /// Where standard streams lead that led out of the tree, other than said at the parking
     #[arg(long, value_name = "keep|journal|null|FILE", value_parser = stdio)]
     pub stdio: Option<StdioChoice>,
+    /// Which unit takes the tree where systemd runs this host: the service it was, if that is
+    /// there and down, or else a scope (auto); a scope; or none
+    #[arg(long, value_name = "auto|scope|none", value_enum, default_value_t = AdoptName::Auto)]
+    pub adopt: AdoptName,
     /// Also a tree that may have run since it was parked, or that another machine has parked:
     /// make sure yourself that there is no second one
     #[arg(long)]
@@ -55,6 +59,7 @@ struct ResumedLine<'a> {
     parked_s: u64,
     took_us: u64,
     rst_sent: u64,
+    unit: Option<&'a str>,
 }
 
 pub async fn run(args: Args, output: &Output) -> Exit {
@@ -107,6 +112,7 @@ pub async fn one(place: &Place, how: &How, output: &Output) -> Exit {
     let wanted = Resume {
         place: place.clone(),
         stdio: how.stdio.clone(),
+        adopt: how.adopt.into(),
         force: how.force,
         keep: how.keep,
     };
@@ -143,16 +149,19 @@ pub async fn one(place: &Place, how: &How, output: &Output) -> Exit {
             parked_s: resumed.parked_s,
             took_us: resumed.took_us,
             rst_sent: resumed.report.rst_sent,
+            unit: resumed.unit.as_deref(),
         };
         if let Ok(line) = serde_json::to_string(&line) {
             println!("{line}");
         }
     } else {
+        let unit = resumed.unit.map(|unit| format!(", in {}", plain(&unit)));
         println!(
-            "process {} runs again after {} s, with {}",
+            "process {} runs again after {} s, with {}{}",
             resumed.root_pid,
             resumed.parked_s,
-            counted(resumed.connections, "connection")
+            counted(resumed.connections, "connection"),
+            unit.unwrap_or_default()
         );
     }
     Exit::Done

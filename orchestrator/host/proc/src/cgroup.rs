@@ -115,6 +115,16 @@ pub(crate) fn is_login(path: &str) -> bool {
     })
 }
 
+/// Whether a path belongs to a unit of this host's systemd.
+pub(crate) fn is_units(path: &str) -> bool {
+    crate::systemd::is_booted()
+        && path.split('/').any(|part| {
+            [".service", ".scope", ".slice"]
+                .iter()
+                .any(|kind| part.ends_with(kind))
+        })
+}
+
 /// Makes a directory of a cgroup hierarchy; whether it was made here.
 pub(crate) fn create(directory: &Path) -> Result<bool, ProcError> {
     match std::fs::create_dir(directory) {

@@ -25,8 +25,9 @@ pub struct Home {
 
 impl Home {
     /// Chooses and makes the cgroup for a tree: the path it had on the source
-    /// where this host has it too and it is nobody's login, else
-    /// `/migrate/NAME-PID`. Without a writable v2 hierarchy there is no
+    /// where this host has it too and it is nobody's login and no unit's, else
+    /// `/migrate/NAME-PID`. A unit that has processes here is not down, and would
+    /// end them with its own. Without a writable v2 hierarchy there is no
     /// directory, and the tree stays where it is restored.
     ///
     /// # Errors
@@ -42,7 +43,7 @@ impl Home {
             return Ok(home);
         };
         let same = cgroup::without_fence(&tree.cgroup);
-        if same != "/" && !cgroup::is_login(same) {
+        if same != "/" && !cgroup::is_login(same) && !cgroup::is_units(same) {
             let directory = hierarchy.directory(same).filter(|d| takes_processes(d));
             if let Some(directory) = directory {
                 home.path = same.to_owned();

@@ -3,10 +3,11 @@
 //! The process tree and what it stands on ([`tree`], [`Tree`]), whether this
 //! host can take one ([`compare_files`], [`compare_pids`], [`compare_hosts`]),
 //! who would start it again ([`supervisor`]), what keeps it from running
-//! after a dump ([`Fence`]), where it lives after a restore ([`Home`]), and
-//! its connections when CRIU has left them half way ([`TcpSockets`]).
+//! after a dump ([`Fence`]), where it lives after a restore ([`Home`]), which unit
+//! takes it then ([`adopt`]), and its connections when CRIU has left them half way ([`TcpSockets`]).
 //! Sockets are only counted here; `migrate-net` judges them.
 
+mod adopt;
 mod cgroup;
 mod descriptors;
 mod error;
@@ -23,9 +24,11 @@ mod repair;
 mod signal;
 mod socket;
 mod supervisor;
+mod systemd;
 mod tree;
 mod tunnel;
 
+pub use adopt::{ADOPT_VERB, Adoption, adopt, bring_in, clear_adoptions, unit_facts};
 pub use error::ProcError;
 pub use fence::{Fence, FenceKind, FenceRecord, FenceWatch, FencedProcess};
 pub use files::compare_files;

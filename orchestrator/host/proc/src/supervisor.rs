@@ -1,13 +1,13 @@
 //! Who would start a second copy when the source's tree ends.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use migrate_core::preflight::Finding;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ProcError;
+use crate::systemd::{self, LOOK_INTERVAL};
 use crate::tree::{self, Tree};
 use crate::{cgroup, read};
 
@@ -37,10 +37,10 @@ const SHELLS: [&str; 9] = [
 const SCRIPT_MAX_BYTES: u64 = 1 << 20;
 /// How long a unit may take to notice that its main process has gone.
 const UNIT_WAIT_MAX: Duration = Duration::from_secs(10);
-/// systemd tells of a unit's state only when asked.
-const UNIT_LOOK_INTERVAL: Duration = Duration::from_millis(50);
-/// File name of the drop-in that keeps a unit down.
-const DROP_IN: &str = "migrate-hold-down.conf";
+/// File name of the drop-in that keeps a unit down. Drop-ins count in the order of
+/// their names, whatever directory they are in, and the last one wins: an
+/// `override.conf` of `systemctl edit` must not give back its `Restart=`.
+const DROP_IN: &str = "zzz-migrate-hold-down.conf";
 
 /// Something that may start the workload again when it ends on the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -219,13 +219,9 @@ fn systemd_unit(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
     let Some(unit) = path.and_then(unit_of) else {
         return Ok(None);
     };
-    let text = systemctl(&["show", "-p", "Id,Restart,MainPID", "--", unit])?;
-    let shown = |key: &str| {
-        text.lines()
-            .find_map(|line| line.split_once('=').filter(|(name, _)| *name == key))
-            .map(|(_, value)| value.to_owned())
-    };
-    let main: i32 = shown("MainPID")
+    let mut shown = systemd::show(unit, "Id,Restart,MainPID")?;
+    let main: i32 = shown
+        .get("MainPID")
         .and_then(|pid| pid.parse().ok())
         .unwrap_or(0);
     if main != 0 && !tree.pids().contains(&main) {
@@ -233,8 +229,8 @@ fn systemd_unit(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
         return Ok(None);
     }
     Ok(Some(Supervisor::SystemdUnit {
-        unit: shown("Id").unwrap_or_else(|| unit.to_owned()),
-        restart: shown("Restart").unwrap_or_else(|| "no".to_owned()),
+        unit: shown.remove("Id").unwrap_or_else(|| unit.to_owned()),
+        restart: shown.remove("Restart").unwrap_or_else(|| "no".to_owned()),
     }))
 }
 
@@ -244,27 +240,6 @@ fn unit_of(path: &str) -> Option<&str> {
         return None;
     }
     path.split('/').rfind(|part| part.ends_with(".service"))
-}
-
-fn systemctl(arguments: &[&str]) -> Result<String, ProcError> {
-    let command = || format!("systemctl {}", arguments.join(" "));
-    let output = match Command::new("systemctl").args(arguments).output() {
-        Ok(output) => output,
-        Err(error) => {
-            return Err(ProcError::Command {
-                command: command(),
-                reason: error.to_string(),
-            });
-        }
-    };
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(ProcError::Command {
-            command: command(),
-            reason: format!("{}: {}", output.status, said.trim()),
-        });
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// The line for the preflight table: a note where the tool itself keeps the
@@ -331,26 +306,27 @@ pub fn hold_down(supervisor: &Supervisor) -> Result<HoldDown, ProcError> {
     let held = HoldDown {
         record: HoldDown::plan(supervisor),
     };
-    let Some(HoldDownRecord { drop_in, .. }) = &held.record else {
+    let Some(HoldDownRecord { unit, drop_in }) = &held.record else {
         return Ok(held);
     };
-    let failed = |attempt, path: &Path, source| ProcError::Write {
-        attempt,
-        path: path.to_owned(),
-        source,
+    systemd::drop_in(drop_in, "[Service]\nRestart=no\n")?;
+    // What counts is what systemd makes of it.
+    let restart = systemd::show(unit, "Restart").map(|mut shown| shown.remove("Restart"));
+    let error = match restart {
+        Ok(Some(restart)) if restart == "no" => return Ok(held),
+        Ok(restart) => ProcError::Command {
+            command: format!("systemctl show {unit}"),
+            reason: format!(
+                "Restart={} in spite of {}",
+                restart.unwrap_or_default(),
+                drop_in.display()
+            ),
+        },
+        Err(error) => error,
     };
-    if let Some(directory) = drop_in.parent() {
-        std::fs::create_dir_all(directory).map_err(|e| failed("create", directory, e))?;
-    }
-    std::fs::write(drop_in, "[Service]\nRestart=no\n").map_err(|e| failed("write", drop_in, e))?;
-    match systemctl(&["daemon-reload"]) {
-        Ok(_) => Ok(held),
-        Err(error) => {
-            // The first failure is the one to tell.
-            let _ = held.remove();
-            Err(error)
-        }
-    }
+    // The first failure is the one to tell.
+    let _ = held.remove();
+    Err(error)
 }
 
 impl HoldDown {
@@ -363,9 +339,7 @@ impl HoldDown {
         };
         Some(HoldDownRecord {
             unit: unit.clone(),
-            drop_in: Path::new("/run/systemd/system")
-                .join(format!("{unit}.d"))
-                .join(DROP_IN),
+            drop_in: systemd::runtime_drop_ins(unit).join(DROP_IN),
         })
     }
 
@@ -402,17 +376,19 @@ impl HoldDown {
         };
         let deadline = Instant::now() + UNIT_WAIT_MAX;
         loop {
-            let state = systemctl(&["show", "-p", "ActiveState", "--value", "--", &record.unit])?;
-            if matches!(state.trim(), "inactive" | "failed") {
+            let state = systemd::show(&record.unit, "ActiveState")?
+                .remove("ActiveState")
+                .unwrap_or_default();
+            if matches!(state.as_str(), "inactive" | "failed") {
                 return self.remove();
             }
             if Instant::now() >= deadline {
                 return Err(ProcError::Command {
                     command: format!("systemctl show {}", record.unit),
-                    reason: format!("the unit is still {}", state.trim()),
+                    reason: format!("the unit is still {state}"),
                 });
             }
-            std::thread::sleep(UNIT_LOOK_INTERVAL);
+            std::thread::sleep(LOOK_INTERVAL);
         }
     }
 
@@ -420,22 +396,7 @@ impl HoldDown {
         let Some(record) = &self.record else {
             return Ok(());
         };
-        match std::fs::remove_file(&record.drop_in) {
-            Ok(()) => {}
-            Err(error) if read::is_gone(&error) => {}
-            Err(source) => {
-                return Err(ProcError::Write {
-                    attempt: "remove",
-                    path: record.drop_in.clone(),
-                    source,
-                });
-            }
-        }
-        if let Some(directory) = record.drop_in.parent() {
-            // Not empty: it has drop-ins of somebody else.
-            let _ = std::fs::remove_dir(directory);
-        }
-        systemctl(&["daemon-reload"]).map(drop)
+        systemd::withdraw(&record.drop_in)
     }
 }
 

@@ -385,6 +385,7 @@ impl Tree {
             resident_bytes: self.resident_bytes()?,
             shell_job: self.shell_job(),
             cgroup: self.cgroup.clone(),
+            unit: Default::default(),
         })
     }
 

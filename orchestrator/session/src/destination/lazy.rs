@@ -93,7 +93,7 @@ impl Memory {
     /// A copy that was given up, and may run all the same.
     pub(super) async fn abandoned(self) -> Result<(), Error> {
         if self.late.is_some() || self.is_served().is_err() {
-            return self.complete().await;
+            return self.complete().await.map(drop);
         }
         // The keeper does its work alone.
         Ok(())
@@ -225,15 +225,16 @@ impl Memory {
         Ok(serving.map_or(Ok(()), LazyServing::is_served)?)
     }
 
-    /// Waits until all memory is in place. A copy that can never have it is
-    /// killed: it must not find zeros where its memory was.
-    pub(super) async fn complete(mut self) -> Result<(), Error> {
+    /// Waits until all memory is in place; whether it is, for a keeper may be at work
+    /// without this process. A copy that can never have it is killed: it must not find
+    /// zeros where its memory was.
+    pub(super) async fn complete(mut self) -> Result<bool, Error> {
         if let Some(store) = self.store.take() {
             give_back(store);
         }
         let Some(mut serving) = self.serving.take() else {
             self.give_up();
-            return Ok(());
+            return Ok(true);
         };
         let fetched = match &mut self.late {
             Some(late) => (&mut late.fetching)
@@ -267,7 +268,7 @@ impl Memory {
             Err(Error::Lazy(error @ LazyError::Unguarded)) => {
                 tracing::warn!(error = %crate::error::chain(&error), "memory is still arriving");
                 // The record lasts for as long as the keeper does.
-                return Ok(());
+                return Ok(false);
             }
             Err(Error::Lazy(LazyError::RestoreEnded)) => {
                 tracing::info!("the copy has never run and needs no memory");
@@ -280,7 +281,7 @@ impl Memory {
             }
         }
         self.give_up();
-        Ok(())
+        Ok(true)
     }
 
     /// Nothing is missing, or nobody is left to miss it.

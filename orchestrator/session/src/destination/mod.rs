@@ -31,7 +31,7 @@ use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice, WireE
 use migrate_criu::{Criu, CriuError, ImageDir, Notice, ParkedRestore, Session};
 use migrate_gate::{Gate, HeldPacket, HeldPackets};
 use migrate_net::{Net, Placement, Staged};
-use migrate_proc::{Home, Precedence};
+use migrate_proc::{Adoption, Home, Precedence};
 
 use self::clock::Clock;
 use crate::cancel::Cancel;
@@ -158,6 +158,8 @@ struct Order {
     tree: TreeFacts,
     stdio: StdioChoice,
     placements: Vec<Placement>,
+    /// The unit that is to take the tree once it runs.
+    adoption: Adoption,
 }
 
 /// How the source wants its tree to be taken.
@@ -377,6 +379,7 @@ impl Destination {
                     tree,
                     source,
                     stdio,
+                    adopt,
                 } => {
                     questions += 1;
                     if questions > QUESTIONS_MAX {
@@ -385,7 +388,7 @@ impl Destination {
                             most: QUESTIONS_MAX,
                         });
                     }
-                    self.preflight(*tree, &source, stdio).await?;
+                    self.preflight(*tree, &source, stdio, adopt).await?;
                 }
                 Message::Verdict { migration_id } => {
                     journal::check_name(&self.peer, &migration_id)?;
@@ -584,6 +587,8 @@ async fn give_up(mut session: Session) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use migrate_core::unit::AdoptChoice;
+
     use super::*;
 
     #[tokio::test]
@@ -598,6 +603,7 @@ mod tests {
             tree: Box::default(),
             source: Box::new(migrate_proc::host_facts(directory.path())),
             stdio: StdioChoice::default(),
+            adopt: AdoptChoice::default(),
         };
         let within = Duration::from_secs(60);
         for _ in 0..QUESTIONS_MAX {

@@ -4,8 +4,10 @@ use std::path::Path;
 
 use migrate_core::facts::{FileFacts, FileRole, HostFacts, StdioFacts, StdioKind, TreeFacts};
 use migrate_core::preflight::{Finding, refused};
+use migrate_core::unit::AdoptChoice;
 use migrate_core::wire::{Message, StdioChoice};
 use migrate_net::Net;
+use migrate_proc::Adoption;
 
 use super::{Destination, Order};
 use crate::error::Error;
@@ -17,6 +19,7 @@ impl Destination {
         mut tree: TreeFacts,
         source: &HostFacts,
         stdio: StdioChoice,
+        adopt: AdoptChoice,
     ) -> Result<(), Error> {
         crate::sweep::sweep(&self.state).await;
         // What was accepted before is not what is asked for now.
@@ -37,6 +40,20 @@ impl Destination {
         findings.extend(migrate_proc::compare_files(&tree.files));
         findings.extend(judge_stdio(&tree.stdio, &stdio));
         findings.extend(tree.tunnel.as_ref().map(migrate_proc::compare_tunnel));
+        let admits = |unit: &str| self.policy.admits_unit(unit);
+        let adoption = match Adoption::plan(&tree, adopt, admits) {
+            Ok(adoption) => adoption,
+            Err(error) => {
+                // The tree needs no unit to run.
+                findings.push(Finding::note(
+                    "unit of the tree",
+                    format!("it gets none there: {}", crate::error::chain(&error)),
+                    "see whether `systemctl status` answers there",
+                ));
+                Adoption::Stays
+            }
+        };
+        findings.extend(adoption.finding());
         let net = Net::open().await?;
         let (network, placements) = match self.parked {
             None => migrate_net::compare(&net, &tree).await?,
@@ -49,6 +66,7 @@ impl Destination {
                 tree,
                 stdio,
                 placements,
+                adoption,
             });
             self.net = Some(net);
             self.criu = criu;

@@ -5,20 +5,24 @@
 //! address is announced, CRIU takes the sockets out of repair mode, held packets
 //! go in, ingress opens, acknowledgements go out, the tree runs.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use migrate_core::Flow;
+use migrate_core::facts::TreeFacts;
 use migrate_core::journal::Stage;
 use migrate_core::protocol::Machine as _;
-use migrate_core::wire::{Message, RunningReport};
+use migrate_core::wire::{Adopted, Message, RunningReport};
 use migrate_criu::Notice;
-use migrate_gate::Repeats;
-use migrate_net::Placement;
-use migrate_proc::Home;
+use migrate_gate::{Gate, HeldPackets, Repeats};
+use migrate_net::{Net, Placement};
+use migrate_proc::{Adoption, Home};
+use tokio::task::{JoinError, JoinHandle};
 
 use super::receive::nothing;
-use super::{Destination, Engine, Incoming};
+use super::{Destination, Engine, Incoming, lazy};
+use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::figures;
 use crate::held;
@@ -177,6 +181,7 @@ impl Destination {
                         lazy_pages: self.lazy.pages(),
                         cgroup: self.home.as_ref().map_or_else(String::new, Home::path),
                         timing: self.clock.timing(self.step.name()),
+                        adopting: order.adoption != Adoption::Stays,
                     });
                     figures::runs(self.clock.still(), &counted);
                     if let Err(error) = self.sender.control(&report).await {
@@ -196,15 +201,9 @@ impl Destination {
         Ok(())
     }
 
-    /// Puts `Done` on record and clears up.
+    /// Puts `Done` on record and clears up. Nothing may fail the migration any more,
+    /// but that the tree does not get its memory, without which it is lost.
     pub(super) async fn close(&mut self) -> Result<(), Error> {
-        self.clean_up().await;
-        // Whatever becomes of the rest: without its memory the tree is lost.
-        std::mem::take(&mut self.lazy).complete().await
-    }
-
-    /// Nothing here may fail the migration any more.
-    async fn clean_up(&mut self) {
         self.precedence = None;
         // First, for a source that has lost the connection asks for it.
         if let Some(journal) = &mut self.journal
@@ -212,7 +211,9 @@ impl Destination {
         {
             tracing::warn!(error = %error.chain(), "could not close the record");
         }
+        let mut cgroup = String::new();
         if let Some(home) = self.home.take() {
+            cgroup = home.path();
             home.keep();
         }
         // Takes a while when there are many.
@@ -240,7 +241,13 @@ impl Destination {
                 tracing::debug!("the source does not hear what the gate has seen");
             }
         }
-        self.answer_ended().await;
+        let adoption = self.order.as_ref().and_then(|order| {
+            let adopts = order.adoption != Adoption::Stays;
+            adopts.then(|| (order.adoption.clone(), order.tree.clone()))
+        });
+        let memory = std::mem::take(&mut self.lazy);
+        let mut settling = tokio::spawn(settled(memory, adoption, cgroup));
+        let settled = self.answer_and_tell(&mut settling).await;
         self.held = None;
         if let Some(gate) = self.gate.take()
             && let Err(error) = gate.detach()
@@ -254,6 +261,10 @@ impl Destination {
         }
         if let Some(guard) = self.guard.take() {
             guard.dismiss();
+        }
+        match settled {
+            Some(settled) => settled,
+            None => joined(settling.await).map(drop),
         }
     }
 
@@ -270,56 +281,45 @@ impl Destination {
     /// here for it then, and whoever took it answers.
     const LOOK_FOR_ADDRESS: Duration = Duration::from_secs(1);
 
-    /// Acknowledges the ends that peers of closed connections still send, for
-    /// as long as the kernel would had the tree closed them here.
-    async fn answer_ended(&mut self) {
-        let (Some(gate), Some(net)) = (&self.gate, &self.net) else {
-            return;
-        };
-        let begun = Instant::now();
-        let fin_timeout = fin_timeout().unwrap_or(Self::FIN_TIMEOUT);
-        let mut waiting: Vec<(Flow, Instant)> = std::mem::take(&mut self.ended)
-            .into_iter()
-            .map(|(flow, is_open)| {
-                let limit = if is_open {
-                    fin_timeout
-                } else {
-                    Self::OVER_LIMIT
-                };
-                (flow, begun + limit)
-            })
-            .collect();
-        let mut look = tokio::time::interval(Self::LOOK_FOR_ADDRESS);
-        loop {
-            tokio::select! {
-                packet = held::next(&mut self.held) => {
-                    held::give_back(gate, &[packet]);
-                }
-                // A peer that closes later gets an RST then, and nothing else
-                // is lost: who stops an agent is not kept waiting for a minute.
-                () = self.stop.cancelled() => return,
-                _ = look.tick() => {
-                    let now = Instant::now();
-                    waiting.retain(|(flow, limit)| {
-                        let limit = match gate.end_answered_at(flow) {
-                            Some(at) => (at + Self::OVER_LIMIT).min(*limit),
-                            None => *limit,
-                        };
-                        if limit <= now && let Err(error) = gate.answer_no_more(flow) {
-                            tracing::debug!(error = %crate::error::chain(&error), %flow, "is answered until the gate is detached");
-                        }
-                        limit > now
-                    });
-                    let mut here = false;
-                    for placement in self.order.iter().flat_map(|order| &order.placements) {
-                        here |= !matches!(net.placed(placement.ip).await, Ok(None));
-                    }
-                    if waiting.is_empty() || !here {
-                        return;
-                    }
+    /// How long it may take until the tree has all its memory and its unit, before
+    /// the gate goes without it.
+    const SETTLE_LIMIT: Duration = Duration::from_secs(180);
+
+    /// Answers for ended connections, and tells the source meanwhile which unit has
+    /// the tree; none where that takes too long.
+    async fn answer_and_tell(&mut self, settling: &mut Settling) -> Option<Result<(), Error>> {
+        let Self {
+            gate,
+            net,
+            held,
+            ended,
+            stop,
+            order,
+            sender,
+            ..
+        } = self;
+        let tell = async {
+            let settled = tokio::time::timeout(Self::SETTLE_LIMIT, settling).await;
+            let adopted = match joined(settled.ok()?) {
+                Ok(adopted) => adopted,
+                Err(error) => return Some(Err(error)),
+            };
+            if let Some(adopted) = adopted {
+                let word = Message::Adopted(adopted);
+                let told = tokio::time::timeout(Self::LAST_WORD_LIMIT, sender.control(&word));
+                if !matches!(told.await, Ok(Ok(()))) {
+                    tracing::debug!("the source does not hear which unit has the tree");
                 }
             }
-        }
+            Some(Ok(()))
+        };
+        let placements = order.as_ref().map_or(&[][..], |order| &order.placements);
+        let answer = async {
+            if let (Some(gate), Some(net)) = (gate.as_ref(), net.as_ref()) {
+                answer_ended(gate, net, held, std::mem::take(ended), stop, placements).await;
+            }
+        };
+        tokio::join!(tell, answer).0
     }
 
     /// How long the source may take to remove its tree and to close. Killing
@@ -352,6 +352,99 @@ impl Destination {
             }
         }
     }
+}
+
+/// Acknowledges the ends that peers of closed connections still send, for as long as
+/// the kernel would had the tree closed them here.
+async fn answer_ended(
+    gate: &Gate,
+    net: &Net,
+    held: &mut Option<HeldPackets>,
+    ended: BTreeMap<Flow, bool>,
+    stop: &Cancel,
+    placements: &[Placement],
+) {
+    let begun = Instant::now();
+    let fin_timeout = fin_timeout().unwrap_or(Destination::FIN_TIMEOUT);
+    let mut waiting: Vec<(Flow, Instant)> = ended
+        .into_iter()
+        .map(|(flow, is_open)| {
+            let limit = if is_open {
+                fin_timeout
+            } else {
+                Destination::OVER_LIMIT
+            };
+            (flow, begun + limit)
+        })
+        .collect();
+    let mut look = tokio::time::interval(Destination::LOOK_FOR_ADDRESS);
+    loop {
+        tokio::select! {
+            packet = held::next(held) => {
+                held::give_back(gate, &[packet]);
+            }
+            // A peer that closes later gets an RST then, and nothing else
+            // is lost: who stops an agent is not kept waiting for a minute.
+            () = stop.cancelled() => return,
+            _ = look.tick() => {
+                let now = Instant::now();
+                waiting.retain(|(flow, limit)| {
+                    let limit = match gate.end_answered_at(flow) {
+                        Some(at) => (at + Destination::OVER_LIMIT).min(*limit),
+                        None => *limit,
+                    };
+                    if limit <= now && let Err(error) = gate.answer_no_more(flow) {
+                        tracing::debug!(error = %crate::error::chain(&error), %flow, "is answered until the gate is detached");
+                    }
+                    limit > now
+                });
+                let mut here = false;
+                for placement in placements {
+                    here |= !matches!(net.placed(placement.ip).await, Ok(None));
+                }
+                if waiting.is_empty() || !here {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// What is left to be done for a tree that runs, by a task of its own.
+type Settling = JoinHandle<Result<Option<Adopted>, Error>>;
+
+/// Waits for the memory of the tree and lets its unit take it: not before, for one
+/// who misses memory looks for the copy in the cgroup that it was restored in.
+async fn settled(
+    memory: lazy::Memory,
+    adoption: Option<(Adoption, TreeFacts)>,
+    cgroup: String,
+) -> Result<Option<Adopted>, Error> {
+    let is_complete = memory.complete().await?;
+    let Some((adoption, tree)) = adoption else {
+        return Ok(None);
+    };
+    let refused = |why: &str| Adopted {
+        unit: None,
+        warning: Some(format!("no unit has the tree, which runs on: {why}")),
+    };
+    if !is_complete {
+        return Ok(Some(refused("its memory is still arriving")));
+    }
+    let adopted = tokio::task::spawn_blocking(move || {
+        let adopted = migrate_proc::adopt(&adoption, &tree, &cgroup);
+        adopted.unwrap_or_default()
+    });
+    let adopted = adopted.await.unwrap_or_else(|e| refused(&e.to_string()));
+    if let Some(warning) = &adopted.warning {
+        tracing::warn!("{warning}");
+    }
+    tracing::info!(unit = adopted.unit, "which unit has the tree");
+    Ok(Some(adopted))
+}
+
+fn joined<T>(settled: Result<Result<T, Error>, JoinError>) -> Result<T, Error> {
+    settled.unwrap_or_else(|_| Err(nothing("what was left to do for the tree")))
 }
 
 /// What the kernel here has been told about connections that only its own side

@@ -237,6 +237,7 @@ impl Keeper {
                     tree,
                     source,
                     stdio,
+                    ..
                 } => {
                     questions += 1;
                     if questions > QUESTIONS_MAX {

@@ -26,6 +26,7 @@ use migrate_core::journal::Stage;
 use migrate_core::parked::{Away, Manifest, Mark};
 use migrate_core::preflight::{Finding, Severity};
 use migrate_core::report::counted;
+use migrate_core::unit::AdoptChoice;
 use migrate_core::wire::{
     ImagePiece, Message, NetworkLock, PAGE_BYTES, PageRun, RestoreChoice, RunningReport,
     StdioChoice,
@@ -42,6 +43,7 @@ use crate::images::ImagePlace;
 use crate::inbox::Inbox;
 use crate::journal;
 use crate::progress::{Progress, Reporter};
+use crate::source::ADOPTED_LIMIT;
 use crate::state::State;
 
 /// The longest a step may take: reading and restoring a large tree.
@@ -65,6 +67,8 @@ pub struct Resume {
     /// Where standard streams lead, when not to where it was said at the
     /// parking.
     pub stdio: Option<StdioChoice>,
+    /// Which unit is to have it.
+    pub adopt: AdoptChoice,
     /// Also when it may have run since, or was parked on another machine.
     pub force: bool,
     /// Keep the images afterwards.
@@ -86,6 +90,8 @@ pub struct Resumed {
     pub took_us: u64,
     /// What the takeover had to tell.
     pub report: RunningReport,
+    /// The unit that has it.
+    pub unit: Option<String>,
 }
 
 /// Brings a parked tree back.
@@ -150,6 +156,10 @@ pub async fn resume(wanted: Resume, reporter: Reporter, cancel: Cancel) -> Resul
     let marked = feeder.marked;
     // Without a regular end of the connection it is undone there.
     let _ = feeder.sender.close().await;
+    let unit = match &outcome {
+        Ok(report) if report.adopting => feeder.unit().await,
+        _ => None,
+    };
     drop(feeder);
     let served = served
         .await
@@ -166,6 +176,7 @@ pub async fn resume(wanted: Resume, reporter: Reporter, cancel: Cancel) -> Resul
                 parked_s: unix_s().saturating_sub(manifest.parked_unix_s),
                 took_us: crate::source::micros(begun.elapsed()),
                 report,
+                unit,
             });
         }
         (Err(error), _) => error,
@@ -304,6 +315,23 @@ impl Feeder<'_> {
         Ok(report)
     }
 
+    /// Waits for the word which unit has the tree; it runs whatever is said.
+    async fn unit(&mut self) -> Option<String> {
+        const AWAITED: &str = "which unit has the tree";
+        loop {
+            match self.inbox.next_within(AWAITED, ADOPTED_LIMIT).await {
+                Ok(Message::Seen(_)) => {}
+                Ok(Message::Adopted(adopted)) => {
+                    if let Some(warning) = adopted.warning {
+                        self.reporter.warn(warning);
+                    }
+                    return adopted.unit;
+                }
+                Ok(_) | Err(_) => return None,
+            }
+        }
+    }
+
     /// The tree runs: what is left of it here is of the past.
     fn used_up(&self, images: Option<&PathBuf>) {
         let place = &self.wanted.place;
@@ -332,6 +360,7 @@ impl Feeder<'_> {
             tree: Box::new(self.manifest.tree.clone()),
             source: Box::new(self.manifest.host.clone()),
             stdio: stdio.unwrap_or(&self.manifest.stdio).clone(),
+            adopt: self.wanted.adopt,
         })
         .await?;
         let (findings, here) = match self.next("the findings").await? {

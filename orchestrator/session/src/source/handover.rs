@@ -26,7 +26,9 @@ use migrate_core::wire::Message;
 use migrate_criu::{Notice, Session};
 use migrate_gate::Gate;
 
-use super::{Engine, Migration, STEP_LIMIT, Target, detach, micros, not_yet, verdict};
+use super::{
+    ADOPTED_LIMIT, Engine, Migration, STEP_LIMIT, Target, detach, micros, not_yet, verdict,
+};
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::park::Place;
@@ -358,7 +360,7 @@ impl Migration {
         for leftover in leftovers {
             self.reporter.warn(leftover);
         }
-        String::new()
+        self.await_unit().await
     }
 }
 
@@ -366,6 +368,48 @@ impl Migration {
     /// How long the destination may take for its last word. It is for the
     /// report only; the destination has no more to do than to wipe images.
     const LAST_WORD_LIMIT: Duration = Duration::from_secs(2);
+
+    /// Waits for the word which unit has the tree; how it reads. Nothing depends on it.
+    async fn await_unit(&mut self) -> String {
+        const AWAITED: &str = "which unit has the tree";
+        if !self.running.adopting {
+            return String::new();
+        }
+        let Some(link) = &mut self.link else {
+            return String::new();
+        };
+        let mut told = link.inbox.next_within(AWAITED, ADOPTED_LIMIT).await;
+        if let Ok(Message::Seen(_)) = told {
+            // It came too late to be waited for.
+            told = link.inbox.next_within(AWAITED, ADOPTED_LIMIT).await;
+        }
+        let adopted = match told {
+            Ok(Message::Adopted(adopted)) => adopted,
+            Ok(other) => {
+                let error = link.inbox.unexpected(&other, AWAITED);
+                self.reporter.warn(error.chain());
+                return String::new();
+            }
+            Err(error) => {
+                self.reporter.warn(format!(
+                    "the tree runs, and the destination has not said in which unit: {}; `systemctl \
+                     status {}` there does",
+                    error.chain(),
+                    self.running.root_pid
+                ));
+                return String::new();
+            }
+        };
+        if let Some(warning) = adopted.warning {
+            self.reporter.warn(warning);
+        }
+        let detail = match &adopted.unit {
+            Some(unit) => format!("{unit} has the tree"),
+            None => String::new(),
+        };
+        self.unit = adopted.unit;
+        detail
+    }
 
     /// What peers noticed: what this host's gate has seen, and the other's.
     async fn sum_up(&mut self, seen: &[FlowSeen]) -> Continuity {

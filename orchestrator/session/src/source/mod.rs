@@ -37,6 +37,7 @@ use migrate_core::report::{
 };
 use migrate_core::timeline::Span;
 use migrate_core::tracked::Tracked;
+use migrate_core::unit::AdoptChoice;
 use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice};
 use migrate_criu::{Criu, CriuError, Notice, Session, Worker};
 use migrate_gate::{Counters, Gate, HeldPacket, HeldPackets, Repeats};
@@ -106,6 +107,8 @@ pub struct Choices {
     pub addresses: Vec<IpAddr>,
     /// The longest time the tree may stand still before the commit.
     pub max_blackout: Duration,
+    /// Which unit of the destination is to have it.
+    pub adopt: AdoptChoice,
     /// A supervisor that would start a second copy has been dealt with.
     pub ignore_supervisor: bool,
     /// How memory is moved.
@@ -174,6 +177,10 @@ const READY_LIMIT: Duration = Duration::from_secs(90);
 
 /// How long the other side may take for a step outside the blackout.
 const STEP_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the destination may take to put a tree that runs into a unit: some runs of
+/// `systemctl`, two of which may wait for 45 s.
+pub(crate) const ADOPTED_LIMIT: Duration = Duration::from_secs(150);
 
 /// How a migration ended when it did not end in a commit.
 #[derive(Debug)]
@@ -392,6 +399,8 @@ struct Migration {
     was_quiet: bool,
     /// What peers noticed.
     continuity: Option<Continuity>,
+    /// The destination's unit that has the tree.
+    unit: Option<String>,
     /// What the copy lacks goes over after the commit.
     postcopies: bool,
     /// What came of that.
@@ -488,6 +497,7 @@ impl Migration {
             gate_closed_in: None,
             was_quiet: false,
             continuity: None,
+            unit: None,
             postcopies: false,
             postcopy: None,
             disowned: false,
@@ -905,6 +915,7 @@ impl Migration {
             destination_steps,
             clock_error_us,
             blackout_start_us: at(m.gate_closed),
+            unit: self.unit.clone(),
             failure: None,
         }
     }

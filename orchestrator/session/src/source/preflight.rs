@@ -71,7 +71,7 @@ impl Migration {
         let examined = examine(&self.state, &net, self.request.pid, &self.request.choices).await?;
         self.net = Some(net);
         let mut findings = examined.findings;
-        let stdio = self.request.choices.stdio.clone();
+        let choices = self.request.choices.clone();
         let (tree, host) = (&examined.plan.facts, &examined.plan.host);
         if let Some(place) = self.request.target.place() {
             findings.extend(crate::park::kernel_findings());
@@ -92,7 +92,7 @@ impl Migration {
                 self.send(&message).await?;
             }
         }
-        findings.extend(ask(self.link()?, tree, host, &stdio).await?);
+        findings.extend(ask(self.link()?, tree, host, &choices).await?);
         self.reporter.findings(&findings);
         let refused: Vec<String> = findings
             .iter()
@@ -141,7 +141,7 @@ pub async fn check(
                 &mut link,
                 &examined.plan.facts,
                 &examined.plan.host,
-                &choices.stdio,
+                choices,
             )
             .await?,
         );
@@ -186,13 +186,14 @@ async fn ask(
     link: &mut Link,
     tree: &TreeFacts,
     source: &HostFacts,
-    stdio: &StdioChoice,
+    choices: &Choices,
 ) -> Result<Vec<Finding>, Error> {
     const AWAITED: &str = "the destination's findings";
     let question = Message::Preflight {
         tree: Box::new(tree.clone()),
         source: Box::new(source.clone()),
-        stdio: stdio.clone(),
+        stdio: choices.stdio.clone(),
+        adopt: choices.adopt,
     };
     link.sender
         .control(&question)
@@ -266,6 +267,7 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
         resident_bytes: tree.resident_bytes()?,
         shell_job: tree.shell_job(),
         cgroup: tree.cgroup().to_owned(),
+        unit: migrate_proc::unit_facts(&tree, supervisor.as_ref()),
     };
     findings.extend(judge_postcopy(choices, facts.processes.len()));
     let engine = match &criu {

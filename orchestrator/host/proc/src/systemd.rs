@@ -1,0 +1,126 @@
+//! The host's systemd, asked and told through its own commands.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::error::ProcError;
+use crate::read;
+
+/// Is there where systemd runs the host's services (sd_booted(3)).
+pub(crate) const BOOTED: &str = "/run/systemd/system";
+/// Between two looks at what only tells when asked.
+pub(crate) const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Whether systemd runs this host's services.
+pub(crate) fn is_booted() -> bool {
+    Path::new(BOOTED).is_dir()
+}
+
+/// What `systemctl` answers to these arguments.
+pub(crate) fn systemctl(arguments: &[&str]) -> Result<String, ProcError> {
+    let mut command = Command::new("systemctl");
+    command.args(arguments);
+    output(command, None)
+}
+
+/// Properties of a unit, by name; those that it has not are missing.
+pub(crate) fn show(unit: &str, properties: &str) -> Result<BTreeMap<String, String>, ProcError> {
+    let text = systemctl(&["show", "-p", properties, "--", unit])?;
+    Ok(text
+        .lines()
+        .filter_map(|line| line.split_once('='))
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect())
+}
+
+/// What a command prints when it succeeds; it is killed after `limit`, if there is
+/// one. What it prints has to fit a pipe.
+pub(crate) fn output(mut command: Command, limit: Option<Duration>) -> Result<String, ProcError> {
+    let words: Vec<_> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    let failed = |reason: String| ProcError::Command {
+        command: words.join(" "),
+        reason,
+    };
+    let deadline = limit.map(|limit| Instant::now() + limit);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| failed(error.to_string()))?;
+    while let Some(deadline) = deadline
+        && child
+            .try_wait()
+            .map_err(|error| failed(error.to_string()))?
+            .is_none()
+    {
+        if Instant::now() >= deadline {
+            // It may have ended by now, which is as good.
+            let _ = child.kill();
+            let _ = child.wait();
+            let seconds = limit.unwrap_or_default().as_secs();
+            return Err(failed(format!("no end within {seconds} s")));
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+    let output = child
+        .wait_with_output()
+        .map_err(|error| failed(error.to_string()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(failed(format!("{}: {}", output.status, said.trim())));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The directory of a unit's drop-ins that last until the next boot.
+pub(crate) fn runtime_drop_ins(unit: &str) -> PathBuf {
+    Path::new(BOOTED).join(format!("{unit}.d"))
+}
+
+/// Writes a drop-in and has systemd read it; when systemd does not, nothing is left
+/// behind.
+pub(crate) fn drop_in(path: &Path, text: &str) -> Result<(), ProcError> {
+    let failed = |attempt, path: &Path, source| ProcError::Write {
+        attempt,
+        path: path.to_owned(),
+        source,
+    };
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory).map_err(|e| failed("create", directory, e))?;
+    }
+    std::fs::write(path, text).map_err(|e| failed("write", path, e))?;
+    match systemctl(&["daemon-reload"]) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            // The first failure is the one to tell.
+            let _ = withdraw(path);
+            Err(error)
+        }
+    }
+}
+
+/// Removes a drop-in, if it is there, and has systemd read what is left.
+pub(crate) fn withdraw(path: &Path) -> Result<(), ProcError> {
+    match std::fs::remove_file(path) {
+        Ok(()) => {}
+        Err(error) if read::is_gone(&error) => {}
+        Err(source) => {
+            return Err(ProcError::Write {
+                attempt: "remove",
+                path: path.to_owned(),
+                source,
+            });
+        }
+    }
+    if let Some(directory) = path.parent() {
+        // Not empty: it has drop-ins of somebody else.
+        let _ = std::fs::remove_dir(directory);
+    }
+    systemctl(&["daemon-reload"]).map(drop)
+}
