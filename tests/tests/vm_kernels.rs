@@ -150,7 +150,7 @@ fn moved(from: &Machine, to: &Machine, pid: &str, options: &[&str]) -> Migration
             println!("-- {}: {}", machine.host(), logs.unwrap().said());
         }
     }
-    migration.expect_committed();
+    let _ = migration.expect_committed();
     migration
 }
 
@@ -764,7 +764,7 @@ fn has_the_tree(machine: &Machine, pid: &str) {
 }
 
 /// The unit is down and stays so: nothing is about to start it.
-fn is_left(machine: &Machine) {
+fn is_down(machine: &Machine) {
     let is = |name| property(machine, REDIS, name);
     let state = (is("ActiveState"), is("SubState"));
     assert!(
@@ -777,12 +777,53 @@ fn is_left(machine: &Machine) {
         ("0", "always")
     );
     assert_eq!(is("NRestarts"), "0");
-    let running = machine.exec(["pgrep", "-x", "redis-server"], MOVES_WITHIN);
+}
+
+/// And nothing of the service runs there.
+fn is_left(machine: &Machine) {
+    is_down(machine);
+    let running = machine.exec(["ps", "-C", "redis-server", "-o", "pid="], MOVES_WITHIN);
     assert_ne!(
         running.unwrap().code,
         Some(0),
         "a second copy on {}",
         machine.host()
+    );
+}
+
+/// What a tree gets that no service takes.
+const SCOPE: &str = "redis-server.migrated.scope";
+
+/// A scope has the process, and bounds it as the service did.
+fn is_in_scope(machine: &Machine, pid: &str) {
+    shell(machine, &format!("systemctl status --no-pager {SCOPE}"));
+    assert_eq!(property(machine, SCOPE, "MemoryMax"), REDIS_BYTES);
+    let group = property(machine, SCOPE, "ControlGroup");
+    shell(
+        machine,
+        &format!("grep -qx {pid} /sys/fs/cgroup{group}/cgroup.procs"),
+    );
+}
+
+/// A machine with the package, the service and a way in.
+fn furnish(machine: &Machine, scratch: &Path, package: &Path) {
+    fs::create_dir(scratch).unwrap();
+    until(machine, "systemctl start network-online.target");
+    install(machine, scratch, package);
+    for (file, text) in [
+        (REDIS.to_owned(), REDIS_UNIT),
+        (format!("{REDIS}.d/override.conf"), REDIS_OVERRIDE),
+    ] {
+        put(
+            machine,
+            scratch,
+            text,
+            &format!("/etc/systemd/system/{file}"),
+        );
+    }
+    shell(
+        machine,
+        "systemctl daemon-reload && systemctl start ssh.service",
     );
 }
 
@@ -810,25 +851,12 @@ fn a_service_moves_into_the_unit_of_the_other_machine() {
     let machines = Machines::boot(dir.path(), &orders, &[client]).unwrap();
     let [one, two, peer] = orders.map(|order| machines.get(order.host).unwrap());
     println!("up after {} s", begun.elapsed().as_secs());
-    for machine in [one, two] {
-        until(machine, "systemctl is-active -q network-online.target");
-        install(machine, dir.path(), &package);
-        for (file, text) in [
-            (REDIS.to_owned(), REDIS_UNIT),
-            (format!("{REDIS}.d/override.conf"), REDIS_OVERRIDE),
-        ] {
-            put(
-                machine,
-                dir.path(),
-                text,
-                &format!("/etc/systemd/system/{file}"),
-            );
+    std::thread::scope(|scope| {
+        for machine in [one, two] {
+            let (dir, package) = (dir.path().join(machine.host().as_str()), &package);
+            scope.spawn(move || furnish(machine, &dir, package));
         }
-        shell(
-            machine,
-            "systemctl daemon-reload && systemctl start ssh.service",
-        );
-    }
+    });
     println!("installed after {} s", begun.elapsed().as_secs());
     shell(one, &format!("{PIDS_ABOVE} && systemctl start {REDIS}"));
     let pid = property(one, REDIS, "MainPID");
@@ -859,23 +887,39 @@ fn a_service_moves_into_the_unit_of_the_other_machine() {
         "redis-server"
     );
 
-    let gone = format!("rm -r /etc/systemd/system/{REDIS}* /usr/lib/systemd/system/redis*");
+    // One has no such unit, and the other's has a condition that does not hold.
     shell(
         two,
-        &format!("{gone} && systemctl daemon-reload && systemctl reset-failed"),
+        &format!(
+            "rm -r /etc/systemd/system/{REDIS}* /usr/lib/systemd/system/redis* && \
+             systemctl daemon-reload"
+        ),
     );
     let migration = moved(one, two, &anew, &["--stdio", "journal"]);
-    const SCOPE: &str = "redis-server.migrated.scope";
+    assert!(said_of(&migration, &format!("unit {SCOPE}")).contains("there is no"));
     assert_eq!(migration.expect_committed().unit.as_deref(), Some(SCOPE));
     is_left(one);
-    shell(two, &format!("systemctl status --no-pager {SCOPE}"));
-    assert_eq!(property(two, SCOPE, "MemoryMax"), REDIS_BYTES);
-    let group = property(two, SCOPE, "ControlGroup");
-    shell(
-        two,
-        &format!("grep -qx {anew} /sys/fs/cgroup{group}/cgroup.procs"),
+    is_in_scope(two, &anew);
+    println!("in a scope after {} s", begun.elapsed().as_secs());
+
+    put(
+        one,
+        dir.path(),
+        "[Unit]\nConditionPathExists=/nonexistent\n",
+        &format!("/etc/systemd/system/{REDIS}.d/never.conf"),
     );
-    shell(two, &format!("systemctl stop {SCOPE}"));
-    shell(two, &format!("test ! -e /proc/{anew}"));
+    shell(one, "systemctl daemon-reload");
+    let migration = moved(two, one, &anew, &["--stdio", "journal"]);
+    assert_eq!(migration.expect_committed().unit.as_deref(), Some(SCOPE));
+    let warned = migration.events.iter().any(|event| {
+        let event = event.to_string();
+        event.contains("redis-server.service could not take it")
+    });
+    assert!(warned, "{:#?}", migration.events);
+    is_in_scope(one, &anew);
+    is_down(one);
+    assert!(!property(one, REDIS, "DropInPaths").contains("migrate"));
+    shell(one, &format!("systemctl stop {SCOPE}"));
+    shell(one, &format!("test ! -e /proc/{anew}"));
     println!("done after {} s", begun.elapsed().as_secs());
 }

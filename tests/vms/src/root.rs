@@ -106,7 +106,8 @@ const SYSTEMD_PROGRAMS: [&str; 12] = [
     "/usr/bin/udevadm",
 ];
 /// What installs a package there, and puts processes into scopes; a guest comes up without.
-const SYSTEMD_TOOLS: [&str; 8] = [
+const SYSTEMD_TOOLS: [&str; 9] = [
+    "diff",
     "dpkg",
     "dpkg-deb",
     "dpkg-query",

@@ -75,11 +75,11 @@ pub enum Adoption {
 /// Where a tree stands among this host's units.
 #[must_use]
 pub fn unit_facts(tree: &Tree, supervisor: Option<&Supervisor>) -> UnitFacts {
+    let path = cgroup::without_fence(tree.cgroup());
     let service = match supervisor {
         Some(Supervisor::SystemdUnit { unit, .. }) => Some(unit.clone()),
-        _ => None,
+        _ => service_of_scope(path, tree.root()),
     };
-    let path = cgroup::without_fence(tree.cgroup());
     // A login's bounds are not the workload's.
     let own = (path != "/" && !cgroup::is_login(path)).then_some(path);
     let directory = own.and_then(|path| Hierarchy::v2()?.directory(path));
@@ -217,6 +217,13 @@ fn scope_name(tree: &TreeFacts, service: Option<&str>) -> String {
     }
 }
 
+/// The service that a tree was before it came into a scope: another host may have it.
+fn service_of_scope(path: &str, root_pid: i32) -> Option<String> {
+    let stem = path.rsplit('/').next()?.strip_suffix(SCOPE)?;
+    let of_process = stem.ends_with(&format!("-{root_pid}"));
+    (!of_process).then(|| format!("{stem}.service"))
+}
+
 /// The name that is free for certain once the tree runs here, for it has the PID.
 fn scope_of_pid(tree: &TreeFacts) -> String {
     let name = tree.processes.first().map_or("tree", |root| &root.name);
@@ -343,12 +350,20 @@ impl<'a> Guest<'a> {
         systemd::drop_in(&drop_in, &drop_in_text(&command))?;
         let taken = self.started(unit, &command);
         if let Err(error) = taken {
-            // As long as it is there nothing but `migrate adopt` can be started, and
-            // nothing is killed.
-            if let Err(left) = self.back_out(unit, &drop_in) {
-                tracing::warn!(error = %told(&left), drop_in = %drop_in.display(), "left behind");
-            }
-            return Err(error);
+            return Err(match self.back_out(unit, &drop_in) {
+                Ok(()) => error,
+                // As long as it is there nothing but `migrate adopt` can be started, and
+                // nothing is killed.
+                Err(left) => ProcError::Command {
+                    command: format!("systemctl start {unit}"),
+                    reason: format!(
+                        "{}; and then {}: remove {} and run `systemctl daemon-reload`",
+                        told(&error),
+                        told(&left),
+                        drop_in.display()
+                    ),
+                },
+            });
         }
         Ok(systemd::withdraw(&drop_in).err().map(|error| {
             format!(
@@ -706,6 +721,13 @@ mod tests {
         for service in [Some("redis-server.service"), None, Some(&*long)] {
             assert!(is_unit_name(&of(service), ".scope"));
         }
+        let back = |name: &str| service_of_scope(&format!("/system.slice/{name}"), 1006);
+        assert_eq!(
+            back(&of(Some("redis-server.service"))).as_deref(),
+            Some("redis-server.service")
+        );
+        assert_eq!(back(&of(None)), None);
+        assert_eq!(back("session-3.scope"), None);
     }
 
     #[test]

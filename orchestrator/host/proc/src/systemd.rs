@@ -13,9 +13,10 @@ pub(crate) const BOOTED: &str = "/run/systemd/system";
 /// Between two looks at what only tells when asked.
 pub(crate) const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Whether systemd runs this host's services.
+/// Whether systemd runs this host's services. A container may see the directory of
+/// the host around it.
 pub(crate) fn is_booted() -> bool {
-    Path::new(BOOTED).is_dir()
+    Path::new(BOOTED).is_dir() && read::name(1) == "systemd"
 }
 
 /// What `systemctl` answers to these arguments.

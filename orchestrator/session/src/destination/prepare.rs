@@ -128,7 +128,8 @@ impl Destination {
         let criu = self.criu.as_ref().ok_or_else(no_order)?;
         let home = self.home.as_ref().ok_or_else(no_order)?;
         let images = self.images.as_ref().ok_or_else(no_order)?;
-        let (mut streams, mut inherit) = reattach(&order.tree.stdio, &order.stdio)?;
+        let name = order.tree.processes.first().map_or("", |root| &root.name);
+        let (mut streams, mut inherit) = reattach(&order.tree.stdio, &order.stdio, name)?;
         if let Some(tunnel) = &order.tree.tunnel {
             let failed = Error::file("attach to tunnel device", &tunnel.name);
             let attached = match &self.tunnel {
@@ -246,6 +247,7 @@ fn no_order() -> Error {
 fn reattach(
     stdio: &[StdioFacts],
     choice: &StdioChoice,
+    name: &str,
 ) -> Result<(Vec<String>, Vec<OwnedFd>), Error> {
     let mut keys = Vec::new();
     let mut fds = Vec::new();
@@ -268,7 +270,7 @@ fn reattach(
                 .open(path)
                 .map_err(Error::file("open", path))?
                 .into(),
-            StdioChoice::Journal => journal_stream()
+            StdioChoice::Journal => journal_stream(name)
                 .map_err(Error::file("open", JOURNAL_SOCKET))?
                 .into(),
         };
@@ -279,9 +281,13 @@ fn reattach(
 }
 
 /// A stream into the journal. Its header is seven lines: identifier, unit,
-/// priority, level prefix, forward to syslog, to kmsg, to console.
-fn journal_stream() -> std::io::Result<UnixStream> {
+/// priority, level prefix, forward to syslog, to kmsg, to console. No unit is
+/// stated: journald goes by the cgroup of whoever writes, and takes the statement
+/// for those alone that are in none.
+fn journal_stream(name: &str) -> std::io::Result<UnixStream> {
+    // A process may call itself by a line's end.
+    let name = name.replace(char::is_control, "_");
     let mut stream = UnixStream::connect(JOURNAL_SOCKET)?;
-    stream.write_all(b"migrate\n\n6\n1\n0\n0\n0\n")?;
+    stream.write_all(format!("{name}\n\n6\n1\n0\n0\n0\n").as_bytes())?;
     Ok(stream)
 }
