@@ -82,7 +82,11 @@ impl Limits {
         let cpu = self.cpu_permyriad.map(|permyriad| {
             // What is less than the least setting is not nothing.
             let permyriad = permyriad.max(1);
-            format!("{}.{:02}%", permyriad / 100, permyriad % 100)
+            match (permyriad / 100, permyriad % 100) {
+                // All that older ones take.
+                (percent, 0) => format!("{percent}%"),
+                (percent, rest) => format!("{percent}.{rest:02}%"),
+            }
         });
         [
             ("MemoryMax", self.memory_max_bytes.map(|n| n.to_string())),
@@ -186,12 +190,14 @@ mod tests {
             limits.settings(),
             [
                 "MemoryMax=268435456",
-                "CPUQuota=150.00%",
+                "CPUQuota=150%",
                 "IOWeight=50",
                 "TasksMax=512"
             ]
         );
         assert_eq!(Limits::read(|_| None), Limits::default());
+        let odd = Limits::read(|_| Some("12345 100000".to_owned()));
+        assert!(odd.settings().contains(&"CPUQuota=12.34%".to_owned()));
         for odd in ["max 100000", "x", "", "1 0", "99999999999999999999 1"] {
             let limits = Limits::read(|_| Some(odd.to_owned()));
             assert_eq!(limits.cpu_permyriad, None, "{odd}");

@@ -237,7 +237,8 @@ fn scope_of_pid(tree: &TreeFacts) -> String {
 #[must_use]
 pub fn adopt(plan: &Adoption, tree: &TreeFacts, home: &str) -> Option<Adopted> {
     // Someone has made that cgroup and put the tree's namesake there.
-    if !home.is_empty() && !home.starts_with(HOME_PARENT) {
+    let is_ours = home.is_empty() || home.starts_with(HOME_PARENT);
+    if *plan == Adoption::Stays || !is_ours {
         return None;
     }
     let failed = |warning: String| Adopted {
