@@ -74,12 +74,15 @@ mod tests {
         let policy = of(
             "peers = ['host1']\nusers = [0, 999]\naddresses = ['10.0.0.0/8', '::1']\n\
              build_ids = ['c0ffee']\nmemory_mib_max = 64\n\
-             tunnels = ['tun0']\nkeep = '/srv/kept'\n",
+             tunnels = ['tun0']\nkeep = '/srv/kept'\n\
+              units = ['redis-server.service']\n",
         )
         .unwrap()
         .unwrap();
         assert_eq!(policy.peers, Some(vec!["host1".to_owned()]));
         assert_eq!(policy.users, Some([0, 999].into()));
+        assert!(policy.admits_unit("redis-server.service"));
+        assert!(!policy.admits_unit("sshd.service"));
         assert_eq!(policy.addresses.unwrap().len(), 2);
         assert_eq!(policy.build_ids, Some(["c0ffee".to_owned()].into()));
         assert_eq!(policy.memory_mib_max, Some(64));
@@ -103,6 +106,7 @@ mod tests {
         let empty = Policy {
             tunnels: Some([].into()),
             keep: Keeping::Nowhere,
+            units: Some([].into()),
             ..Policy::default()
         };
         assert_eq!(of("").unwrap(), Some(empty));

@@ -237,8 +237,7 @@ fn scope_of_pid(tree: &TreeFacts) -> String {
 #[must_use]
 pub fn adopt(plan: &Adoption, tree: &TreeFacts, home: &str) -> Option<Adopted> {
     // Someone has made that cgroup and put the tree's namesake there.
-    let is_ours = home.is_empty() || home.starts_with(HOME_PARENT);
-    if *plan == Adoption::Stays || !is_ours {
+    if *plan == Adoption::Stays || !(home.is_empty() || is_made(home)) {
         return None;
     }
     let failed = |warning: String| Adopted {
@@ -349,8 +348,12 @@ impl<'a> Guest<'a> {
         }
         let drop_in = systemd::runtime_drop_ins(unit).join(DROP_IN);
         systemd::drop_in(&drop_in, &drop_in_text(&command))?;
-        let taken = self.started(unit, &command);
-        if let Err(error) = taken {
+        if let Err(error) = is_ready(unit, &command, self.tree.root_pid) {
+            // Nothing was started: what runs there is somebody else's.
+            let _ = systemd::withdraw(&drop_in);
+            return Err(error);
+        }
+        if let Err(error) = self.started(unit) {
             return Err(match self.back_out(unit, &drop_in) {
                 Ok(()) => error,
                 // As long as it is there nothing but `migrate adopt` can be started, and
@@ -377,23 +380,7 @@ impl<'a> Guest<'a> {
     }
 
     /// Starts the unit as it is now and makes sure of what has come of it.
-    fn started(&self, unit: &str, command: &str) -> Result<(), ProcError> {
-        let shown = systemd::show(unit, "Type,KillMode,Restart,ExecStart,ExecStop")?;
-        let is = |property: &str| shown.get(property).map_or("", String::as_str);
-        let ours = is("Type") == "notify"
-            && is("KillMode") == "none"
-            && is("Restart") == "no"
-            && is("ExecStop").is_empty()
-            && is("ExecStart").matches("path=").count() == 1
-            && is("ExecStart").contains(&format!("argv[]={command} ;"));
-        if !ours {
-            return Err(ProcError::Command {
-                command: format!("systemctl show {unit}"),
-                reason: "other settings have the last word over those that a start around a \
-                         running tree needs"
-                    .to_owned(),
-            });
-        }
+    fn started(&self, unit: &str) -> Result<(), ProcError> {
         let mut start = Command::new("systemctl");
         // A job of somebody else is not undone for this one.
         start.args(["start", "--job-mode=fail", "--no-ask-password", "--", unit]);
@@ -473,6 +460,37 @@ impl<'a> Guest<'a> {
             cgroup::remove_empty_home(&home);
         }
     }
+}
+
+/// Whether a start of the unit would run this command and nothing else, and the unit
+/// is still down: preflight was a while ago. Somebody else may have started it since
+/// the change, and then it takes the tree already.
+fn is_ready(unit: &str, command: &str, root: i32) -> Result<(), ProcError> {
+    const PROPERTIES: &str = "ActiveState,MainPID,Type,KillMode,Restart,ExecStart,ExecStop";
+    let shown = systemd::show(unit, PROPERTIES)?;
+    let is = |property: &str| shown.get(property).map_or("", String::as_str);
+    let takes = is("MainPID")
+        .parse()
+        .is_ok_and(|main| main == root || read::arguments(main).join(" ") == command);
+    let down = matches!(is("ActiveState"), "inactive" | "failed");
+    let ours = is("Type") == "notify"
+        && is("KillMode") == "none"
+        && is("Restart") == "no"
+        && is("ExecStop").is_empty()
+        && is("ExecStart").matches("path=").count() == 1
+        && is("ExecStart").contains(&format!("argv[]={command} ;"));
+    let reason = if !down && !takes {
+        format!("the unit is {} meanwhile", is("ActiveState"))
+    } else if !ours {
+        "other settings have the last word over those that a start around a running tree needs"
+            .to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(ProcError::Command {
+        command: format!("systemctl show {unit}"),
+        reason,
+    })
 }
 
 /// Whether a character stands for itself in a setting of a unit.
@@ -585,6 +603,12 @@ fn moved(
     }
 }
 
+/// Whether a cgroup is one that we make for trees.
+fn is_made(home: &str) -> bool {
+    let below = home.strip_prefix(HOME_PARENT);
+    below.is_some_and(|below| below.len() > 1 && below.starts_with('/'))
+}
+
 /// The tree's processes: the root's descendants, and whoever else lives in the cgroup
 /// that was made for it, for a daemon's children lose their parent.
 fn processes(root: i32, ticks: u64, home: &str) -> Result<Vec<i32>, ProcError> {
@@ -592,10 +616,9 @@ fn processes(root: i32, ticks: u64, home: &str) -> Result<Vec<i32>, ProcError> {
         return Err(ProcError::NoSuchProcess { pid: root });
     }
     let mut pids = tree(root)?.pids();
-    let made = home.len() > HOME_PARENT.len() && home.starts_with(HOME_PARENT);
     let home = Hierarchy::v2()
         .and_then(|v2| v2.directory(home))
-        .filter(|_| made);
+        .filter(|_| is_made(home));
     if let Some(home) = home {
         let listed = read::text_if_there(home.join("cgroup.procs"))?.unwrap_or_default();
         let program = |pid: &str| {
@@ -729,6 +752,14 @@ mod tests {
         );
         assert_eq!(back(&of(None)), None);
         assert_eq!(back("session-3.scope"), None);
+    }
+
+    #[test]
+    fn only_cgroups_made_for_trees_are_left_for_a_unit() {
+        assert!(is_made("/migrate/redis-server-9"));
+        for other in ["", "/", "/migrate", "/migrate/", "/migrated/x", "/pods/x"] {
+            assert!(!is_made(other), "{other}");
+        }
     }
 
     #[test]
