@@ -29,6 +29,7 @@
 //!                    <------------------  Running
 //!   (end)            ------------------>
 //!                    <------------------  Seen
+//!                    <------------------  Adopted   where a unit takes the tree
 //! ```
 //! With `--postcopy` one more connection joins, and from `Owned` on:
 //!
