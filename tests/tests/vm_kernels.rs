@@ -857,6 +857,12 @@ fn a_service_moves_into_the_unit_of_the_other_machine() {
             scope.spawn(move || furnish(machine, &dir, package));
         }
     });
+    // What both have run once is translated, and a login then within its limit.
+    std::thread::scope(|scope| {
+        for (from, to) in [(one, two), (two, one)] {
+            scope.spawn(move || until(from, &format!("ssh {} true", to.host())));
+        }
+    });
     println!("installed after {} s", begun.elapsed().as_secs());
     shell(one, &format!("{PIDS_ABOVE} && systemctl start {REDIS}"));
     let pid = property(one, REDIS, "MainPID");
