@@ -141,3 +141,20 @@ pub fn with<T>(path: &Path, change: impl FnOnce(&mut Vec<u8>), test: impl FnOnce
     fs::write(path, content).unwrap();
     result
 }
+
+/// A change for [`with`]: one text for another, where it stands first.
+pub fn edit(from: &str, to: &str) -> impl FnOnce(&mut Vec<u8>) + use<> {
+    let (from, to) = (from.to_owned(), to.to_owned());
+    move |content| {
+        let text = String::from_utf8(content.clone()).unwrap();
+        assert!(text.contains(&from), "{text}");
+        *content = text.replacen(&from, &to, 1).into_bytes();
+    }
+}
+
+/// A change for [`with`]: a manifest that was written on another machine.
+pub fn another_machine(manifest: &Path) -> impl FnOnce(&mut Vec<u8>) + use<> {
+    let parsed: serde_json::Value = serde_json::from_slice(&fs::read(manifest).unwrap()).unwrap();
+    let machine = format!("\"machine_id\":{}", parsed["machine_id"]);
+    edit(&machine, "\"machine_id\":\"another\"")
+}

@@ -15,8 +15,8 @@ use migrate_tests::hosts::{
 };
 use migrate_tests::migration::serves_old_connections;
 use migrate_tests::parking::{
-    DIR, PATIENT, WITHIN, clean_client, comes_up, goes_down, held, make_directory, run, succeeds,
-    with,
+    DIR, PATIENT, WITHIN, another_machine, clean_client, comes_up, edit, goes_down, held,
+    make_directory, run, succeeds, with,
 };
 use migrate_tests::refusals::{
     Ended, INTERRUPTED, REFUSED, ROLLED_BACK, Running, Scene, guards, runner, scoped, shell,
@@ -526,26 +526,12 @@ fn what_cannot_be_resumed_waits_on() {
     fs::rename(&manifest, set.join("elsewhere")).unwrap();
     refused(&["has no manifest"]);
     fs::rename(set.join("elsewhere"), &manifest).unwrap();
-    let edit = |from: &str, to: &str| {
-        let (from, to) = (from.to_owned(), to.to_owned());
-        move |content: &mut Vec<u8>| {
-            let text = String::from_utf8(content.clone()).unwrap();
-            assert!(text.contains(&from), "{text}");
-            *content = text.replacen(&from, &to, 1).into_bytes();
-        }
-    };
     with(&manifest, edit("\"version\":1", "\"version\":2"), || {
         refused(&["version 2", "resume it with migrate"]);
     });
-    let machine: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
-    let machine = format!("\"machine_id\":{}", machine["machine_id"]);
-    with(
-        &manifest,
-        edit(&machine, "\"machine_id\":\"another\""),
-        || {
-            refused(&["parked on another machine", "--force"]);
-        },
-    );
+    with(&manifest, another_machine(&manifest), || {
+        refused(&["parked on another machine", "--force"]);
+    });
 
     // Before the network.
     shell(

@@ -7,12 +7,13 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use migrate_test_hosts::{Host, HostName};
+use migrate_test_hosts::{Host, HostName, Lab};
+use migrate_tests::client::StrictClient;
 use migrate_tests::hosts::{ResetCapture, TcpCounts, eventually, reset_connections, runs};
 use migrate_tests::migration::{no_gate_left, serves_old_connections};
 use migrate_tests::parking::{
-    DIR, PATIENT, WITHIN, clean_client, comes_up, goes_down, held, make_directory, run, succeeds,
-    with,
+    DIR, PATIENT, WITHIN, another_machine, clean_client, comes_up, edit, goes_down, held,
+    make_directory, run, succeeds, with,
 };
 use migrate_tests::refusals::{
     CONNECT, Ended, Held, INTERRUPTED, POLICY_FILE, REFUSED, ROLLED_BACK, Running, Scene,
@@ -305,16 +306,22 @@ fn before_the_keeper_has_it_the_tree_runs_on() {
     assert!(scene.client.stop().unwrap().is_clean());
 }
 
+/// An echo on the first host, how many resets its clients had before, these, and the pair.
+fn echo_on(lab: &Lab) -> (Workload, u64, StrictClient, Pair) {
+    let echo = Workload::start(Kind::Echo, lab).unwrap();
+    let resets = reset_connections(&lab.host(HostName::Client)).unwrap();
+    let mut client = echo.client(lab, 3, &PATIENT).unwrap();
+    serves_old_connections(&mut client);
+    let pair = Pair::prepare(lab.host(HostName::Host1), lab.host(HostName::Host2));
+    (echo, resets, client, pair)
+}
+
 /// At the commit itself: one of the two has the tree, and the keeper's disk says who.
 #[test]
 fn whoever_fails_at_the_commit_leaves_one_tree() {
     require!("whoever_fails_at_the_commit_leaves_one_tree": root, tcx, criu, migrate);
     let lab = scoped("park-to-commit");
-    let echo = Workload::start(Kind::Echo, &lab).unwrap();
-    let resets = reset_connections(&lab.host(HostName::Client)).unwrap();
-    let mut client = echo.client(&lab, 3, &PATIENT).unwrap();
-    serves_old_connections(&mut client);
-    let pair = Pair::prepare(lab.host(HostName::Host1), lab.host(HostName::Host2));
+    let (echo, resets, mut client, pair) = echo_on(&lab);
     let (host, pid) = (&pair.host, echo.pid);
     let stopped_at = |moment| {
         let mut command = pair.park(pid, Some(moment));
@@ -411,11 +418,7 @@ fn whoever_fails_at_the_commit_leaves_one_tree() {
 fn what_is_kept_comes_back_once_and_as_it_was() {
     require!("what_is_kept_comes_back_once_and_as_it_was": root, tcx, criu, migrate);
     let lab = scoped("park-to-once");
-    let echo = Workload::start(Kind::Echo, &lab).unwrap();
-    let resets = reset_connections(&lab.host(HostName::Client)).unwrap();
-    let mut client = echo.client(&lab, 3, &PATIENT).unwrap();
-    serves_old_connections(&mut client);
-    let pair = Pair::prepare(lab.host(HostName::Host1), lab.host(HostName::Host2));
+    let (echo, resets, mut client, pair) = echo_on(&lab);
     let (host, pid) = (&pair.host, echo.pid);
     pair.parks(pid);
     let waits = || assert!(!runs(host, pid), "it waits");
@@ -444,14 +447,6 @@ fn what_is_kept_comes_back_once_and_as_it_was() {
     fs::rename(&aside, &pages).unwrap();
     // A manifest that goes with it does not help.
     let manifest = set.join("manifest.json");
-    let edit = |from: &str, to: &str| {
-        let (from, to) = (from.to_owned(), to.to_owned());
-        move |content: &mut Vec<u8>| {
-            let text = String::from_utf8(content.clone()).unwrap();
-            assert!(text.contains(&from));
-            *content = text.replacen(&from, &to, 1).into_bytes();
-        }
-    };
     with(&manifest, edit("pages-1.img", "pages-7.img"), || {
         fs::rename(&pages, set.join("images/pages-7.img")).unwrap();
         pair.refuses(&["pages-7.img", "it was not there"]);
@@ -472,18 +467,12 @@ fn what_is_kept_comes_back_once_and_as_it_was() {
     let kept = ["resume", "--dir", KEPT, "--name", NAME];
     run(&pair.keeper, &kept).expect(REFUSED, &["was given to host1"]);
     fs::rename(set.join("mark.json"), set.join("aside")).unwrap();
-    let machine: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
-    let machine = format!("\"machine_id\":{}", machine["machine_id"]);
-    with(
-        &manifest,
-        edit(&machine, "\"machine_id\":\"another\""),
-        || {
-            run(&pair.keeper, &kept).expect(REFUSED, &["parked on another machine, host1"]);
-            // Nor does any other machine have it.
-            pair.run(&["resume", "--dir", DIR])
-                .expect(REFUSED, &["parked on another machine"]);
-        },
-    );
+    with(&manifest, another_machine(&manifest), || {
+        run(&pair.keeper, &kept).expect(REFUSED, &["parked on another machine, host1"]);
+        // Nor does any other machine have it.
+        pair.run(&["resume", "--dir", DIR])
+            .expect(REFUSED, &["parked on another machine"]);
+    });
     fs::rename(set.join("aside"), set.join("mark.json")).unwrap();
 
     // Two at once.

@@ -65,7 +65,28 @@ pub(crate) const SILENCE: Duration = Duration::from_secs(60);
 /// Questions whether a tree fits here that one connection may ask: a source asks
 /// one. Each takes this host a look at its processes, files and sockets and a run
 /// of CRIU, so nobody may ask for ever.
-pub(crate) const QUESTIONS_MAX: u32 = 4;
+const QUESTIONS_MAX: u32 = 4;
+
+/// How many of those one connection has asked.
+#[derive(Debug, Default)]
+pub(crate) struct Questions(u32);
+
+impl Questions {
+    /// Counts another one.
+    ///
+    /// # Errors
+    /// It is one too many.
+    pub(crate) fn another(&mut self, peer: &str) -> Result<(), Error> {
+        self.0 += 1;
+        if self.0 > QUESTIONS_MAX {
+            return Err(Error::TooManyQuestions {
+                peer: peer.to_owned(),
+                most: QUESTIONS_MAX,
+            });
+        }
+        Ok(())
+    }
+}
 
 /// Serves one connection: a tree that moves here, or is to be kept here for the host
 /// that it comes from, or a question about one that is.
@@ -372,7 +393,7 @@ impl Destination {
     /// Examines and answers until the source wants its tree taken, or no more.
     async fn listen(&mut self) -> Result<Event, Error> {
         journal::check_name(&self.peer, &self.migration_id)?;
-        let mut questions = 0;
+        let mut questions = Questions::default();
         loop {
             match self.message("what the source wants", SILENCE).await? {
                 Message::Preflight {
@@ -381,13 +402,7 @@ impl Destination {
                     stdio,
                     adopt,
                 } => {
-                    questions += 1;
-                    if questions > QUESTIONS_MAX {
-                        return Err(Error::TooManyQuestions {
-                            peer: self.peer.clone(),
-                            most: QUESTIONS_MAX,
-                        });
-                    }
+                    questions.another(&self.peer)?;
                     self.preflight(*tree, &source, stdio, adopt).await?;
                 }
                 Message::Verdict { migration_id } => {

@@ -97,13 +97,7 @@ impl Stub {
         let place = to.stub.clone();
         place.make()?;
         let lock = place.lock(LOCK_LIMIT).await?;
-        let away = Away {
-            id: id.to_owned(),
-            keeper,
-            route: to.route.clone(),
-            store,
-            state: AwayState::Pending,
-        };
+        let away = pending(to, keeper, id, store);
         // Noted before it is there, and no wait from here on: a step that is dropped leaves
         // nothing that is not noted.
         let (place, away, _) = self.written.insert((place, away, lock));
@@ -137,13 +131,7 @@ impl Stub {
         let Some(store) = self.store else {
             return Ok(());
         };
-        let away = Away {
-            id: id.to_owned(),
-            keeper,
-            route: to.route.clone(),
-            store,
-            state: AwayState::Pending,
-        };
+        let away = pending(to, keeper, id, store);
         let asked = ask(&to.stub, &away, KeptWanted::Verdict);
         let said = tokio::time::timeout(DISOWN_LIMIT, asked).await;
         match said {
@@ -154,6 +142,17 @@ impl Stub {
                 waited: DISOWN_LIMIT,
             }),
         }
+    }
+}
+
+/// What is known of a parking until the keeper has said that it has the tree.
+fn pending(to: &Keeper, keeper: String, id: &str, store: StoreId) -> Away {
+    Away {
+        id: id.to_owned(),
+        keeper,
+        route: to.route.clone(),
+        store,
+        state: AwayState::Pending,
     }
 }
 

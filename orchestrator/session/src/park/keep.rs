@@ -34,7 +34,7 @@ use nix::sys::statvfs::statvfs;
 use super::kept::Store;
 use super::place::{Place, PlaceLock};
 use crate::cancel::Cancel;
-use crate::destination::{self, Memory, QUESTIONS_MAX, Served};
+use crate::destination::{self, Memory, Questions, Served};
 use crate::error::{Error, chain};
 use crate::inbox::Inbox;
 
@@ -221,7 +221,7 @@ impl Keeper {
     }
 
     async fn run(&mut self) -> Result<(), Error> {
-        let mut questions = 0;
+        let mut questions = Questions::default();
         loop {
             match self.message("what the source wants").await? {
                 Message::Keep(order) if self.keep.is_none() => self.keep = Some(*order),
@@ -239,13 +239,7 @@ impl Keeper {
                     stdio,
                     ..
                 } => {
-                    questions += 1;
-                    if questions > QUESTIONS_MAX {
-                        return Err(Error::TooManyQuestions {
-                            peer: self.peer.clone(),
-                            most: QUESTIONS_MAX,
-                        });
-                    }
+                    questions.another(&self.peer)?;
                     self.preflight(*tree, *source, stdio).await?;
                 }
                 Message::Prepare {
