@@ -293,9 +293,10 @@ pub fn lacking(need: &str) -> Option<String> {
             (version < (6, 6)).then(|| format!("needs Linux 6.6, this is {}", release.trim()))
         }
         "vm" => migrate_test_vms::lacking(),
-        "gate_tests" => gate_tests()
-            .is_none()
-            .then(|| "needs `cargo test -p migrate-gate --no-run`".to_owned()),
+        "unit_tests" => ["migrate-gate", "migrate-criu"]
+            .into_iter()
+            .find(|package| unit_tests(package).is_none())
+            .map(|package| format!("needs `cargo test -p {package} --lib --no-run`")),
         "kernel_6_1" => lacking_kernel(Kernel::V6_1),
         "kernel_6_12" => lacking_kernel(Kernel::V6_12),
         "kernel_newest" => lacking_kernel(Kernel::Newest),
@@ -323,10 +324,11 @@ pub fn lacking(need: &str) -> Option<String> {
     }
 }
 
-/// The newest build of the gate's own tests, beside the running one.
+/// The newest build of a package's own tests, beside the running one.
 #[must_use]
-pub fn gate_tests() -> Option<PathBuf> {
+pub fn unit_tests(package: &str) -> Option<PathBuf> {
     let this = std::env::current_exe().ok()?;
+    let prefix = format!("{}-", package.replace('-', "_"));
     let built = |path: &PathBuf| fs::metadata(path).and_then(|file| file.modified()).ok();
     fs::read_dir(this.parent()?)
         .ok()?
@@ -334,7 +336,7 @@ pub fn gate_tests() -> Option<PathBuf> {
         .map(|entry| entry.path())
         .filter(|path| {
             let name = path.file_name().and_then(|name| name.to_str());
-            path.extension().is_none() && name.is_some_and(|name| name.starts_with("migrate_gate-"))
+            path.extension().is_none() && name.is_some_and(|name| name.starts_with(&prefix))
         })
         .max_by_key(built)
 }

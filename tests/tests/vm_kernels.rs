@@ -1,5 +1,6 @@
-//! In virtual machines, on kernels of Debian: the gate's own tests, for the verifier takes the
-//! programs there, too, and they do what they do here; whole migrations, from one kernel to
+//! In virtual machines, on kernels of Debian: the gate's own tests and those of what reads
+//! flags of mappings, for the verifier takes the programs there, too, and they do what they do
+//! here; whole migrations, from one kernel to
 //! another and by the kernel's soft-dirty marks, which the kernel of a test machine may not have;
 //! and machines that get another kernel, by kexec and by a reset, with their trees parked on a disk.
 
@@ -15,7 +16,7 @@ use migrate_core::report::Report;
 use migrate_test_hosts::{HostName, WORKLOAD_V4};
 use migrate_test_vms::{DISK, Kernel, Machine, Machines, Order, Program, Way, scratch};
 use migrate_tests::client::{StrictClient, program};
-use migrate_tests::hosts::gate_tests;
+use migrate_tests::hosts::unit_tests;
 use migrate_tests::migration::{Migration, serves_old_connections, serves_old_connections_within};
 use migrate_tests::require;
 use migrate_tests::tunnel::{self, End};
@@ -36,6 +37,11 @@ const TESTS_OF_TCX: [&str; 3] = [
     "a_program_in_front_is_noticed",
     "a_bond_is_gated",
 ];
+/// Tests of what reads flags of mappings out of the kernel's own records.
+const TESTS_OF_FLAGS: [&str; 2] = [
+    "the_program_says_what_smaps_says",
+    "smaps_comes_without_counts",
+];
 /// What those of devices have to have been on.
 const VLANS: [&str; 2] = ["vlan 802.1Q", "vlan 802.1ad"];
 const BONDS: [&str; 3] = ["bond active-backup", "bond balance-rr", "bond 802.3ad"];
@@ -43,12 +49,12 @@ const BONDS: [&str; 3] = ["bond active-backup", "bond balance-rr", "bond 802.3ad
 fn gate_works_on(kernel: Kernel) {
     let begun = Instant::now();
     let dir = scratch().unwrap();
-    let tests = Program {
-        path: gate_tests().unwrap(),
-        name: "gate-tests".to_owned(),
-    };
+    let programs = ["migrate-gate", "migrate-criu"].map(|package| Program {
+        path: unit_tests(package).unwrap(),
+        name: package.to_owned(),
+    });
     let order = Order::new(HostName::Host1, kernel);
-    let machines = Machines::boot(dir.path(), &[order], &[tests]).unwrap();
+    let machines = Machines::boot(dir.path(), &[order], &programs).unwrap();
     let machine = machines.get(HostName::Host1).unwrap();
     let release = machine
         .succeed(["uname", "-r"], TESTS_WITHIN)
@@ -60,23 +66,30 @@ fn gate_works_on(kernel: Kernel) {
         Kernel::V6_1 => (&TESTS_OF_FILTERS[..], &VLANS[..]),
         Kernel::V6_12 | Kernel::Newest => (&TESTS_OF_TCX[..], &BONDS[..]),
     };
-    let tests: Vec<&str> = TESTS.iter().chain(of_hooks).copied().collect();
-    let argv = ["gate-tests", "--test-threads=1", "--show-output"];
-    let argv = argv.into_iter().chain(tests.iter().copied());
-    let finished = machine.exec(argv, TESTS_WITHIN).unwrap();
-    let said = finished.said();
-    assert_eq!(finished.code, Some(0), "on {release}: {said}");
-    // What skips there would be missed here.
-    assert!(!said.contains("SKIP"), "on {release}: {said}");
-    for device in devices {
-        assert!(said.contains(&format!("gated: {device}")), "{said}");
+    let gates: Vec<&str> = TESTS.iter().chain(of_hooks).copied().collect();
+    for (program, tests) in [
+        ("migrate-gate", &gates[..]),
+        ("migrate-criu", &TESTS_OF_FLAGS),
+    ] {
+        let argv = [program, "--test-threads=1", "--show-output"];
+        let argv = argv.into_iter().chain(tests.iter().copied());
+        let finished = machine.exec(argv, TESTS_WITHIN).unwrap();
+        let said = finished.said();
+        assert_eq!(finished.code, Some(0), "on {release}: {said}");
+        // What skips there would be missed here.
+        assert!(!said.contains("SKIP"), "on {release}: {said}");
+        let passed = said.lines().filter(|line| line.ends_with("... ok")).count();
+        assert_eq!(passed, tests.len(), "on {release}: {said}");
+        if program == "migrate-gate" {
+            for device in devices {
+                assert!(said.contains(&format!("gated: {device}")), "{said}");
+            }
+        }
+        println!(
+            "{release}: {passed} tests of {program} passed, {} s after the boot began",
+            begun.elapsed().as_secs()
+        );
     }
-    let passed = said.lines().filter(|line| line.ends_with("... ok")).count();
-    assert_eq!(passed, tests.len(), "on {release}: {said}");
-    println!(
-        "{release}: {passed} tests of the gate passed, {} s after the boot began",
-        begun.elapsed().as_secs()
-    );
 }
 
 /// One set of machines at a time, however many threads run the tests: each keeps a core busy.
@@ -88,7 +101,7 @@ fn alone() -> MutexGuard<'static, ()> {
 /// The oldest kernel that is supported, on which filters take the place of tcx hooks.
 #[test]
 fn the_gate_works_on_linux_6_1() {
-    require!("the_gate_works_on_linux_6_1": vm, kernel_6_1, gate_tests);
+    require!("the_gate_works_on_linux_6_1": vm, kernel_6_1, unit_tests);
     let _alone = alone();
     gate_works_on(Kernel::V6_1);
 }
@@ -96,9 +109,18 @@ fn the_gate_works_on_linux_6_1() {
 /// That of Debian 13.
 #[test]
 fn the_gate_works_on_linux_6_12() {
-    require!("the_gate_works_on_linux_6_12": vm, kernel_6_12, gate_tests);
+    require!("the_gate_works_on_linux_6_12": vm, kernel_6_12, unit_tests);
     let _alone = alone();
     gate_works_on(Kernel::V6_12);
+}
+
+/// The newest that Debian has, where what the kernel's programs and adapters take for granted
+/// ceases to hold first.
+#[test]
+fn the_gate_works_on_the_newest_linux() {
+    require!("the_gate_works_on_the_newest_linux": vm, kernel_newest, unit_tests);
+    let _alone = alone();
+    gate_works_on(Kernel::Newest);
 }
 
 /// One migration takes half a minute under emulation on an idle machine.
