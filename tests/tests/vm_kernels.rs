@@ -863,7 +863,7 @@ fn a_service_moves_into_the_unit_of_the_other_machine() {
     let package = package(&dir.path().join("dist"));
     let orders = [
         Order::new(HostName::Host1, Kernel::V6_12).under_systemd(),
-        Order::new(HostName::Host2, Kernel::V6_12).under_systemd(),
+        Order::new(HostName::Host2, Kernel::Newest).under_systemd(),
         Order::new(HostName::Client, Kernel::V6_12),
     ];
     let client = Program {
