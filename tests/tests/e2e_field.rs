@@ -21,7 +21,7 @@ use migrate_tests::field::{
     COUNT, Capture, Running, SOON, Shared, cgroup, cgroups_made, contiguous, grows, output,
     process, processes, read, signal, waiting_criu,
 };
-use migrate_tests::hosts::{catches, eventually, has_address, listens, runs};
+use migrate_tests::hosts::{catches, eventually, has_address, listens, process_name, runs};
 use migrate_tests::migration::{
     Migration, migrate, moves, no_gate_left, print_logs, serves_old_connections,
 };
@@ -1435,6 +1435,8 @@ fn the_destination_is_silent_until_the_tree_is_its_own() {
 
 /// Has it stand still when the tree is frozen and the gate closed.
 const AT_DUMP: (&str, &str) = ("MIGRATE_STOP_AT", "dump");
+/// Has it stand still when the rounds are over and the tree still runs.
+const AT_FREEZE: (&str, &str) = ("MIGRATE_STOP_AT", "freeze");
 
 /// Kills a `migrate` and the guard that would clear up after it.
 fn kill_with_guard(migration: Running, host: &Host) {
@@ -1482,6 +1484,31 @@ fn a_killed_owner_leaves_an_open_gate_that_unlock_removes() {
     serves_old_connections(&mut client);
     let verdict = client.stop().unwrap();
     assert!(verdict.is_clean(), "{verdict:?}");
+}
+
+/// Where the vDSO is after exec nobody has sent it from, and CRIU takes it for sent.
+#[test]
+fn a_process_that_calls_exec_after_the_last_round_moves() {
+    require!("a_process_that_calls_exec_after_the_last_round_moves": root, tcx, criu, migrate, python);
+    let (_shared, _lab, host1, host2) = set_up("exec");
+    let script = "import os, signal\n\
+                  become = lambda *_: os.execv('/bin/sleep', ['sleep', '1000'])\n\
+                  signal.signal(signal.SIGUSR1, become)\n\
+                  while True: signal.pause()";
+    let pid = host1
+        .spawn_detached([PYTHON, "-c", script], "/dev/null")
+        .unwrap();
+    assert!(eventually(SOON, || catches(&host1, pid, Signal::SIGUSR1)));
+    let arguments = ["--to", "host2", &pid.to_string()];
+    let migration = Running::start(&host1, &[AT_FREEZE], arguments).unwrap();
+    let held = Held::by_itself(driver(&host1));
+    signal(&host1, "USR1", pid);
+    assert!(eventually(SOON, || process_name(&host1, pid) == "sleep"));
+    drop(held);
+    let (code, events, stderr) = migration.end().unwrap();
+    assert_eq!(code, Some(0), "{events:#?} {stderr}");
+    assert!(runs(&host2, pid) && !runs(&host1, pid));
+    assert_eq!(process_name(&host2, pid), "sleep");
 }
 
 #[test]

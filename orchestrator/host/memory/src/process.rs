@@ -101,6 +101,13 @@ impl Watch {
             })
     }
 
+    /// Whether the process still has the memory that is watched, and has not called exec.
+    /// `at` is a range of addresses that this watches none of.
+    pub(crate) fn is_of_living_memory(&self, at: &Range<u64>) -> bool {
+        let touched = self.uffd.unprotect(at);
+        !touched.is_err_and(|error| error.raw_os_error() == Some(libc::ESRCH))
+    }
+
     /// Finds populated pages of a mapping from `range.start` on and marks the
     /// written ones clean. What the guard still holds when it is dropped is
     /// marked written again.

@@ -168,8 +168,8 @@ struct Process {
     start_ticks: u64,
     watch: Option<Watch>,
     state: TrackingState,
-    /// The vDSO has been handed on. It never changes.
-    vdso_sent: bool,
+    /// Where the vDSO was when it was handed on. It never changes, but exec moves it.
+    vdso: Option<Range<u64>>,
     /// What was copied in the last round, for [`PageSink::gone`].
     known: Vec<Range<u64>>,
 }
@@ -214,6 +214,32 @@ impl Precopy {
             pid,
             state: &process.state,
         })
+    }
+
+    /// Where the vDSO of processes is, of the tree that stands still, that have called exec
+    /// since the last round, by PID: nobody has handed it on from there.
+    ///
+    /// # Errors
+    ///
+    /// A process cannot be looked at.
+    pub fn moved_vdsos(&self) -> Result<BTreeMap<u32, Range<u64>>, MemoryError> {
+        let mut moved = BTreeMap::new();
+        for (&pid, process) in &self.processes {
+            let tracked = matches!(process.state, TrackingState::Tracked { .. });
+            let sent = process.watch.as_ref().zip(process.vdso.as_ref());
+            if !tracked || sent.is_some_and(|(watch, at)| watch.is_of_living_memory(at)) {
+                continue;
+            }
+            let vmas = match maps::read(pid) {
+                // What has ended since the last round is in no dump.
+                Err(MemoryError::Gone { .. }) => continue,
+                vmas => vmas?,
+            };
+            if let Some(vdso) = vdso_of(&vmas) {
+                moved.insert(pid.unsigned_abs(), vdso);
+            }
+        }
+        Ok(moved)
     }
 
     /// The shared segments of the tree, which stands still.
@@ -313,8 +339,8 @@ impl Precopy {
                 sink,
                 stats,
             };
-            if !process.vdso_sent {
-                process.vdso_sent = pass.vdso(&vmas).await?;
+            if process.vdso.is_none() {
+                process.vdso = pass.vdso(&vmas).await?;
             }
             let mut same_memory = true;
             for vma in &vmas {
@@ -371,7 +397,7 @@ fn track<'p>(
         start_ticks: member.start_ticks,
         watch,
         state,
-        vdso_sent: false,
+        vdso: None,
         known,
     }))
 }
@@ -410,8 +436,7 @@ pub fn markable(
         };
         match untrackable(member, &vmas) {
             None => {
-                let vdso = vmas.into_iter().find(|vma| vma.name == "[vdso]");
-                found.insert(member.pid.unsigned_abs(), vdso.map(|vma| vma.range));
+                found.insert(member.pid.unsigned_abs(), vdso_of(&vmas));
             }
             Some(UntrackedReason::SharedMemory { with }) => shared.push(with.unsigned_abs()),
             Some(_) => {}
@@ -419,6 +444,11 @@ pub fn markable(
     }
     found.retain(|pid, _| !shared.contains(pid));
     Ok(found)
+}
+
+fn vdso_of(vmas: &[Vma]) -> Option<Range<u64>> {
+    let vdso = vmas.iter().find(|vma| vma.name == "[vdso]");
+    vdso.map(|vma| vma.range.clone())
 }
 
 /// One round over one process.
@@ -435,15 +465,15 @@ struct Pass<'a, S> {
 }
 
 impl<S: PageSink> Pass<'_, S> {
-    /// Hands on the vDSO. CRIU counts its pages as clean although nothing
-    /// tracks them, and it never changes.
-    async fn vdso(&mut self, vmas: &[Vma]) -> Result<bool, RoundError<S::Error>> {
-        let Some(vdso) = vmas.iter().find(|vma| vma.name == "[vdso]") else {
-            return Ok(true);
+    /// Hands on the vDSO; where it is, if it could be read. CRIU counts its pages as
+    /// clean although nothing tracks them, and it never changes.
+    async fn vdso(&mut self, vmas: &[Vma]) -> Result<Option<Range<u64>>, RoundError<S::Error>> {
+        let Some(vdso) = vdso_of(vmas) else {
+            return Ok(None);
         };
-        let mut at = vdso.range.start;
-        while at < vdso.range.end {
-            let piece = at..vdso.range.end.min(at + RUN_PAGES_MAX * PAGE);
+        let mut at = vdso.start;
+        while at < vdso.end {
+            let piece = at..vdso.end.min(at + RUN_PAGES_MAX * PAGE);
             at = piece.end;
             let wanted = piece.end - piece.start;
             let Some(data) = self
@@ -453,13 +483,13 @@ impl<S: PageSink> Pass<'_, S> {
                 return Err(MemoryError::Gone { pid: self.pid }.into());
             };
             if data.len() as u64 != wanted {
-                return Ok(false);
+                return Ok(None);
             }
             self.hand_on(&[piece], &data.freeze()).await?;
             self.stats.pages_scanned += wanted / PAGE;
             self.stats.pages_written += wanted / PAGE;
         }
-        Ok(true)
+        Ok(Some(vdso))
     }
 
     /// Copies what changed in one mapping. `false` when the process has called

@@ -522,6 +522,10 @@ async fn what_parent_and_child_share_stays_shared() {
     stop_and_compare(&pids, &mut precopy, &mut sink).await;
 }
 
+fn maps(pid: i32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/maps")).unwrap()
+}
+
 #[tokio::test]
 async fn exec_between_rounds_is_noticed() {
     require_tracking!("exec_between_rounds_is_noticed");
@@ -529,11 +533,26 @@ async fn exec_between_rounds_is_noticed() {
     let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
     let mut sink = Direct::new();
     precopy.round(&mut sink).await.unwrap();
+    assert!(precopy.moved_vdsos().unwrap().is_empty());
     assert_eq!(victim.ask(), "ready");
+    // Until the next round what CRIU takes for sent is not.
+    let moved = precopy.moved_vdsos().unwrap();
+    let vdso = maps(victim.pid()).lines().find_map(|line| {
+        let (range, _) = line.strip_suffix("[vdso]")?.split_once(' ')?;
+        let (start, end) = range.split_once('-')?;
+        let address = |text| u64::from_str_radix(text, 16).unwrap();
+        Some(address(start)..address(end))
+    });
+    let pid = victim.pid().unsigned_abs();
+    assert_eq!(
+        moved.into_iter().collect::<Vec<_>>(),
+        [(pid, vdso.unwrap())]
+    );
     let stats = precopy.round(&mut sink).await.unwrap();
     print("after exec", &stats);
     assert_eq!(stats.injections, 1);
     assert!(stats.pages_written >= 4 << 8);
+    assert!(precopy.moved_vdsos().unwrap().is_empty());
     stop_and_compare(&[victim.pid()], &mut precopy, &mut sink).await;
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -209,6 +210,7 @@ impl Migration {
         let mut sink = Outgoing::new(&mut link.sender);
         sink.content = self.content.as_ref();
         sink.segments = self.segments.as_mut();
+        sink.moved_vdsos = std::mem::take(&mut self.moved_vdsos);
         let verify = self.request.choices.verify;
         sink.listed = verify.then(Listed::default);
         sink.kept = self
@@ -456,9 +458,13 @@ pub(super) struct Outgoing<'a> {
     listed: Option<Listed>,
     /// What goes over after the commit.
     kept: Option<Kept>,
+    /// Where the vDSO is of tasks that have called exec since the last round: CRIU leaves
+    /// it out, and no round has sent it.
+    moved_vdsos: BTreeMap<u32, Range<u64>>,
     /// Pages of a task that CRIU puts code of its own into, by task.
     code: BTreeMap<u32, Vec<u64>>,
-    /// Those that CRIU has sent: what they hold is read when it has done.
+    /// Those that CRIU has sent, and what it has left out: what they hold is read when it
+    /// has done.
     awaited: Vec<(u32, u64)>,
     /// Who wants to see it go.
     tally: Option<Tally>,
@@ -498,6 +504,7 @@ impl<'a> Outgoing<'a> {
             segments: None,
             listed: None,
             kept: None,
+            moved_vdsos: BTreeMap::new(),
             code: BTreeMap::new(),
             awaited: Vec::new(),
             tally: None,
@@ -548,6 +555,12 @@ impl<'a> Outgoing<'a> {
             return self.send_listed(run, data).await;
         };
         if data.is_empty() {
+            if let Some(vdso) = self.moved_vdsos.get(&pid) {
+                let pages = (run.vaddr..).step_by(PAGE_BYTES);
+                let pages = pages.take(usize::try_from(run.pages).unwrap_or(usize::MAX));
+                let unsent = pages.filter(|page| vdso.contains(page));
+                self.awaited.extend(unsent.map(|page| (pid, page)));
+            }
             return self.send_listed(run, data).await;
         }
         let code = match self.code.entry(pid) {

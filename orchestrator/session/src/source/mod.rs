@@ -21,6 +21,7 @@ pub(crate) mod verdict;
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -444,6 +445,8 @@ struct Migration {
     soft_dirty: Option<SoftDirty>,
     /// The frozen tree's shared segments, on their way.
     segments: Option<SegmentDump>,
+    /// Where the vDSO is of tasks that have called exec since the last round.
+    moved_vdsos: BTreeMap<u32, Range<u64>>,
     engine: Engine,
     /// What a boot guards by while another host keeps the tree.
     stub: park::Stub,
@@ -524,6 +527,7 @@ impl Migration {
             content: None,
             soft_dirty: None,
             segments: None,
+            moved_vdsos: BTreeMap::new(),
             engine: Engine::None,
             stub: park::Stub::default(),
             late_lane: None,
