@@ -47,11 +47,9 @@ struct Area {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_vma")]
 pub extern "C" fn heads(context: *const Context) -> i32 {
-    // SAFETY: the context is the kernel's own for this run.
-    let vma = unsafe { (*context).vma };
-    if vma.is_null() {
+    let Some(vma) = mapping(context) else {
         return 0;
-    }
+    };
     // SAFETY: a read that fails where nothing is.
     match unsafe { bpf_probe_read_kernel(vma.cast::<Head>()) } {
         Ok(head) => write(context, &head),
@@ -62,11 +60,9 @@ pub extern "C" fn heads(context: *const Context) -> i32 {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_vma")]
 pub extern "C" fn flags(context: *const Context) -> i32 {
-    // SAFETY: the context is the kernel's own for this run.
-    let vma = unsafe { (*context).vma };
-    if vma.is_null() {
+    let Some(vma) = mapping(context) else {
         return 0;
-    }
+    };
     // SAFETY: set by user space before the program is loaded, and never after; volatile,
     // for the compiler takes it for the zero above.
     let at = unsafe { (&raw const FLAGS_AT).read_volatile() };
@@ -85,19 +81,26 @@ pub extern "C" fn flags(context: *const Context) -> i32 {
     write(context, &Mapping { start, end, flags })
 }
 
-/// Appends a record. The kernel takes 1 for "did not fit, once more in the next read".
+/// The mapping that this run is about; none when all have been seen.
+#[inline(always)]
+fn mapping(context: *const Context) -> Option<*const Area> {
+    // SAFETY: the context is the kernel's own for this run.
+    let vma = unsafe { (*context).vma };
+    (!vma.is_null()).then_some(vma)
+}
+
+/// Appends a record. One that does not fit the kernel remembers (`seq_has_overflowed`), and
+/// shows in the next read.
 #[inline(always)]
 fn write<T>(context: *const Context, record: &T) -> i32 {
     // SAFETY: the kernel's own sequence for this run, and a record of that size.
-    let full = unsafe {
+    unsafe {
         bpf_seq_write(
             (*(*context).meta).seq,
             (&raw const *record).cast(),
             size_of::<T>() as u32,
         )
     };
-    // `bpf_seq_write` remembers itself that the buffer was full (`seq_has_overflowed`).
-    let _ = full;
     0
 }
 

@@ -5,6 +5,7 @@
 //! reads. Nothing here makes a system call, reads a clock or knows an adapter.
 
 pub mod convergence;
+mod error;
 pub mod facts;
 pub mod flow;
 pub mod journal;
@@ -22,5 +23,6 @@ pub mod tracked;
 pub mod unit;
 pub mod wire;
 
+pub use error::chain;
 pub use flow::{Flow, Listener};
 pub use phase::Phase;

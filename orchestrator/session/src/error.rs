@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use migrate_channel::ChannelError;
+use migrate_core::Phase;
+pub use migrate_core::chain;
 use migrate_core::convergence::StopReason;
 use migrate_core::policy::{self, NotAllowed};
 use migrate_core::protocol::IllegalTransition;
-use migrate_core::wire::{PageOwner, WireError};
+use migrate_core::wire::{Message, PageOwner, WireError};
 use migrate_criu::CriuError;
 use migrate_gate::GateError;
 use migrate_memory::{LazyError, MemoryError, StoreError};
@@ -282,6 +284,16 @@ impl Error {
         chain(self)
     }
 
+    /// The same for the other side, from `host`.
+    pub(crate) fn as_message(&self, phase: Phase, host: String) -> Message {
+        Message::Failed(WireError {
+            phase,
+            host,
+            message: self.chain(),
+            help: self.help(),
+        })
+    }
+
     /// For errors of files of our own.
     pub(crate) fn file(
         attempt: &'static str,
@@ -306,17 +318,4 @@ fn check(peer: &str) -> String {
     format!(
         "check that {peer} is up and that the network between the hosts works (`ping {peer}`), then try again"
     )
-}
-
-/// An error and its causes in one line, joined by colons.
-#[must_use]
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += ": ";
-        text += &error.to_string();
-        cause = error.source();
-    }
-    text
 }

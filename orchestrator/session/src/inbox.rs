@@ -6,11 +6,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use migrate_channel::{ChannelError, Frame, Receiver};
-use migrate_core::wire::Message;
+use migrate_core::wire::{Adopted, Message};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::error::Error;
+
+/// How long the destination may take to put a tree that runs into a unit: some runs of
+/// `systemctl`, two of which may wait for 45 s.
+const ADOPTED_LIMIT: Duration = Duration::from_secs(150);
 
 /// The receiving half of a connection once only messages and packets come.
 #[derive(Debug)]
@@ -136,6 +140,20 @@ impl Inbox {
                 awaited,
                 waited: limit,
             }),
+        }
+    }
+
+    /// The word which unit has the tree; one about connections that nobody has waited
+    /// for may come before it.
+    pub(crate) async fn adopted(&mut self) -> Result<Adopted, Error> {
+        const AWAITED: &str = "which unit has the tree";
+        let mut told = self.next_within(AWAITED, ADOPTED_LIMIT).await?;
+        if let Message::Seen(_) = told {
+            told = self.next_within(AWAITED, ADOPTED_LIMIT).await?;
+        }
+        match told {
+            Message::Adopted(adopted) => Ok(adopted),
+            other => Err(self.unexpected(&other, AWAITED)),
         }
     }
 

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use migrate_core::chain;
 use migrate_core::wire::Hello;
 use nix::unistd::{dup2_stdin, dup2_stdout};
 use rustls::ServerConfig;
@@ -279,18 +280,6 @@ fn let_go_of_ssh() -> Result<(), ChannelError> {
     dup2_stdin(&null)
         .and_then(|()| dup2_stdout(&null))
         .map_err(|errno| failed(errno.into()))
-}
-
-/// The error and its causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }
 
 /// An agent that waits for sources with a certificate of its authority.

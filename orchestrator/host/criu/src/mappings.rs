@@ -91,11 +91,10 @@ fn compare(heads: &OwnedFd, btf: &Btf) -> Result<OwnedFd, String> {
         .collect();
     let at = place(&told, &heads)?;
     let program = verified(btf, FLAGS, at)?;
-    let again = self::told()?;
     let said = records(&program)?
         .into_iter()
         .map(|[start, end, flags]| ((start, end), flags));
-    differences(&again, &said.collect())?;
+    differences(&told, &said.collect())?;
     Ok(program)
 }
 

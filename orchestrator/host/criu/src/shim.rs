@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use migrate_core::chain;
 use migrate_core::facts::CriuVersion;
 use migrate_core::wire::{PAGE_BYTES, PageOwner, PageRun};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
@@ -527,18 +528,6 @@ fn take_descriptor(pid: i32, fd: RawFd) -> io::Result<OwnedFd> {
             0,
         ))
     }
-}
-
-/// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use migrate_core::chain;
 use migrate_core::facts::TreeFacts;
 use migrate_core::preflight::Finding;
 use migrate_core::unit::{AdoptChoice, Limits, UnitFacts, is_instance, is_unit_name};
@@ -246,7 +247,7 @@ pub fn adopt(plan: &Adoption, tree: &TreeFacts, home: &str) -> Option<Adopted> {
     };
     let guest = match Guest::of(tree, home) {
         Ok(guest) => guest,
-        Err(error) => return Some(failed(told(&error))),
+        Err(error) => return Some(failed(chain(&error))),
     };
     let (name, not_own) = match plan {
         Adoption::Stays => return None,
@@ -262,7 +263,7 @@ pub fn adopt(plan: &Adoption, tree: &TreeFacts, home: &str) -> Option<Adopted> {
             Err(error) => {
                 let why = format!(
                     "{unit} could not take it: {}; `journalctl -u {unit}` says more",
-                    told(&error)
+                    chain(&error)
                 );
                 (scope_name(tree, Some(unit)), Some(why))
             }
@@ -292,7 +293,7 @@ pub fn adopt(plan: &Adoption, tree: &TreeFacts, home: &str) -> Option<Adopted> {
         Err(error) => failed(format!(
             "{}{}; the tree runs on in cgroup {home}, and a signal stops it",
             not_own.map_or_else(String::new, |why| format!("{why}; ")),
-            told(&error)
+            chain(&error)
         )),
     })
 }
@@ -362,8 +363,8 @@ impl<'a> Guest<'a> {
                     command: format!("systemctl start {unit}"),
                     reason: format!(
                         "{}; and then {}: remove {} and run `systemctl daemon-reload`",
-                        told(&error),
-                        told(&left),
+                        chain(&error),
+                        chain(&left),
                         drop_in.display()
                     ),
                 },
@@ -373,7 +374,7 @@ impl<'a> Guest<'a> {
             format!(
                 "{unit} has the tree, but not its own settings yet: {}; remove {} and run \
                  `systemctl daemon-reload`",
-                told(&error),
+                chain(&error),
                 drop_in.display()
             )
         }))
@@ -686,7 +687,7 @@ pub fn clear_adoptions() {
             idle && matches!(state, "active" | "inactive" | "failed")
         });
         if settled && let Err(error) = systemd::withdraw(&drop_in) {
-            tracing::warn!(error = %told(&error), unit, "could not give the unit its settings back");
+            tracing::warn!(error = %chain(&error), unit, "could not give the unit its settings back");
         }
     }
 }
@@ -704,17 +705,6 @@ fn left_behind() -> Vec<(String, PathBuf)> {
             drop_in.exists().then_some((unit, drop_in))
         })
         .collect()
-}
-
-/// An error with its causes.
-fn told(error: &ProcError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

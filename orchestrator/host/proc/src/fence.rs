@@ -371,17 +371,7 @@ impl Fence {
         }
         // What is dying counts until it is dead.
         await_event(directory, "populated", "0", EMPTY_WAIT_MAX)?;
-        match std::fs::remove_dir(directory) {
-            Ok(()) => {}
-            Err(error) if read::is_gone(&error) => {}
-            Err(source) => {
-                return Err(ProcError::Write {
-                    attempt: "remove",
-                    path: directory.clone(),
-                    source,
-                });
-            }
-        }
+        read::removed(std::fs::remove_dir(directory), directory)?;
         if let Some(parent) = directory.parent() {
             cgroup::remove_empty_home(parent);
         }

@@ -233,15 +233,7 @@ impl Home {
             return Ok(());
         };
         fence::await_event(&own, "populated", "0", EMPTY_WAIT_MAX)?;
-        match std::fs::remove_dir(&own) {
-            Ok(()) => Ok(()),
-            Err(error) if read::is_gone(&error) => Ok(()),
-            Err(source) => Err(ProcError::Write {
-                attempt: "remove",
-                path: own,
-                source,
-            }),
-        }
+        read::removed(std::fs::remove_dir(&own), &own)
     }
 
     /// Leaves the cgroup to the tree: the restore has been committed.

@@ -37,6 +37,18 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
+/// The outcome of removing what may have gone by itself.
+pub(crate) fn removed(outcome: io::Result<()>, path: &Path) -> Result<(), ProcError> {
+    match outcome {
+        Err(error) if !is_gone(&error) => Err(ProcError::Write {
+            attempt: "remove",
+            path: path.to_owned(),
+            source: error,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// The target of a link, as text.
 pub(crate) fn link(path: impl AsRef<Path>) -> Result<String, ProcError> {
     let path = path.as_ref();

@@ -108,17 +108,7 @@ pub(crate) fn drop_in(path: &Path, text: &str) -> Result<(), ProcError> {
 
 /// Removes a drop-in, if it is there, and has systemd read what is left.
 pub(crate) fn withdraw(path: &Path) -> Result<(), ProcError> {
-    match std::fs::remove_file(path) {
-        Ok(()) => {}
-        Err(error) if read::is_gone(&error) => {}
-        Err(source) => {
-            return Err(ProcError::Write {
-                attempt: "remove",
-                path: path.to_owned(),
-                source,
-            });
-        }
-    }
+    read::removed(std::fs::remove_file(path), path)?;
     if let Some(directory) = path.parent() {
         // Not empty: it has drop-ins of somebody else.
         let _ = std::fs::remove_dir(directory);

@@ -27,7 +27,7 @@ use migrate_core::journal::{Side, Stage};
 use migrate_core::policy::Policy;
 use migrate_core::protocol::destination::{Event, Step};
 use migrate_core::protocol::{IllegalTransition, Machine as _};
-use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice, WireError};
+use migrate_core::wire::{Message, NetworkLock, RestoreChoice, StdioChoice};
 use migrate_criu::{Criu, CriuError, ImageDir, Notice, ParkedRestore, Session};
 use migrate_gate::{Gate, HeldPacket, HeldPackets};
 use migrate_net::{Net, Placement, Staged};
@@ -381,12 +381,7 @@ impl Destination {
     async fn tell_failure(&mut self, error: &Error) {
         let phase = self.step.phase();
         tracing::warn!(error = %error.chain(), %phase, "the migration failed here");
-        let failed = Message::Failed(WireError {
-            phase,
-            host: crate::hostname(),
-            message: error.chain(),
-            help: error.help(),
-        });
+        let failed = error.as_message(phase, crate::hostname());
         let _ = self.sender.control(&failed).await;
     }
 

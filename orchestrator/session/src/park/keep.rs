@@ -25,7 +25,7 @@ use migrate_core::parked::{ImageFile, Keep, MANIFEST_VERSION, Manifest, Patience
 use migrate_core::policy::Policy;
 use migrate_core::preflight::{Finding, refused};
 use migrate_core::tracked::Tracked;
-use migrate_core::wire::{MANIFEST_PIECE_BYTES, Message, RunningReport, StdioChoice, WireError};
+use migrate_core::wire::{MANIFEST_PIECE_BYTES, Message, RunningReport, StdioChoice};
 use migrate_core::{Flow, Phase};
 use migrate_criu::ImageDir;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
@@ -145,12 +145,7 @@ async fn serve(mut keeper: Keeper, cancel: Cancel) -> Result<(), Error> {
     let ran = if keeper.committed { Ok(()) } else { ran };
     if let Err(error) = &ran {
         tracing::warn!(error = %error.chain(), phase = %keeper.phase, "the tree was not parked");
-        let failed = Message::Failed(WireError {
-            phase: keeper.phase,
-            host: keeper.host.clone(),
-            message: error.chain(),
-            help: error.help(),
-        });
+        let failed = error.as_message(keeper.phase, keeper.host.clone());
         let _ = keeper.sender.control(&failed).await;
         keeper.undo();
     }

@@ -18,7 +18,7 @@ use migrate_core::Phase;
 use migrate_core::journal::Stage;
 use migrate_core::parked::{ImageFile, KeptQuestion, KeptWanted, Manifest, Mark, StoreId};
 use migrate_core::policy::{Keeping, Policy};
-use migrate_core::wire::{ImagePiece, Message, WireError};
+use migrate_core::wire::{ImagePiece, Message};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::keep::unix_s;
@@ -118,22 +118,13 @@ pub(crate) async fn answer(
     let by = connection.hello.hostname.clone();
     let answered = reply(&mut connection.sender, &question, policy, by).await;
     if let Err(error) = &answered {
-        refuse(&mut connection, error).await;
+        tracing::warn!(error = %error.chain(), "nothing is kept or given");
+        let failed = error.as_message(Phase::Preflight, crate::hostname());
+        // Whoever has asked may not listen.
+        let _ = connection.sender.control(&failed).await;
     }
     let _ = connection.sender.close().await;
     answered.map(|()| Served::Asked)
-}
-
-/// Says why, to somebody who may not listen.
-async fn refuse(connection: &mut Connection, error: &Error) {
-    tracing::warn!(error = %error.chain(), "nothing is kept or given");
-    let failed = Message::Failed(WireError {
-        phase: Phase::Preflight,
-        host: crate::hostname(),
-        message: error.chain(),
-        help: error.help(),
-    });
-    let _ = connection.sender.control(&failed).await;
 }
 
 async fn reply(

@@ -43,7 +43,6 @@ use crate::images::ImagePlace;
 use crate::inbox::Inbox;
 use crate::journal;
 use crate::progress::{Progress, Reporter};
-use crate::source::ADOPTED_LIMIT;
 use crate::state::State;
 
 /// The longest a step may take: reading and restoring a large tree.
@@ -317,19 +316,11 @@ impl Feeder<'_> {
 
     /// Waits for the word which unit has the tree; it runs whatever is said.
     async fn unit(&mut self) -> Option<String> {
-        const AWAITED: &str = "which unit has the tree";
-        loop {
-            match self.inbox.next_within(AWAITED, ADOPTED_LIMIT).await {
-                Ok(Message::Seen(_)) => {}
-                Ok(Message::Adopted(adopted)) => {
-                    if let Some(warning) = adopted.warning {
-                        self.reporter.warn(warning);
-                    }
-                    return adopted.unit;
-                }
-                Ok(_) | Err(_) => return None,
-            }
+        let adopted = self.inbox.adopted().await.ok()?;
+        if let Some(warning) = adopted.warning {
+            self.reporter.warn(warning);
         }
+        adopted.unit
     }
 
     /// The tree runs: what is left of it here is of the past.

@@ -205,12 +205,16 @@ impl Migration {
         let socket = session
             .page_socket()
             .ok_or_else(|| not_yet("the page socket"))?;
+        let moved_vdsos = match &self.precopy {
+            Some(precopy) => precopy.moved_vdsos()?,
+            None => BTreeMap::new(),
+        };
         session.answer(true).await.map_err(Error::DumpRefused)?;
 
         let mut sink = Outgoing::new(&mut link.sender);
         sink.content = self.content.as_ref();
         sink.segments = self.segments.as_mut();
-        sink.moved_vdsos = std::mem::take(&mut self.moved_vdsos);
+        sink.moved_vdsos = moved_vdsos;
         let verify = self.request.choices.verify;
         sink.listed = verify.then(Listed::default);
         sink.kept = self

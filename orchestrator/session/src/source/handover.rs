@@ -26,9 +26,7 @@ use migrate_core::wire::Message;
 use migrate_criu::{Notice, Session};
 use migrate_gate::Gate;
 
-use super::{
-    ADOPTED_LIMIT, Engine, Migration, STEP_LIMIT, Target, detach, micros, not_yet, verdict,
-};
+use super::{Engine, Migration, STEP_LIMIT, Target, detach, micros, not_yet, verdict};
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::park::Place;
@@ -371,25 +369,14 @@ impl Migration {
 
     /// Waits for the word which unit has the tree; how it reads. Nothing depends on it.
     async fn await_unit(&mut self) -> String {
-        const AWAITED: &str = "which unit has the tree";
         if !self.running.adopting {
             return String::new();
         }
         let Some(link) = &mut self.link else {
             return String::new();
         };
-        let mut told = link.inbox.next_within(AWAITED, ADOPTED_LIMIT).await;
-        if let Ok(Message::Seen(_)) = told {
-            // It came too late to be waited for.
-            told = link.inbox.next_within(AWAITED, ADOPTED_LIMIT).await;
-        }
-        let adopted = match told {
-            Ok(Message::Adopted(adopted)) => adopted,
-            Ok(other) => {
-                let error = link.inbox.unexpected(&other, AWAITED);
-                self.reporter.warn(error.chain());
-                return String::new();
-            }
+        let adopted = match link.inbox.adopted().await {
+            Ok(adopted) => adopted,
             Err(error) => {
                 self.reporter.warn(format!(
                     "the tree runs, and the destination has not said in which unit: {}; `systemctl \

@@ -21,7 +21,6 @@ pub(crate) mod verdict;
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -178,10 +177,6 @@ const READY_LIMIT: Duration = Duration::from_secs(90);
 
 /// How long the other side may take for a step outside the blackout.
 const STEP_LIMIT: Duration = Duration::from_secs(30);
-
-/// How long the destination may take to put a tree that runs into a unit: some runs of
-/// `systemctl`, two of which may wait for 45 s.
-pub(crate) const ADOPTED_LIMIT: Duration = Duration::from_secs(150);
 
 /// How a migration ended when it did not end in a commit.
 #[derive(Debug)]
@@ -445,8 +440,6 @@ struct Migration {
     soft_dirty: Option<SoftDirty>,
     /// The frozen tree's shared segments, on their way.
     segments: Option<SegmentDump>,
-    /// Where the vDSO is of tasks that have called exec since the last round.
-    moved_vdsos: BTreeMap<u32, Range<u64>>,
     engine: Engine,
     /// What a boot guards by while another host keeps the tree.
     stub: park::Stub,
@@ -527,7 +520,6 @@ impl Migration {
             content: None,
             soft_dirty: None,
             segments: None,
-            moved_vdsos: BTreeMap::new(),
             engine: Engine::None,
             stub: park::Stub::default(),
             late_lane: None,

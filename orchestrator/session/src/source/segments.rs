@@ -89,11 +89,8 @@ impl SegmentDump {
 
 impl Migration {
     /// The tree stands still: begins to compare its segments, and tells CRIU not
-    /// to dump them. Looks for what CRIU will leave out and nobody has sent.
+    /// to dump them.
     pub(super) fn compare_segments(&mut self) -> Result<(), Error> {
-        if let Some(precopy) = &self.precopy {
-            self.moved_vdsos = precopy.moved_vdsos()?;
-        }
         let segments = match (&self.precopy, &self.content) {
             (Some(precopy), _) => precopy.frozen_segments()?,
             (None, Some(content)) => content.frozen_segments()?,
