@@ -160,6 +160,28 @@ fn a_torn_set_silences_resets_and_nothing_else() {
             let said = String::from_utf8_lossy(&alone.stderr);
             assert!(said.contains("the network must not come up"), "{said}");
             assert!(!matches!(alone.status.code(), Some(0 | REFUSED)), "{said}");
+            // Unless whoever sees one come tells of it.
+            let script = format!(
+                "migrate guard-boot --interface lo || exit 9; \
+                 migrate guard-boot --interfaces-follow --dir {DIR}; [ $? = {REFUSED} ] || exit 10; \
+                 migrate status; ip link add card type veth peer name far; \
+                 migrate guard-boot --interface card || exit 11; migrate status; \
+                 migrate guard-boot --interface /sys/class/net/none && exit 12; true"
+            );
+            let follows = host
+                .exec(["unshare", "--net", "sh", "-c", &script])
+                .unwrap();
+            let said = String::from_utf8_lossy(&follows.stdout);
+            assert!(follows.status.success(), "{follows:?}");
+            for words in [
+                ": closed on 0 interfaces",
+                "card: 1 gate there, too",
+                ": closed on card",
+            ] {
+                assert!(said.contains(words), "{words}: {follows:?}");
+            }
+            let said = String::from_utf8_lossy(&follows.stderr);
+            assert!(said.contains("no interface /sys/class/net/none"), "{said}");
 
             for _ in 0..2 {
                 let words = [

@@ -22,6 +22,14 @@ pub(crate) struct Arguments {
 const BY_HAND: &str = "/usr/local/bin/migrate";
 const PACKED: &str = "/usr/bin/migrate";
 
+/// What runs the program without being asked, and where that belongs.
+const CALLERS: [(&str, &str); 4] = [
+    ("usr/lib/systemd/system", "migrate-agent.service"),
+    ("usr/lib/systemd/system", "migrate-guard.service"),
+    ("usr/lib/systemd/system", "migrate-resume.service"),
+    ("usr/lib/udev/rules.d", "60-migrate-guard.rules"),
+];
+
 /// Files of the package that an administrator may change.
 const CONFIGURATION: &str = "/etc/migrate/config.toml";
 
@@ -49,14 +57,9 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
     // Names of functions stay, for a backtrace in a report.
     ran(Command::new("strip").arg("--strip-debug").arg(&installed))?;
     generated(&program, &tree)?;
-    for unit in ["migrate-agent", "migrate-guard", "migrate-resume"] {
-        let name = format!("{unit}.service");
-        let text = read(&top.join("dist").join(&name))?.replace(BY_HAND, PACKED);
-        put(
-            &tree.join("usr/lib/systemd/system").join(name),
-            text.as_bytes(),
-            0o644,
-        )?;
+    for (directory, name) in CALLERS {
+        let text = read(&top.join("dist").join(name))?.replace(BY_HAND, PACKED);
+        put(&tree.join(directory).join(name), text.as_bytes(), 0o644)?;
     }
     install(
         &top.join("dist/config.toml"),

@@ -52,11 +52,15 @@ fn the_package_holds_what_there_is_to_install() {
     );
     let version = said(Command::new(root.join("usr/bin/migrate")).arg("--version"));
     assert_eq!(version, format!("migrate {}\n", env!("CARGO_PKG_VERSION")));
-    for unit in ["migrate-agent", "migrate-guard", "migrate-resume"] {
-        let path = root.join(format!("usr/lib/systemd/system/{unit}.service"));
-        let text = fs::read_to_string(path).unwrap();
+    for caller in [
+        "usr/lib/systemd/system/migrate-agent.service",
+        "usr/lib/systemd/system/migrate-guard.service",
+        "usr/lib/systemd/system/migrate-resume.service",
+        "usr/lib/udev/rules.d/60-migrate-guard.rules",
+    ] {
+        let text = fs::read_to_string(root.join(caller)).unwrap();
         assert!(
-            text.contains("=/usr/bin/migrate ") && !text.contains("/usr/local"),
+            text.contains("/usr/bin/migrate ") && !text.contains("/usr/local"),
             "{text}"
         );
     }

@@ -1,4 +1,4 @@
-//! The systemd units in `dist/` are such that systemd takes them, and their
+//! The systemd units and the udev rule in `dist/` are such that systemd takes them, and their
 //! commands such that this program understands them.
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
@@ -25,6 +25,7 @@ const UNITS: [(&str, &str, usize); 3] = [
         1,
     ),
 ];
+const RULE: &str = include_str!("../../../dist/60-migrate-guard.rules");
 const INSTALLED: &str = "/usr/local/bin/migrate";
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate");
 
@@ -101,6 +102,38 @@ fn the_commands_of_the_units_are_understood() {
             is_understood(command);
         }
     }
+}
+
+/// `udevadm verify` came with systemd 254.
+#[test]
+fn udev_takes_the_rule() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("60-migrate-guard.rules");
+    fs::write(&path, RULE).unwrap();
+    let mut udevadm = Command::new("udevadm");
+    let verified = udevadm.args(["verify", "--resolve-names=never"]).arg(&path);
+    match verified.output() {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            println!("SKIP udev_takes_the_rule: udevadm is not installed");
+        }
+        verified => {
+            let verified = verified.unwrap();
+            let said = String::from_utf8_lossy(&verified.stderr);
+            assert!(
+                verified.status.success() || said.contains("Unknown command verb"),
+                "{said}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_command_of_the_rule_is_understood() {
+    let (_, command) = RULE.split_once("RUN+=\"").unwrap();
+    let (command, rest) = command.split_once('"').unwrap();
+    assert_eq!(rest.trim(), "");
+    assert!(command.ends_with(" $env{IFINDEX}"));
+    is_understood(command);
 }
 
 fn is_understood(command: &str) {

@@ -4,11 +4,11 @@
 //! is no directory to guard anything of, and it may have a network. Whatever
 //! else fails keeps the network down.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use migrate_core::report::counted;
 use migrate_session::Error;
-use migrate_session::park::{self, Guarded, ParkError, Place};
+use migrate_session::park::{self, Guarded, Interfaces, ParkError, Place};
 
 use crate::exit::Exit;
 
@@ -16,18 +16,50 @@ use crate::exit::Exit;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Where trees were parked
-    #[arg(long, value_name = "DIR")]
-    pub dir: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "interface")]
+    pub dir: Option<PathBuf>,
     /// Only these sets
     #[arg(long = "name", value_name = "NAME")]
     pub names: Vec<String>,
+    /// Interfaces that are not there yet are told of with --interface, as the udev rule of
+    /// the package does: none need be here
+    #[arg(long)]
+    pub interfaces_follow: bool,
+    /// Only puts what guards already on this interface, a name or a number: it has just come
+    #[arg(long, value_name = "INTERFACE", conflicts_with_all = ["dir", "names", "interfaces_follow"])]
+    pub interface: Option<String>,
 }
 
 pub async fn run(args: &Args) -> Exit {
-    let places = if args.names.is_empty() {
-        Place::all(&args.dir)
+    let come = if args.interfaces_follow {
+        Interfaces::Follow
     } else {
-        let named = args.names.iter().map(|name| Place::new(&args.dir, name));
+        Interfaces::Here
+    };
+    match (&args.interface, &args.dir) {
+        (Some(interface), _) => one_more(interface),
+        (None, Some(dir)) => all(dir, &args.names, come).await,
+        (None, None) => Exit::Usage,
+    }
+}
+
+/// An interface has come.
+fn one_more(interface: &str) -> Exit {
+    match park::guard_interface(interface) {
+        Ok(0) => Exit::Done,
+        Ok(gates) => {
+            println!("{interface}: {} there, too", counted(gates, "gate"));
+            Exit::Done
+        }
+        Err(error) => failed(&error),
+    }
+}
+
+async fn all(dir: &Path, names: &[String], come: Interfaces) -> Exit {
+    let places = if names.is_empty() {
+        Place::all(dir)
+    } else {
+        let named = names.iter().map(|name| Place::new(dir, name));
         named.collect::<Result<_, _>>().map_err(Into::into)
     };
     let places = match places {
@@ -39,12 +71,12 @@ pub async fn run(args: &Args) -> Exit {
         Err(error @ Error::Park(ParkError::Name(_))) => return failed(&error),
         Err(error) => {
             failed(&error);
-            return mute().await;
+            return mute(come).await;
         }
     };
     let mut is_complete = true;
     for place in &places {
-        match park::guard(place).await {
+        match park::guard(place, come).await {
             Ok(Some(guarded)) => tell(&guarded),
             Ok(None) => {}
             // What was not parked to the end has no connections to guard.
@@ -58,10 +90,10 @@ pub async fn run(args: &Args) -> Exit {
         }
     }
     if !is_complete {
-        return mute().await;
+        return mute(come).await;
     }
     // Only whoever has looked at all sets can tell that none is missed.
-    if args.names.is_empty() {
+    if names.is_empty() {
         match park::speak() {
             Ok(true) => println!("all sets are guarded: this host sends resets again"),
             Ok(false) => {}
@@ -82,16 +114,21 @@ fn tell(guarded: &Guarded) {
     if !guarded.missing.is_empty() {
         println!(
             "{}: {} is not there yet: nothing answers if it has another name now or is made of \
-             what is there",
+             what is there{}",
             guarded.name,
-            guarded.missing.join(", ")
+            guarded.missing.join(", "),
+            if guarded.follows {
+                ", nor when it comes"
+            } else {
+                ""
+            }
         );
     }
 }
 
 /// Some connections are not known: no reset leaves for any.
-async fn mute() -> Exit {
-    match park::mute().await {
+async fn mute(come: Interfaces) -> Exit {
+    match park::mute(come).await {
         Ok(()) => {
             eprintln!(
                 "this host sends no resets at all, for those connections are not known\n\

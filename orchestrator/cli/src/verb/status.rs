@@ -202,11 +202,28 @@ fn gate_sentence(gate: &Leftover) -> String {
         LeftoverMode::Unknown => "unreadable",
     };
     format!(
-        "gate {}: {mode}, {} ({} with traffic since the last round), {owner}",
+        "gate {}: {mode} on {}, {} ({} with traffic since the last round), {owner}",
         gate.id,
+        places(&gate.interfaces),
         counted(gate.flows, "connection"),
         gate.dirty_flows
     )
+}
+
+/// More than these are counted, not named.
+const NAMED_MAX: usize = 4;
+
+/// The names of interfaces, as far as they are still there.
+fn places(interfaces: &[u32]) -> String {
+    if interfaces.is_empty() || interfaces.len() > NAMED_MAX {
+        return counted(interfaces.len(), "interface");
+    }
+    let names = interfaces.iter().map(|&index| {
+        let name = nix::net::if_::if_indextoname(index).ok();
+        name.and_then(|name| name.into_string().ok())
+            .unwrap_or_else(|| format!("interface {index}"))
+    });
+    names.collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -221,7 +238,8 @@ mod tests {
             owner_pid: 77,
             owner_alive: true,
             mode: LeftoverMode::Open,
-            interfaces: vec![2],
+            interfaces: vec![1],
+            is_extensible: false,
             flows: 21,
             dirty_flows: 20,
             progress: (Phase::Precopy.number(), 3),
@@ -231,7 +249,7 @@ mod tests {
         assert_eq!(told.as_deref(), Some("\n  in precopy, 3 rounds done"));
         assert_eq!(
             gate_sentence(&gate),
-            "gate 0123456789ab: open, 21 connections (20 with traffic since the last round), \
+            "gate 0123456789ab: open on lo, 21 connections (20 with traffic since the last round), \
              held by process 77"
         );
         gate.progress = (Phase::Prepare.number(), 0);

@@ -112,6 +112,13 @@ fn mount_entry(line: &str) -> Option<(PathBuf, &str)> {
     Some((unescaped.into(), source))
 }
 
+/// Keeps others from adding to a gate's pins, or removing them, while the file is open.
+pub(crate) fn lock(path: &Path) -> io::Result<File> {
+    let directory = File::open(path)?;
+    directory.lock()?;
+    Ok(directory)
+}
+
 /// Removes a gate's pins: first its links, so that no packet meets it any
 /// more, then its maps and its directory. Goes on past errors and returns the
 /// first.
@@ -120,8 +127,9 @@ pub(crate) fn remove_gate(path: &Path) -> Result<(), GateError> {
         let path = path.to_owned();
         move |source| GateError::Remove { path, source }
     };
-    let entries = match fs::read_dir(path) {
-        Ok(entries) => entries,
+    let listed = lock(path).and_then(|locked| Ok((locked, fs::read_dir(path)?)));
+    let (_locked, entries) = match listed {
+        Ok(listed) => listed,
         // Somebody else has removed it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(path)(error)),

@@ -71,6 +71,7 @@
 mod bpffs;
 pub mod cost;
 mod error;
+mod extend;
 mod flows;
 mod hold;
 mod owner;
@@ -100,6 +101,7 @@ pub use migrate_ebpf_common::{Counters, Direction, Way};
 use migrate_ebpf_common::{EXEMPT_MARK, Ended, FlowKey, Mode};
 
 pub use crate::error::GateError;
+pub use crate::extend::extend;
 pub use crate::flows::{FlowActivity, FlowCount};
 use crate::hold::Hold;
 pub use crate::hold::frame::{FRAME_BYTES_MAX, FrameError};
@@ -163,6 +165,9 @@ pub struct GateOptions {
     /// Where that is asked for and not possible, the gate drops and
     /// [`Gate::drop_reason`] says why.
     pub hold: Option<HoldOptions>,
+    /// Whether it may be put on further interfaces after, see [`extend`]; then it
+    /// needs none to begin with. What it holds is held of the first ones only.
+    pub is_extensible: bool,
 }
 
 /// An attached gate. All methods take `&self`; see the [crate] for what
@@ -217,7 +222,7 @@ impl Gate {
                 devices.push(device);
             }
         }
-        if devices.is_empty() {
+        if devices.is_empty() && !options.is_extensible {
             return Err(GateError::NoInterface);
         }
 
@@ -699,6 +704,8 @@ pub struct Leftover {
     pub mode: LeftoverMode,
     /// The interfaces it was attached to, by index.
     pub interfaces: Vec<u32>,
+    /// Whether it may be put on further ones, see [`extend`].
+    pub is_extensible: bool,
     /// How many flows it knows.
     pub flows: usize,
     /// How many of them had traffic since the last round began.
@@ -756,6 +763,7 @@ fn inspect(path: &Path, id: String, role: Role) -> Leftover {
         owner_alive: false,
         mode: LeftoverMode::Unknown,
         interfaces: attached_interfaces(path),
+        is_extensible: extend::is_extensible(path),
         flows: 0,
         dirty_flows: 0,
         progress: (0, 0),
@@ -926,7 +934,7 @@ fn attach_in(path: &Path, devices: &[Device], options: &GateOptions) -> Result<P
     for direction in [Direction::Ingress, Direction::Egress] {
         for kind in [DeviceKind::Ethernet, DeviceKind::Bare] {
             let of_kind = || devices.iter().filter(|device| device.kind == kind);
-            if of_kind().next().is_none() {
+            if of_kind().next().is_none() && !options.is_extensible {
                 continue;
             }
             let program = load_program(&mut ebpf, direction, kind)?;
@@ -941,6 +949,13 @@ fn attach_in(path: &Path, devices: &[Device], options: &GateOptions) -> Result<P
                     direction,
                     program: id,
                 });
+            }
+            if options.is_extensible {
+                let pin = path.join(program_name(direction, kind));
+                program.pin(&pin).map_err(|error| GateError::Pin {
+                    path: pin,
+                    source: error.into(),
+                })?;
             }
         }
     }
@@ -971,17 +986,22 @@ fn own_mark() -> Result<u32, GateError> {
     }
 }
 
+/// What a program is called in the object, and its pin in a gate that can be extended.
+const fn program_name(direction: Direction, kind: DeviceKind) -> &'static str {
+    match (direction, kind) {
+        (Direction::Ingress, DeviceKind::Bare) => "gate_ingress_l3",
+        (Direction::Egress, DeviceKind::Bare) => "gate_egress_l3",
+        (Direction::Ingress, DeviceKind::Ethernet | DeviceKind::Loopback) => "gate_ingress",
+        (Direction::Egress, DeviceKind::Ethernet | DeviceKind::Loopback) => "gate_egress",
+    }
+}
+
 fn load_program(
     ebpf: &mut Ebpf,
     direction: Direction,
     kind: DeviceKind,
 ) -> Result<&mut SchedClassifier, GateError> {
-    let name = match (direction, kind) {
-        (Direction::Ingress, DeviceKind::Bare) => "gate_ingress_l3",
-        (Direction::Egress, DeviceKind::Bare) => "gate_egress_l3",
-        (Direction::Ingress, DeviceKind::Ethernet | DeviceKind::Loopback) => "gate_ingress",
-        (Direction::Egress, DeviceKind::Ethernet | DeviceKind::Loopback) => "gate_egress",
-    };
+    let name = program_name(direction, kind);
     let program: &mut SchedClassifier = ebpf
         .program_mut(name)
         .ok_or_else(|| GateError::Load(format!("the object has no program {name}").into()))?

@@ -66,6 +66,7 @@ impl Destination {
                     directory: self.state.gates(),
                     hold: (lock == NetworkLock::Gate)
                         .then(|| crate::held::bounds(order.tree.windows)),
+                    is_extensible: false,
                 },
             )?);
             gate.add_flows(&order.tree.flows)?;

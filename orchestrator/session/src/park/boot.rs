@@ -27,6 +27,8 @@ pub struct Guarded {
     pub interfaces: usize,
     /// Interfaces that the tree's addresses were on and that are not there.
     pub missing: Vec<String>,
+    /// Whether the gate would be on those had they come.
+    pub follows: bool,
     /// It stood there already.
     pub was_there: bool,
 }
@@ -34,56 +36,91 @@ pub struct Guarded {
 /// The kernel's last PID: what it gives out next is higher.
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 
-/// Closes a gate for a set that waits; none for one that has come back.
+/// When the interfaces are there that a gate has to be on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interfaces {
+    /// Now.
+    Here,
+    /// Each is told of with [`guard_interface`] when it comes: none need be here yet.
+    Follow,
+}
+
+/// Closes a gate for a set that waits; none for one that has come back. One
+/// that stands already is put on interfaces that have come since.
 ///
 /// # Errors
 ///
 /// The set cannot be read, there is no interface yet, or the gate cannot be
 /// attached. Then the host has to be [`mute`] before the network comes up, or
 /// peers may see a reset.
-pub async fn guard(place: &Place) -> Result<Option<Guarded>, Error> {
+pub async fn guard(place: &Place, come: Interfaces) -> Result<Option<Guarded>, Error> {
     let manifest = place.manifest()?;
     if let Some(Mark::Resumed { .. }) = place.mark()? {
         return Ok(None);
     }
     let state = State::open()?;
     keep_pids_free(&manifest);
-    let guarded = |interfaces, missing, was_there| {
-        Some(Guarded {
-            name: place.name().to_owned(),
-            connections: manifest.tree.flows.len(),
-            interfaces,
-            missing,
-            was_there,
-        })
+    let mut guarded = Guarded {
+        name: place.name().to_owned(),
+        connections: manifest.tree.flows.len(),
+        interfaces: 0,
+        missing: Vec::new(),
+        follows: come == Interfaces::Follow,
+        was_there: false,
     };
-    let stands = migrate_gate::leftovers(&state.gates())?
-        .into_iter()
-        .find(|gate| gate.id == manifest.id && gate.role == Role::Source);
-    if let Some(gate) = stands {
-        return Ok(guarded(gate.interfaces.len(), Vec::new(), true));
-    }
     let wanted: BTreeSet<&str> = manifest
         .tree
         .addresses
         .iter()
         .map(|address| address.interface.as_str())
         .collect();
-    let Some(first) = wanted.first() else {
-        return Ok(guarded(0, Vec::new(), false));
-    };
-    let interfaces = interfaces().await?;
-    if interfaces.is_empty() {
-        return Err(ParkError::NoInterface((*first).to_owned()).into());
+    if wanted.is_empty() {
+        return Ok(Some(guarded));
     }
-    let indices: Vec<u32> = interfaces.iter().map(|interface| interface.index).collect();
-    arm(&state, &manifest, &indices)?;
-    let missing = wanted
+    are_here(come).await?;
+    guarded.was_there = migrate_gate::leftovers(&state.gates())?
+        .iter()
+        .any(|gate| gate.id == manifest.id && gate.role == Role::Source);
+    if !guarded.was_there {
+        arm(&state, &manifest)?;
+    }
+    let interfaces = cover(&state, &manifest.id).await?;
+    guarded.interfaces = interfaces.len();
+    guarded.missing = wanted
         .into_iter()
         .filter(|name| !interfaces.iter().any(|interface| interface.name == **name))
         .map(str::to_owned)
         .collect();
-    Ok(guarded(indices.len(), missing, false))
+    Ok(Some(guarded))
+}
+
+/// Puts what guards this host on an interface that has just come, named or numbered,
+/// before it has an address; how many gates do.
+///
+/// # Errors
+///
+/// There is no such interface, or a gate cannot be attached to it.
+pub fn guard_interface(interface: &str) -> Result<usize, Error> {
+    let state = State::open()?;
+    let mut gates = migrate_gate::leftovers(&state.gates())?;
+    gates.retain(|gate| gate.is_extensible);
+    if gates.is_empty() {
+        return Ok(0);
+    }
+    let index = nix::net::if_::if_nametoindex(interface)
+        .ok()
+        .or_else(|| interface.parse().ok())
+        .ok_or_else(|| ParkError::NoSuchInterface(interface.to_owned()))?;
+    let mut guarding = 0;
+    for gate in &gates {
+        match migrate_gate::extend(&state.gates(), &gate.id, gate.role, index) {
+            Ok(_) => guarding += 1,
+            // Its tree has just come back.
+            Err(GateError::NotFound { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(guarding)
 }
 
 /// The gate of a host that sends no resets.
@@ -95,17 +132,16 @@ pub const MUTE: &str = "park-mute";
 ///
 /// There is no interface yet, or the gate cannot be attached. Then the network
 /// must not come up.
-pub async fn mute() -> Result<(), Error> {
+pub async fn mute(come: Interfaces) -> Result<(), Error> {
     let state = State::open()?;
+    are_here(come).await?;
     let is_mute = |gate: &Leftover| gate.id == MUTE && gate.mode == LeftoverMode::Closed;
-    if migrate_gate::leftovers(&state.gates())?.iter().any(is_mute) {
-        return Ok(());
+    if !migrate_gate::leftovers(&state.gates())?.iter().any(is_mute) {
+        // One that was left half-made.
+        disarm(&state, MUTE)?;
+        close(&state, MUTE.to_owned(), 1, Gate::mute)?;
     }
-    // One that was left half-made.
-    disarm(&state, MUTE)?;
-    let interfaces = interfaces().await?;
-    let indices: Vec<u32> = interfaces.iter().map(|interface| interface.index).collect();
-    close(&state, MUTE.to_owned(), 1, &indices, Gate::mute)
+    cover(&state, MUTE).await.map(drop)
 }
 
 /// Ends what [`mute`] has begun, if it has; whether it had.
@@ -122,10 +158,10 @@ pub fn speak() -> Result<bool, Error> {
 }
 
 /// A gate for the connections of a set.
-fn arm(state: &State, manifest: &Manifest, interfaces: &[u32]) -> Result<(), Error> {
+fn arm(state: &State, manifest: &Manifest) -> Result<(), Error> {
     let tree = &manifest.tree;
     let capacity = tree.flows.len() + manifest.ended.len() + 1;
-    close(state, manifest.id.clone(), capacity, interfaces, |gate| {
+    close(state, manifest.id.clone(), capacity, |gate| {
         gate.add_flows(&tree.flows)
             .and_then(|()| gate.add_flows(&manifest.ended))
             .and_then(|()| gate.add_listeners(&tree.listeners))
@@ -133,16 +169,15 @@ fn arm(state: &State, manifest: &Manifest, interfaces: &[u32]) -> Result<(), Err
     })
 }
 
-/// Attaches and closes a gate, and leaves it.
+/// Makes and closes a gate, and leaves it, on no interface yet.
 fn close(
     state: &State,
     id: String,
     capacity: usize,
-    interfaces: &[u32],
     how: impl FnOnce(&Gate) -> Result<(), GateError>,
 ) -> Result<(), Error> {
     let gate = Gate::attach(
-        interfaces,
+        &[],
         &GateOptions {
             id,
             role: Role::Source,
@@ -150,6 +185,7 @@ fn close(
             directory: state.gates(),
             // Nobody is there who could keep packets.
             hold: None,
+            is_extensible: true,
         },
     )?;
     match how(&gate) {
@@ -167,6 +203,40 @@ pub(crate) fn disarm(state: &State, id: &str) -> Result<(), GateError> {
         Err(GateError::NotFound { .. }) => Ok(()),
         other => other,
     }
+}
+
+/// Whether there is an interface, where there has to be.
+async fn are_here(come: Interfaces) -> Result<(), Error> {
+    if come == Interfaces::Here && interfaces().await?.is_empty() {
+        return Err(ParkError::NoInterface.into());
+    }
+    Ok(())
+}
+
+/// How often interfaces are listed while new ones keep coming.
+const LISTINGS_MAX: u32 = 64;
+
+/// Puts a gate on every interface. One may come while the others are seen to, and
+/// whoever told of it ([`guard_interface`]) before the gate was there has told in vain,
+/// so this ends when a listing has none that is new.
+async fn cover(state: &State, id: &str) -> Result<Vec<Interface>, Error> {
+    let mut covered = Vec::new();
+    for _ in 0..LISTINGS_MAX {
+        let mut is_new = false;
+        covered = interfaces().await?;
+        for interface in &covered {
+            match migrate_gate::extend(&state.gates(), id, Role::Source, interface.index) {
+                Ok(new) => is_new |= new,
+                // It has gone again.
+                Err(GateError::Interface { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if !is_new {
+            break;
+        }
+    }
+    Ok(covered)
 }
 
 /// Every interface that is there, for names may have changed with the kernel,

@@ -34,7 +34,7 @@ use migrate_core::preflight::Finding;
 use crate::error::Error;
 
 pub(crate) use boot::disarm;
-pub use boot::{Guarded, MUTE, guard, mute, speak};
+pub use boot::{Guarded, Interfaces, MUTE, guard, guard_interface, mute, speak};
 pub use elsewhere::Keeper;
 pub(crate) use elsewhere::{Stub, forget};
 pub(crate) use keep::{connect, keep};

@@ -228,8 +228,11 @@ pub enum ParkError {
         name: String,
     },
     /// No interface has come up.
-    #[error("interface {0}, which the tree's address was on, is not there, nor is any other")]
-    NoInterface(String),
+    #[error("there is no interface yet but the loopback")]
+    NoInterface,
+    /// Named by whoever told of it.
+    #[error("there is no interface {0}, by name or by number")]
+    NoSuchInterface(String),
 }
 
 impl ParkError {
@@ -331,9 +334,12 @@ impl ParkError {
                  migrate unmark {name} --dir {0}",
                 directory.display()
             ),
-            Self::NoInterface(_) => {
-                "run this after the interface has come, and before it gets its address".to_owned()
+            Self::NoInterface => {
+                "run this after the interface has come, and before it gets its address; or with \
+                 --interfaces-follow, if the udev rule of the package is there"
+                    .to_owned()
             }
+            Self::NoSuchInterface(_) => "`ip link` lists those of this host".to_owned(),
         }
     }
 }

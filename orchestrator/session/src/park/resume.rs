@@ -33,6 +33,7 @@ use migrate_core::wire::{
 };
 use migrate_criu::StoredRun;
 
+use super::boot::Interfaces;
 use super::elsewhere;
 use super::keep::unix_s;
 use super::place::{ParkError, Place};
@@ -190,7 +191,7 @@ pub async fn resume(wanted: Resume, reporter: Reporter, cancel: Cancel) -> Resul
             return Err(Error::LostAfterCommit(Box::new(error)));
         }
         place.remove_mark()?;
-        super::guard(place).await?;
+        super::guard(place, Interfaces::Here).await?;
     }
     Err(error)
 }

@@ -53,6 +53,7 @@ impl Migration {
                 directory: self.state.gates(),
                 hold: (self.request.choices.lock == NetworkLock::Gate)
                     .then(|| crate::held::bounds(plan.facts.windows)),
+                is_extensible: false,
             },
         )?);
         let detail = format!(

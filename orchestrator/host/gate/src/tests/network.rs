@@ -19,7 +19,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use super::packets::{Packet, SYN};
 use crate::{
-    Gate, GateError, GateOptions, HoldOptions, LeftoverMode, Role, adopt, leftovers, unlock,
+    Gate, GateError, GateOptions, HoldOptions, LeftoverMode, Role, adopt, extend, leftovers, unlock,
 };
 
 const SERVER_V4: &str = "10.9.0.1";
@@ -195,6 +195,7 @@ pub(super) fn options(directory: &Path) -> GateOptions {
         flow_capacity: 64,
         directory: directory.to_owned(),
         hold: None,
+        is_extensible: false,
     }
 }
 
@@ -487,6 +488,75 @@ fn a_dropped_gate_is_adopted_and_detached() {
         assert!(gate.counters().unwrap().ingress_dropped_packets > 0);
         gate.open().unwrap();
         detach(gate);
+    });
+    drop(pair.connect(address, PATIENCE).unwrap());
+    pair.assert_nothing_left();
+}
+
+#[test]
+fn a_gate_is_put_on_a_device_that_comes_later() {
+    needs_root!("a_gate_is_put_on_a_device_that_comes_later");
+    let pair = Pair::new();
+    let listening = pair.listen("10.9.0.1:7000");
+    let address = listening.local_addr().unwrap();
+    pair.server.run(|| {
+        let directory = &pair.directory;
+        let gate0 = if_nametoindex("gate0").unwrap();
+        let lo = if_nametoindex("lo").unwrap();
+        let extend = |interface| extend(directory, "test-1", Role::Source, interface);
+        assert!(matches!(extend(gate0), Err(GateError::NotFound { .. })));
+        {
+            let _starting = starting();
+            let gate = Gate::attach(&[gate0], &options(directory)).unwrap();
+            assert!(!leftovers(directory).unwrap()[0].is_extensible);
+            assert!(matches!(extend(lo), Ok(false)));
+            gate.detach().unwrap();
+        }
+        let options = GateOptions {
+            is_extensible: true,
+            ..options(directory)
+        };
+        let gate = Gate::attach(&[], &options).unwrap();
+        gate.add_listeners(&[Listener {
+            local: address,
+            v6only: false,
+        }])
+        .unwrap();
+        gate.close().unwrap();
+        gate.leave().unwrap();
+    });
+    drop(pair.connect(address, PATIENCE).unwrap());
+    pair.server.run(|| {
+        let directory = &pair.directory;
+        let found = &leftovers(directory).unwrap()[0];
+        assert!(found.is_extensible && found.interfaces.is_empty());
+        let gate0 = if_nametoindex("gate0").unwrap();
+        // Of many that are told of it at once one puts it there.
+        let told = std::thread::scope(|scope| {
+            let extend = || {
+                pair.server
+                    .run(|| extend(directory, "test-1", Role::Source, gate0).unwrap())
+            };
+            let told: Vec<_> = (0..4).map(|_| scope.spawn(extend)).collect();
+            told.into_iter()
+                .map(|told| told.join().unwrap())
+                .collect::<Vec<_>>()
+        });
+        assert_eq!(told.iter().filter(|is_new| **is_new).count(), 1, "{told:?}");
+        assert_eq!(leftovers(directory).unwrap()[0].interfaces, [gate0]);
+        assert!(matches!(
+            extend(directory, "test-1", Role::Source, 9999),
+            Err(GateError::Interface { index: 9999, .. })
+        ));
+    });
+    assert_eq!(pair.programs(), 2);
+    assert_eq!(
+        pair.connect(address, SILENCE).unwrap_err().kind(),
+        io::ErrorKind::TimedOut
+    );
+    pair.server.run(|| {
+        let _starting = starting();
+        unlock(&pair.directory, "test-1", Role::Source).unwrap();
     });
     drop(pair.connect(address, PATIENCE).unwrap());
     pair.assert_nothing_left();
