@@ -9,6 +9,7 @@ use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 
+use crate::epoll::{self, EPOLL_TFD, Slot};
 use crate::mappings;
 use crate::paths::{self, LinkBuffer, PLACE_BYTES_MAX, PathBuffer, TargetBuffer};
 use crate::probe;
@@ -219,6 +220,38 @@ pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: usize, argument: *mut 
             count
         },
     }
+}
+
+/// `syscall(2)`, for calls that the C library has no function of its own for.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg_attr(preload, unsafe(no_mangle))]
+pub(crate) unsafe extern "C" fn syscall(
+    number: isize,
+    a: isize,
+    b: isize,
+    c: isize,
+    d: isize,
+    e: isize,
+    f: isize,
+) -> isize {
+    // kcmp(PID, PID, EPOLL_TFD, FD, SLOT)
+    if number == number::KCMP && narrow(c) == EPOLL_TFD && narrow(a) == narrow(b) && e != 0 {
+        let numbers = (u32::try_from(narrow(a)), u32::try_from(narrow(d)));
+        // SAFETY: this call has an argument of this type.
+        let slot = unsafe {
+            core::ptr::with_exposed_provenance::<Slot>(e.cast_unsigned()).read_unaligned()
+        };
+        if let (Ok(process), Ok(fd)) = numbers
+            && aside(|| epoll::has(process, fd, slot))
+        {
+            return 0;
+        }
+    }
+    // SAFETY: what CRIU itself has asked for.
+    unsafe { call(number, [a, b, c, d, e, f]) }
 }
 
 /// `read(2)`.

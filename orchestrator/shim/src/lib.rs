@@ -37,6 +37,8 @@
 //!   `MIGRATE_SHIM_MAPPINGS` names a program that reads flags, CRIU gets what it reads of
 //!   that file, made of `maps` and those flags; else, or where both do not fit each other,
 //!   the file itself.
+//! - `kcmp`, which CRIU asks whether a descriptor is the file that an epoll set has it for:
+//!   of sockets that is seen here, where the kernel would walk through the set for each.
 //! - `lseek` for the data of a shared segment whose pages reach the destination
 //!   another way: there is none. CRIU, which dumps such segments whole, then
 //!   lists no page of it.
@@ -46,7 +48,7 @@
 //!   writes down an open file, and the destination puts one in its place that
 //!   it has attached to its own device.
 //!
-//! Nothing here allocates, panics or keeps a lock. The object needs four
+//! Nothing here allocates, panics or keeps a lock. The object needs three
 //! functions of the C library, by names without a version, so that it can be
 //! loaded by any: the one of the machine, or one that CRIU brought along.
 #![no_std]
@@ -58,6 +60,7 @@
 #[cfg(test)]
 extern crate std;
 
+mod epoll;
 pub mod flags;
 mod hooks;
 pub mod mappings;

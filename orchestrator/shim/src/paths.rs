@@ -96,7 +96,36 @@ pub(crate) fn device_to_show(mode: u32, device: u64) -> u64 {
 pub(crate) fn fd_link(fd: u32, buffer: &mut LinkBuffer) -> &[u8] {
     *buffer = [0; size_of::<LinkBuffer>()];
     let mut digits = [0; 10];
-    let mut left = fd;
+    let path = b"/proc/self/fd/".iter().chain(decimal(fd, &mut digits));
+    for (to, from) in buffer.iter_mut().zip(path) {
+        *to = *from;
+    }
+    buffer
+}
+
+/// Room for `/proc/PID/fdinfo/N`.
+pub(crate) type ProcessBuffer = [u8; 48];
+
+/// Writes `/proc/PROCESS`, what is in `kind`, and `FD`, with a zero at its end.
+pub(crate) fn of_process<'a>(
+    process: u32,
+    kind: &[u8],
+    fd: u32,
+    buffer: &'a mut ProcessBuffer,
+) -> &'a [u8] {
+    *buffer = [0; size_of::<ProcessBuffer>()];
+    let (mut first, mut second) = ([0; 10], [0; 10]);
+    let path = b"/proc/".iter().chain(decimal(process, &mut first));
+    let path = path.chain(kind).chain(decimal(fd, &mut second));
+    for (to, from) in buffer.iter_mut().zip(path) {
+        *to = *from;
+    }
+    buffer
+}
+
+/// The digits of a number.
+fn decimal(number: u32, digits: &mut [u8; 10]) -> impl Iterator<Item = &u8> {
+    let mut left = number;
     let mut count = 0;
     for digit in digits.iter_mut().rev() {
         *digit = b'0' + u8::try_from(left % 10).unwrap_or(0);
@@ -106,14 +135,7 @@ pub(crate) fn fd_link(fd: u32, buffer: &mut LinkBuffer) -> &[u8] {
             break;
         }
     }
-    let number = digits.iter().skip(10 - count);
-    for (to, from) in buffer
-        .iter_mut()
-        .zip(b"/proc/self/fd/".iter().chain(number))
-    {
-        *to = *from;
-    }
-    buffer
+    digits.iter().skip(10 - count)
 }
 
 /// Reads the number at the end of a path such as `/proc/self/fd/7`.

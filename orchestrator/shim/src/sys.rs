@@ -3,9 +3,6 @@
 use core::ffi::{c_char, c_int};
 
 unsafe extern "C" {
-    /// Makes a system call and sets `errno` as every wrapper does. C says
-    /// `long`, which is as wide here.
-    fn syscall(number: isize, ...) -> isize;
     pub(crate) fn getenv(name: *const c_char) -> *const c_char;
     pub(crate) fn unsetenv(name: *const c_char) -> c_int;
     /// Where `errno` is; glibc and musl agree on the name.
@@ -28,9 +25,11 @@ pub(crate) mod number {
     pub(crate) const FCNTL: isize = 72;
     pub(crate) const EXIT_GROUP: isize = 231;
     pub(crate) const OPENAT: isize = 257;
+    pub(crate) const NEWFSTATAT: isize = 262;
     pub(crate) const UNLINKAT: isize = 263;
     pub(crate) const READLINKAT: isize = 267;
     pub(crate) const PPOLL: isize = 271;
+    pub(crate) const KCMP: isize = 312;
     pub(crate) const RENAMEAT2: isize = 316;
     pub(crate) const MEMFD_CREATE: isize = 319;
     pub(crate) const BPF: isize = 321;
@@ -51,11 +50,13 @@ pub(crate) mod number {
     pub(crate) const PREAD64: isize = 67;
     pub(crate) const PPOLL: isize = 73;
     pub(crate) const READLINKAT: isize = 78;
+    pub(crate) const NEWFSTATAT: isize = 79;
     pub(crate) const FSTAT: isize = 80;
     pub(crate) const EXIT_GROUP: isize = 94;
     pub(crate) const SETITIMER: isize = 103;
     pub(crate) const MUNMAP: isize = 215;
     pub(crate) const MMAP: isize = 222;
+    pub(crate) const KCMP: isize = 272;
     pub(crate) const RENAMEAT2: isize = 276;
     pub(crate) const MEMFD_CREATE: isize = 279;
     pub(crate) const BPF: isize = 280;
@@ -81,9 +82,74 @@ pub(crate) const AT_FDCWD: isize = -100;
 ///
 /// As for the call itself.
 pub(crate) unsafe fn call(number: isize, arguments: [isize; 6]) -> isize {
+    /// `MAX_ERRNO` of `linux/err.h`.
+    const ERRORS: isize = 4095;
+    // SAFETY: the caller's promise; superfluous arguments are ignored. `errno` belongs to
+    // this thread.
+    unsafe {
+        let result = kernel(number, arguments);
+        if (-ERRORS..0).contains(&result) {
+            *__errno_location() = c_int::try_from(-result).unwrap_or(0);
+            return -1;
+        }
+        result
+    }
+}
+
+/// The C library's `syscall` is what CRIU is to find ours in place of, so it is made here.
+///
+/// # Safety
+///
+/// As for the call itself.
+#[cfg(target_arch = "x86_64")]
+unsafe fn kernel(number: isize, arguments: [isize; 6]) -> isize {
     let [a, b, c, d, e, f] = arguments;
-    // SAFETY: the caller's promise; superfluous arguments are ignored.
-    unsafe { syscall(number, a, b, c, d, e, f) }
+    let result;
+    // SAFETY: the registers are those of the kernel's convention
+    // (`arch/x86/entry/entry_64.S`), which changes two more.
+    unsafe {
+        core::arch::asm!(
+            "syscall",
+            inlateout("rax") number => result,
+            in("rdi") a,
+            in("rsi") b,
+            in("rdx") c,
+            in("r10") d,
+            in("r8") e,
+            in("r9") f,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    result
+}
+
+/// The C library's `syscall` is what CRIU is to find ours in place of, so it is made here.
+///
+/// # Safety
+///
+/// As for the call itself.
+#[cfg(target_arch = "aarch64")]
+unsafe fn kernel(number: isize, arguments: [isize; 6]) -> isize {
+    let [a, b, c, d, e, f] = arguments;
+    let result;
+    // SAFETY: the registers are those of the kernel's convention
+    // (`arch/arm64/kernel/entry.S`).
+    unsafe {
+        core::arch::asm!(
+            "svc 0",
+            in("x8") number,
+            inlateout("x0") a => result,
+            in("x1") b,
+            in("x2") c,
+            in("x3") d,
+            in("x4") e,
+            in("x5") f,
+            options(nostack),
+        );
+    }
+    result
 }
 
 /// A pointer as an argument of a system call.
@@ -111,6 +177,8 @@ mod tests {
             (number::FCNTL, libc::SYS_fcntl),
             (number::EXIT_GROUP, libc::SYS_exit_group),
             (number::OPENAT, libc::SYS_openat),
+            (number::NEWFSTATAT, libc::SYS_newfstatat),
+            (number::KCMP, libc::SYS_kcmp),
             (number::UNLINKAT, libc::SYS_unlinkat),
             (number::READLINKAT, libc::SYS_readlinkat),
             (number::PPOLL, libc::SYS_ppoll),
