@@ -230,12 +230,7 @@ impl Precopy {
             if !tracked || sent.is_some_and(|(watch, at)| watch.is_of_living_memory(at)) {
                 continue;
             }
-            let vmas = match maps::read(pid) {
-                // What has ended since the last round is in no dump.
-                Err(MemoryError::Gone { .. }) => continue,
-                vmas => vmas?,
-            };
-            if let Some(vdso) = vdso_of(&vmas) {
+            if let Some(vdso) = vdso(pid)? {
                 moved.insert(pid.unsigned_abs(), vdso);
             }
         }
@@ -444,6 +439,18 @@ pub fn markable(
     }
     found.retain(|pid, _| !shared.contains(pid));
     Ok(found)
+}
+
+/// Where the vDSO of a process is; `None`: it has none, or has ended.
+///
+/// # Errors
+///
+/// The process cannot be looked at.
+pub fn vdso(pid: i32) -> Result<Option<Range<u64>>, MemoryError> {
+    match maps::read(pid) {
+        Err(MemoryError::Gone { .. }) => Ok(None),
+        vmas => Ok(vdso_of(&vmas?)),
+    }
 }
 
 fn vdso_of(vmas: &[Vma]) -> Option<Range<u64>> {

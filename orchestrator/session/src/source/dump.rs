@@ -205,9 +205,10 @@ impl Migration {
         let socket = session
             .page_socket()
             .ok_or_else(|| not_yet("the page socket"))?;
-        let moved_vdsos = match &self.precopy {
-            Some(precopy) => precopy.moved_vdsos()?,
-            None => BTreeMap::new(),
+        let moved_vdsos = match (&self.precopy, &self.soft_dirty) {
+            (Some(precopy), _) => precopy.moved_vdsos()?,
+            (None, Some(soft_dirty)) => soft_dirty.moved_vdsos()?,
+            (None, None) => BTreeMap::new(),
         };
         session.answer(true).await.map_err(Error::DumpRefused)?;
 

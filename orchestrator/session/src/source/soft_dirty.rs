@@ -42,7 +42,7 @@ pub(super) struct SoftDirty {
     /// The image directory of the last round.
     last: Option<PathBuf>,
     /// Tasks whose clean pages have gone over, and where their vDSO was then.
-    /// It may be listed as clean although nobody has marked it.
+    /// CRIU lists it as clean whether it is marked or not.
     precopied: Precopied,
     last_start: Option<Instant>,
     /// A round that has not come to its end: CRIU may hold the tree.
@@ -133,6 +133,19 @@ impl SoftDirty {
             marks: Marks::Kernel { since },
             precopied: unchanged.map(|(pid, _)| *pid).collect(),
         })
+    }
+
+    /// Where the vDSO is, of the tree that stands still, of tasks that have called exec since
+    /// the last round, by PID: nobody has handed it on from there.
+    pub(super) fn moved_vdsos(&self) -> Result<BTreeMap<u32, Range<u64>>, Error> {
+        let mut moved = BTreeMap::new();
+        for (&pid, then) in &self.precopied {
+            let now = migrate_memory::vdso(pid.cast_signed())?;
+            if let Some(now) = now.filter(|now| Some(now) != then.as_ref()) {
+                moved.insert(pid, now);
+            }
+        }
+        Ok(moved)
     }
 
     /// The CRIU of a round that was given up; it lets the tree go by itself.
