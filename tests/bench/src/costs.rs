@@ -1,4 +1,4 @@
-//! What a GiB and a connection cost: a straight line through the medians of each
+//! What a GiB, a connection and a process cost: a straight line through the medians of each
 //! part of the blackout.
 
 use std::fmt::Write as _;
@@ -41,7 +41,8 @@ pub(crate) fn parts_ms(runs: &[Run], scenario: &Scenario, method: &Method) -> Op
     }))
 }
 
-/// How much a scenario has of what its suite compares: MiB, or connections.
+/// How much a scenario has of what its suite compares: MiB, connections, or
+/// processes.
 pub(crate) fn amount(suite: Suite, scenario: &Scenario) -> Option<f64> {
     match (suite, scenario.server) {
         (
@@ -52,6 +53,7 @@ pub(crate) fn amount(suite: Suite, scenario: &Scenario) -> Option<f64> {
             },
         ) => Some(f64::from(resident_mib)),
         (Suite::Gate, _) => Some(f64::from(scenario.connections)),
+        (Suite::Scale, Server::Family { processes }) => Some(f64::from(processes)),
         _ => None,
     }
 }
@@ -78,6 +80,7 @@ fn line(points: &[(f64, f64)]) -> Option<(f64, f64)> {
 pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]) -> String {
     let (unit, size) = match suite {
         Suite::Memory => ("GiB", 1024.0),
+        Suite::Scale => ("process", 1.0),
         _ => ("connection", 1.0),
     };
     let mut measured = Vec::new();

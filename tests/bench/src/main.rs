@@ -172,6 +172,7 @@ fn measure(suite: Suite, scenario: Scenario, method: Method, number: u32) -> Run
         client_lag_us: 0,
         client_errors: 0,
         took_us: 0,
+        filled_us: None,
         client_tcp: Tcp::default(),
         hosts_tcp: Tcp::default(),
         served_in_rounds_percent: None,

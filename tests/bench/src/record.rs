@@ -29,6 +29,9 @@ pub(crate) struct Run {
     pub client_errors: u64,
     /// From the command to its end.
     pub took_us: u64,
+    /// How long writing the entries took that the server has, where it has some.
+    #[serde(default)]
+    pub filled_us: Option<u64>,
     /// What the client's kernel counted.
     pub client_tcp: Tcp,
     /// What the kernels of both hosts counted, for the connections that carry
@@ -52,6 +55,7 @@ impl Run {
     pub(crate) fn heard(&mut self, heard: &Heard) {
         self.client_gap_us = heard.gap_us;
         self.client_lag_us = heard.lag_us;
+        self.filled_us = heard.filled_us;
         self.client_errors = heard.errors;
     }
 

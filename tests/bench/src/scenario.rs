@@ -29,12 +29,16 @@ pub(crate) enum Server {
         resident_mib: u32,
         dirty_mb_per_s: u32,
     },
+    /// `echo-server` with so many processes, itself among them.
+    Family { processes: u32 },
+    /// `echo-server` with that much memory, of which little is used, everywhere.
+    Sparse { gib: u32 },
     /// redis with so many short keys.
     Redis { keys: u32 },
     /// The same, whose clients ask again as soon as they have their reply.
     PressedRedis { keys: u32 },
-    /// memcached, empty: all that counts is its connections.
-    Memcached,
+    /// memcached with so many short keys; without any, all that counts is its connections.
+    Memcached { keys: u32 },
     /// `echo-server` on the workload's IPv6 address.
     EchoV6,
     /// Connections that one side fills, or that last for one request.
@@ -44,10 +48,10 @@ pub(crate) enum Server {
 impl Server {
     const fn port(self) -> u16 {
         match self {
-            Self::Ballast { .. } | Self::EchoV6 => 7000,
+            Self::Ballast { .. } | Self::EchoV6 | Self::Family { .. } | Self::Sparse { .. } => 7000,
             Self::Redis { .. } | Self::PressedRedis { .. } | Self::Streams(Kind::Subscribe) => 6379,
             Self::Streams(_) => 7100,
-            Self::Memcached => 11211,
+            Self::Memcached { .. } => 11211,
         }
     }
 
@@ -61,20 +65,21 @@ impl Server {
     fn command(self) -> Vec<String> {
         let address = WORKLOAD_V4.to_string();
         let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+        let echo = |options: &[String]| {
+            let server = program("echo-server").to_string_lossy().into_owned();
+            [&[server, self.address().to_string()], options].concat()
+        };
         match self {
             Self::Ballast {
                 resident_mib,
                 dirty_mb_per_s,
-            } => vec![
-                program("echo-server").to_string_lossy().into_owned(),
-                format!("{address}:7000"),
+            } => echo(&[
                 format!("--resident-mib={resident_mib}"),
                 format!("--dirty-mb-per-s={dirty_mb_per_s}"),
-            ],
-            Self::EchoV6 => vec![
-                program("echo-server").to_string_lossy().into_owned(),
-                self.address().to_string(),
-            ],
+            ]),
+            Self::EchoV6 => echo(&[]),
+            Self::Family { processes } => echo(&[format!("--children={}", processes - 1)]),
+            Self::Sparse { gib } => echo(&[format!("--sparse-gib={gib}")]),
             Self::Redis { .. } | Self::PressedRedis { .. } | Self::Streams(Kind::Subscribe) => {
                 words(&[
                     "redis-server",
@@ -92,7 +97,7 @@ impl Server {
                 program("stream-server").to_string_lossy().into_owned(),
                 self.address().to_string(),
             ],
-            Self::Memcached => words(&[
+            Self::Memcached { .. } => words(&[
                 "memcached",
                 "-u",
                 "root",
@@ -121,11 +126,14 @@ impl Scenario {
                 resident_mib,
                 dirty_mb_per_s,
             } => format!("{resident_mib} MiB, {dirty_mb_per_s} MB/s, {many} conn"),
+            Server::Family { processes } => format!("{processes} processes, {many} conn"),
+            Server::Sparse { gib } => format!("{gib} GiB sparse, {many} conn"),
             Server::Redis { keys } => format!("redis {keys} keys, {many} conn"),
             Server::PressedRedis { keys } => {
                 format!("redis {keys} keys, {many} conn without a pause")
             }
-            Server::Memcached => format!("memcached, {many} conn"),
+            Server::Memcached { keys: 0 } => format!("memcached, {many} conn"),
+            Server::Memcached { keys } => format!("memcached {keys} keys, {many} conn"),
             Server::EchoV6 => format!("echo over IPv6, {many} conn"),
             Server::Streams(kind) => format!("{}, {many} at a time", stream_name(kind)),
         }
@@ -189,7 +197,7 @@ impl Scenario {
         let mut arguments = vec![
             match self.server {
                 Server::Redis { .. } | Server::PressedRedis { .. } => "redis",
-                Server::Memcached => "memcached",
+                Server::Memcached { .. } => "memcached",
                 _ => "echo",
             },
             "--addr",
@@ -199,7 +207,9 @@ impl Scenario {
             "--reply-timeout-ms",
             &limit_ms,
         ];
-        if let Server::Redis { keys: number } | Server::PressedRedis { keys: number } = self.server
+        if let Server::Redis { keys: number }
+        | Server::PressedRedis { keys: number }
+        | Server::Memcached { keys: number @ 1.. } = self.server
         {
             keys = number.to_string();
             arguments.extend(["--keys", &keys, "--populate", "--verify"]);
@@ -236,6 +246,8 @@ pub(crate) struct Heard {
     pub gap_us: u64,
     /// How late the client itself was at worst, where that is known.
     pub lag_us: u64,
+    /// How long writing the entries took, where there are some.
+    pub filled_us: Option<u64>,
     /// What was not as it had to be.
     pub errors: u64,
     /// The first of it.
@@ -282,6 +294,7 @@ impl Clients {
                 Heard {
                     gap_us: verdict.worst_gap_us,
                     lag_us: verdict.client_lag_us,
+                    filled_us: (verdict.keys_verified > 0).then_some(verdict.keys_written_us),
                     errors: verdict.errors.max(u64::from(wrong)),
                     first_errors: verdict
                         .first_errors
@@ -295,6 +308,7 @@ impl Clients {
                 Heard {
                     gap_us: micros(verdict.longest),
                     lag_us: 0,
+                    filled_us: None,
                     errors: u64::try_from(verdict.failures.len())?,
                     first_errors: verdict.failures,
                 }

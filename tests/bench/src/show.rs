@@ -47,7 +47,7 @@ fn spread(runs: &[&Run], value: impl Fn(&Run) -> Option<u64>) -> Option<Spread> 
 }
 
 /// Columns of a suite's table behind those that name the row.
-const COLUMNS: [&str; 14] = [
+const COLUMNS: [&str; 15] = [
     "client gap median (p99, max), ms",
     "ratio",
     "blackout median, ms",
@@ -61,17 +61,13 @@ const COLUMNS: [&str; 14] = [
     "sent again: client, hosts",
     "timers: client, hosts",
     "RST: client, hosts",
+    "entries written in median, ms",
     "took median, ms",
 ];
 
-/// The Markdown table of a suite.
+/// The Markdown table of a suite, without columns in which nothing was measured.
 pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]) -> String {
-    let mut text = format!(
-        "### {}\n\n| scenario | method | runs | {} |\n|---|---|---|{}\n",
-        suite.title(),
-        COLUMNS.join(" | "),
-        "---|".repeat(COLUMNS.len()),
-    );
+    let mut rows = Vec::new();
     for (scenario, methods) in plan {
         let mut first = None;
         for method in methods {
@@ -84,37 +80,52 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
                 .copied()
                 .filter(|run| run.failure.is_none())
                 .collect();
-            let (cells, count) = match row(&good, &mut first) {
-                Some(cells) if good.len() < of_both.len() => {
-                    let failed = of_both.len() - good.len();
-                    (
-                        cells.join(" | "),
-                        format!("{} ({failed} failed)", good.len()),
-                    )
-                }
-                Some(cells) => (cells.join(" | "), good.len().to_string()),
-                None => match of_both.iter().find_map(|run| run.failure.as_deref()) {
-                    Some(why) => (
-                        format!(
-                            "failed: {}{}",
-                            in_a_cell(why),
-                            " |".repeat(COLUMNS.len() - 1)
-                        ),
-                        of_both.len().to_string(),
-                    ),
-                    None => continue,
-                },
+            let failed = of_both.len() - good.len();
+            let why = of_both.iter().find_map(|run| run.failure.as_deref());
+            let count = match (good.len(), failed) {
+                (0, 0) => continue,
+                (0, failed) => failed.to_string(),
+                (good, 0) => good.to_string(),
+                (good, failed) => format!("{good} ({failed} failed)"),
             };
-            let _ = writeln!(
-                text,
-                "| {} | {} | {count} | {cells} |",
-                scenario.name(),
-                method.name()
-            );
+            let cells = row(&good, &mut first).ok_or(why.unwrap_or_default());
+            let head = format!("{} | {} | {count}", scenario.name(), method.name());
+            rows.push((head, cells));
         }
+    }
+    let is_measured = |column: &usize| {
+        let mut cells = rows.iter().flat_map(|(_, cells)| cells);
+        cells.any(|cells| cells[*column] != NOT_MEASURED && cells[*column] != NONE_HELD)
+    };
+    let shown: Vec<usize> = (0..COLUMNS.len()).filter(is_measured).collect();
+    let picked = |cells: &[String]| {
+        let picked: Vec<&str> = shown.iter().map(|&column| cells[column].as_str()).collect();
+        picked.join(" | ")
+    };
+    let mut text = format!(
+        "### {}\n\n| scenario | method | runs | {} |\n|---|---|---|{}\n",
+        suite.title(),
+        picked(&COLUMNS.map(str::to_owned)),
+        "---|".repeat(shown.len()),
+    );
+    for (head, cells) in &rows {
+        let cells = match cells {
+            Ok(cells) => picked(cells),
+            Err(why) => {
+                let rest = " |".repeat(shown.len().saturating_sub(1));
+                format!("failed: {}{rest}", in_a_cell(why))
+            }
+        };
+        let _ = writeln!(text, "| {head} | {cells} |");
     }
     text
 }
+
+/// In the place of a figure that there is not.
+const NOT_MEASURED: &str = "-";
+
+/// The same of two figures.
+const NONE_HELD: &str = "- (-)";
 
 /// The cells of [`COLUMNS`]; none without a run that went well. `first` is the
 /// median gap with which the ratio is made.
@@ -122,7 +133,7 @@ fn row(good: &[&Run], first: &mut Option<u64>) -> Option<Vec<String>> {
     let gap = spread(good, |run| Some(run.client_gap_us))?;
     let base = *first.get_or_insert(gap.median.max(1));
     let tenths = gap.median * 10 / base;
-    let dash = || "-".to_owned();
+    let dash = || NOT_MEASURED.to_owned();
     let ms = |value: fn(&Run) -> Option<u64>| {
         spread(good, value).map_or_else(dash, |s| millis(s.median))
     };
@@ -162,6 +173,7 @@ fn row(good: &[&Run], first: &mut Option<u64>) -> Option<Vec<String>> {
         both(|tcp| tcp.retransmissions),
         both(|tcp| tcp.timeouts),
         both(|tcp| tcp.resets),
+        ms(|run| run.filled_us),
         ms(|run| Some(run.took_us)),
     ])
 }
@@ -374,6 +386,12 @@ fn plots_of(
             "connections",
             "Client gap against connections",
             "connections",
+            series,
+        )],
+        Suite::Scale => vec![(
+            "processes",
+            "Client gap against processes",
+            "processes",
             series,
         )],
         Suite::Traffic | Suite::Stores => Vec::new(),

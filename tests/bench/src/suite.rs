@@ -16,6 +16,8 @@ pub(crate) enum Suite {
     Traffic,
     /// Data stores as people have them.
     Stores,
+    /// Processes, and address space.
+    Scale,
 }
 
 const OURS: Method = Method::Ours {
@@ -89,7 +91,13 @@ const TRAFFIC: [(Server, u16); 6] = [
 ];
 
 impl Suite {
-    pub(crate) const ALL: [Self; 4] = [Self::Memory, Self::Gate, Self::Traffic, Self::Stores];
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Memory,
+        Self::Gate,
+        Self::Traffic,
+        Self::Stores,
+        Self::Scale,
+    ];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
@@ -97,6 +105,7 @@ impl Suite {
             Self::Gate => "gate",
             Self::Traffic => "traffic",
             Self::Stores => "stores",
+            Self::Scale => "scale",
         }
     }
 
@@ -106,6 +115,7 @@ impl Suite {
             Self::Gate => "Connections",
             Self::Traffic => "Ways to talk",
             Self::Stores => "Data stores",
+            Self::Scale => "Processes, and address space",
         }
     }
 
@@ -160,7 +170,7 @@ impl Suite {
                     .iter()
                     .map(|&connections| {
                         let scenario = Scenario {
-                            server: Server::Memcached,
+                            server: Server::Memcached { keys: 0 },
                             connections,
                         };
                         let mut methods = vec![OURS, WITH_DROP, WITH_NFTABLES, STOCK_NFTABLES];
@@ -201,12 +211,40 @@ impl Suite {
                 ),
                 (
                     Scenario {
+                        server: Server::Memcached { keys: 100_000 },
+                        connections: 20,
+                    },
+                    vec![OURS, FULL, STOCK_NFTABLES, STOCK_IPTABLES],
+                ),
+                (
+                    Scenario {
                         server: Server::PressedRedis { keys: 300_000 },
                         connections: 4,
                     },
                     vec![OURS],
                 ),
             ],
+            Self::Scale => {
+                let (processes, gib): (&[u32], &[u32]) = if quick {
+                    (&[1, 10, 100], &[1])
+                } else {
+                    (&[1, 10, 100, 1000], &[1, 16])
+                };
+                let families = processes
+                    .iter()
+                    .map(|&processes| Server::Family { processes });
+                let sparse = gib.iter().map(|&gib| Server::Sparse { gib });
+                families
+                    .chain(sparse)
+                    .map(|server| {
+                        let scenario = Scenario {
+                            server,
+                            connections: 10,
+                        };
+                        (scenario, vec![OURS, STOCK_NFTABLES])
+                    })
+                    .collect()
+            }
         }
     }
 }

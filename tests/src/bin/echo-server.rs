@@ -6,7 +6,7 @@
 
 use std::io::{self, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -33,6 +33,12 @@ struct Arguments {
     /// Write to pages of it, spread over all of it, at this rate.
     #[arg(long, default_value_t = 0, requires = "resident_mib")]
     dirty_mb_per_s: u32,
+    /// Map this much memory besides, and write to one page of each MiB.
+    #[arg(long, default_value_t = 0)]
+    sparse_gib: usize,
+    /// Start so many processes that do nothing.
+    #[arg(long, default_value_t = 0)]
+    children: u32,
 }
 
 #[derive(Debug, Default)]
@@ -61,7 +67,21 @@ fn main() -> ExitCode {
     if arguments.resident_mib > 0 {
         hold(arguments.resident_mib << 20, arguments.dirty_mb_per_s);
     }
-    match accept_forever(arguments.listen) {
+    let mut sparse = vec![0_u8; arguments.sparse_gib << 30];
+    sparse
+        .iter_mut()
+        .step_by(1 << 20)
+        .for_each(|byte| *byte = 1);
+    for _ in 0..arguments.children {
+        // They end with the process namespace of the test host.
+        if let Err(error) = Command::new("sleep").arg("1000000").spawn() {
+            eprintln!("echo-server: could not start a child: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    let served = accept_forever(arguments.listen);
+    drop(sparse);
+    match served {
         Ok(never) => match never {},
         Err(error) => {
             eprintln!(

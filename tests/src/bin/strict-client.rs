@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use migrate_tests::strict::{Options, Workload, default_interval, run};
+use migrate_tests::strict::{Keys, Options, Workload, default_interval, run};
 
 /// Strict client: every reply is matched to its request, and no connection is
 /// ever opened twice.
@@ -25,20 +25,15 @@ enum Spoken {
     Redis {
         #[command(flatten)]
         common: Common,
-        /// Keys to write before the start or read back at the end
-        #[arg(long, visible_alias = "verify-keys", default_value_t = 0)]
-        keys: u64,
-        /// Write the keys before the start
-        #[arg(long)]
-        populate: bool,
-        /// Read the keys back at the end, over the oldest connection
-        #[arg(long)]
-        verify: bool,
+        #[command(flatten)]
+        entries: Entries,
     },
     /// memcached: set, get and incr of the text protocol
     Memcached {
         #[command(flatten)]
         common: Common,
+        #[command(flatten)]
+        entries: Entries,
     },
     /// echo-server: numbered bytes both ways
     Echo {
@@ -53,6 +48,29 @@ enum Spoken {
         #[arg(long = "path", default_value = "/")]
         paths: Vec<String>,
     },
+}
+
+#[derive(Debug, Args)]
+struct Entries {
+    /// Keys to write before the start or read back at the end
+    #[arg(long, visible_alias = "verify-keys", default_value_t = 0)]
+    keys: u64,
+    /// Write the keys before the start
+    #[arg(long)]
+    populate: bool,
+    /// Read the keys back at the end, over the oldest connection
+    #[arg(long)]
+    verify: bool,
+}
+
+impl From<Entries> for Keys {
+    fn from(entries: Entries) -> Self {
+        Self {
+            count: entries.keys,
+            populate: entries.populate,
+            verify: entries.verify,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -100,20 +118,8 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 fn main() -> ExitCode {
     let (workload, common) = match Arguments::parse().workload {
-        Spoken::Redis {
-            common,
-            keys,
-            populate,
-            verify,
-        } => (
-            Workload::Redis {
-                keys,
-                populate,
-                verify,
-            },
-            common,
-        ),
-        Spoken::Memcached { common } => (Workload::Memcached, common),
+        Spoken::Redis { common, entries } => (Workload::Redis(entries.into()), common),
+        Spoken::Memcached { common, entries } => (Workload::Memcached(entries.into()), common),
         Spoken::Echo { common } => (Workload::Echo, common),
         Spoken::Http { common, paths } => (Workload::Http { paths }, common),
     };

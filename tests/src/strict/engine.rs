@@ -23,7 +23,10 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::dialogue::{Dialogue, Excerpt, Finding, Judged};
-use super::{FIRST_ERRORS_MAX, Options, Snapshot, Verdict, Workload, echo, http, memcached, redis};
+use super::keys::Store;
+use super::{
+    FIRST_ERRORS_MAX, Keys, Options, Snapshot, Verdict, Workload, echo, http, memcached, redis,
+};
 use crate::echo_wire::scramble;
 
 /// Time to finish outstanding requests, and to see the workload close.
@@ -117,6 +120,8 @@ struct Engine<'a> {
     /// Set once stopping: the end of patience.
     deadline: Option<Instant>,
     client_lag: Duration,
+    /// How long writing the keys took.
+    keys_written: Duration,
     keys_verified: u64,
     control: Vec<u8>,
     /// Right replies each connection must reach before a snapshot is printed.
@@ -164,21 +169,20 @@ pub fn run(options: &Options) -> Result<Verdict, SetUpError> {
     let signal_fd = SignalFd::with_flags(&signals, flags).map_err(io::Error::from)?;
 
     let mut streams = connect(options)?;
-    if let (
-        Workload::Redis {
-            keys,
-            populate: true,
-            ..
-        },
-        Some(first),
-    ) = (&options.workload, streams.first_mut())
+    let before = Instant::now();
+    if let (Some((keys, store)), Some(first)) = (kept(&options.workload), streams.first_mut())
+        && keys.populate
     {
-        populate(first, *keys).map_err(|source| SetUpError::Populate {
-            keys: *keys,
+        first.set_read_timeout(Some(KEYS_TIMEOUT))?;
+        let populated = store.populate(first, keys.count);
+        populated.map_err(|source| SetUpError::Populate {
+            keys: keys.count,
             source,
         })?;
     }
+    let keys_written = before.elapsed();
     let mut engine = Engine::new(options, streams)?;
+    engine.keys_written = keys_written;
     engine.watch(&signal_fd, TOKEN_SIGNAL)?;
     if options.control {
         engine.watch(&io::stdin(), TOKEN_CONTROL)?;
@@ -187,9 +191,13 @@ pub fn run(options: &Options) -> Result<Verdict, SetUpError> {
     Ok(engine.verdict())
 }
 
-fn populate(stream: &mut TcpStream, keys: u64) -> io::Result<()> {
-    stream.set_read_timeout(Some(KEYS_TIMEOUT))?;
-    redis::populate(stream, keys)
+/// The entries of a data store, and how it is spoken to about them.
+fn kept(workload: &Workload) -> Option<(Keys, Store)> {
+    match workload {
+        Workload::Redis(keys) => Some((*keys, redis::STORE)),
+        Workload::Memcached(keys) => Some((*keys, memcached::STORE)),
+        Workload::Echo | Workload::Http { .. } => None,
+    }
 }
 
 /// Opens all connections, one after the other. Only the first is tried again,
@@ -243,6 +251,7 @@ impl<'a> Engine<'a> {
             stop_at: None,
             deadline: None,
             client_lag: Duration::ZERO,
+            keys_written: Duration::ZERO,
             keys_verified: 0,
             control: Vec::new(),
             awaited: None,
@@ -258,8 +267,8 @@ impl<'a> Engine<'a> {
             stream.set_nonblocking(true)?;
             engine.watch(&stream, index as u64)?;
             let dialogue: Box<dyn Dialogue> = match &options.workload {
-                Workload::Redis { .. } => Box::new(redis::Redis::new(run, index)),
-                Workload::Memcached => Box::new(memcached::Memcached::new(run, index)),
+                Workload::Redis(_) => Box::new(redis::Redis::new(run, index)),
+                Workload::Memcached(_) => Box::new(memcached::Memcached::new(run, index)),
                 Workload::Echo => Box::new(echo::Echo::new(run, index)),
                 Workload::Http { paths } => {
                     let host = options.address.to_string();
@@ -547,9 +556,8 @@ impl<'a> Engine<'a> {
     /// Everything is answered: says so to the workload and waits for its end
     /// of stream, which no further byte may precede.
     fn close(&mut self, index: usize) -> io::Result<()> {
-        if let Workload::Redis {
-            keys, verify: true, ..
-        } = self.options.workload
+        if let Some((keys, store)) = kept(&self.options.workload)
+            && keys.verify
         {
             // Reading back blocks, so it waits until no other reply is due: it
             // would look late.
@@ -557,7 +565,7 @@ impl<'a> Engine<'a> {
                 return Ok(());
             }
             if index == 0 {
-                self.verify_keys(keys)?;
+                self.verify_keys(keys.count, &store)?;
             }
         }
         let connection = &mut self.connections[index];
@@ -568,13 +576,13 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    fn verify_keys(&mut self, keys: u64) -> io::Result<()> {
+    fn verify_keys(&mut self, keys: u64, store: &Store) -> io::Result<()> {
         let stream = &mut self.connections[0].stream;
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(KEYS_TIMEOUT))?;
         let tally = &mut self.tally;
         let before = Instant::now();
-        let outcome = redis::verify(stream, keys, |finding| tally.add(0, finding));
+        let outcome = store.verify(stream, keys, |finding| tally.add(0, finding));
         stream.set_nonblocking(true)?;
         // Reading back is no part of the patience for the other connections.
         self.deadline = self.deadline.map(|deadline| deadline + before.elapsed());
@@ -778,6 +786,7 @@ impl<'a> Engine<'a> {
             worst_gap_us: self.worst_gaps().max().unwrap_or(0),
             worst_gap_us_by_connection: self.worst_gaps().collect(),
             client_lag_us: micros(self.client_lag),
+            keys_written_us: micros(self.keys_written),
             keys_verified: self.keys_verified,
             first_errors: self.tally.first,
         }

@@ -1,6 +1,7 @@
 //! The text protocol: set, get and incr, alone and in pipelines.
 
 use super::dialogue::{Dialogue, Dice, Expected, Judged, Malformed, Owed, line};
+use super::keys::Store;
 use crate::echo_wire::scramble;
 
 /// Longest value of ours that a reply may announce.
@@ -60,9 +61,8 @@ impl Memcached {
 
     fn get(&mut self, out: &mut Vec<u8>) {
         self.read = true;
-        out.extend_from_slice(format!("get {}\r\n", self.value_key).as_bytes());
-        let head = format!("VALUE {} 0 {}\r\n", self.value_key, self.value.len());
-        let reply = [head.as_bytes(), &self.value, b"\r\nEND\r\n"].concat();
+        fetch(&self.value_key, out);
+        let reply = entry(&self.value_key, &self.value);
         self.owed.push(Expected::Exact(reply));
     }
 }
@@ -103,6 +103,25 @@ fn store(key: &str, value: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(value);
     out.extend_from_slice(b"\r\n");
 }
+
+fn fetch(key: &str, out: &mut Vec<u8>) {
+    out.extend_from_slice(format!("get {key}\r\n").as_bytes());
+}
+
+fn entry(key: &str, value: &[u8]) -> Vec<u8> {
+    let head = format!("VALUE {key} 0 {}\r\n", value.len());
+    [head.as_bytes(), value, b"\r\nEND\r\n"].concat()
+}
+
+/// As [`keys`](super::keys) are kept.
+pub(super) const STORE: Store = Store {
+    set: store,
+    stored: b"STORED\r\n",
+    get: fetch,
+    entry,
+    missing: b"END\r\n",
+    frame,
+};
 
 /// The length of the reply at the front: a line, or a value up to its `END`.
 fn frame(input: &[u8]) -> Result<Option<usize>, Malformed> {

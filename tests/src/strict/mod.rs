@@ -15,6 +15,7 @@ mod dialogue;
 mod echo;
 mod engine;
 mod http;
+mod keys;
 mod memcached;
 mod redis;
 
@@ -30,17 +31,9 @@ pub use engine::{SetUpError, run};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Workload {
     /// INCR, SET, GET and ECHO on keys of each connection's own.
-    Redis {
-        /// Number of keys to write before the start, read back at the end.
-        keys: u64,
-        /// Write the keys before the start.
-        populate: bool,
-        /// Read the keys back at the end, over a connection that is as old as
-        /// the run.
-        verify: bool,
-    },
+    Redis(Keys),
     /// The text protocol: set, get and incr on keys of each connection's own.
-    Memcached,
+    Memcached(Keys),
     /// The numbered echo of `echo-server`.
     Echo,
     /// GET over keep-alive, bodies held against their first hash.
@@ -50,13 +43,24 @@ pub enum Workload {
     },
 }
 
+/// Entries of a data store that no connection changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keys {
+    /// How many to write before the start, and to read back at the end.
+    pub count: u64,
+    /// Write them before the start.
+    pub populate: bool,
+    /// Read them back at the end, over a connection that is as old as the run.
+    pub verify: bool,
+}
+
 impl Workload {
     /// Its name on the command line and in the verdict.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Redis { .. } => "redis",
-            Self::Memcached => "memcached",
+            Self::Redis(_) => "redis",
+            Self::Memcached(_) => "memcached",
             Self::Echo => "echo",
             Self::Http { .. } => "http",
         }
@@ -143,6 +147,8 @@ pub struct Verdict {
     /// How late this client itself was at worst: a gap no longer than this
     /// says nothing about the workload.
     pub client_lag_us: u64,
+    /// How long writing the keys took.
+    pub keys_written_us: u64,
     /// Keys read back at the end, all with the right value unless `errors`
     /// says otherwise.
     pub keys_verified: u64,
@@ -215,6 +221,7 @@ mod tests {
             worst_gap_us: 41_290,
             worst_gap_us_by_connection: vec![],
             client_lag_us: 10,
+            keys_written_us: 0,
             keys_verified: 0,
             first_errors: vec![],
         };

@@ -1,9 +1,7 @@
 //! RESP: INCR, SET, GET and ECHO, alone and in pipelines.
 
-use std::io::{self, Read, Write};
-use std::net::TcpStream;
-
-use super::dialogue::{Dialogue, Dice, Excerpt, Expected, Finding, Judged, Malformed, Owed, line};
+use super::dialogue::{Dialogue, Dice, Expected, Judged, Malformed, Owed, line};
+use super::keys::Store;
 use crate::echo_wire::scramble;
 
 /// Longest value of ours that a reply may announce.
@@ -133,115 +131,15 @@ fn bulk(value: &[u8]) -> Vec<u8> {
     [format!("${}\r\n", value.len()).as_bytes(), value, b"\r\n"].concat()
 }
 
-/// Keys sent in one pipeline while filling and reading back.
-const KEYS_PER_PIPELINE: u64 = 1_000;
-
-/// The value of `key:index`: follows from the index, 100 bytes, so that
-/// 100,000 keys make about 20 MB of heap.
-fn key_value(index: u64) -> Vec<u8> {
-    Dice::new(index).text(100)
-}
-
-/// Writes `keys` keys over a blocking stream.
-pub(super) fn populate(stream: &mut TcpStream, keys: u64) -> io::Result<()> {
-    for_each_pipeline(
-        stream,
-        keys,
-        |index, out| {
-            command(
-                &[b"SET", key_name(index).as_bytes(), &key_value(index)],
-                out,
-            )
-        },
-        |_, reply| {
-            if reply == b"+OK\r\n" {
-                Ok(())
-            } else {
-                Err(io::Error::other(format!(
-                    "SET was answered with {}",
-                    Excerpt(reply)
-                )))
-            }
-        },
-    )
-}
-
-/// Reads `keys` keys back over a blocking stream, up to the first failure of
-/// the stream, and reports every value that is not right.
-pub(super) fn verify(
-    stream: &mut TcpStream,
-    keys: u64,
-    mut report: impl FnMut(Finding),
-) -> io::Result<()> {
-    for_each_pipeline(
-        stream,
-        keys,
-        |index, out| command(&[b"GET", key_name(index).as_bytes()], out),
-        |index, reply| {
-            let expected = bulk(&key_value(index));
-            if reply == b"$-1\r\n" {
-                report(Finding::lost(1, format!("{} is gone", key_name(index))));
-            } else if reply != expected {
-                let (name, got) = (key_name(index), Excerpt(reply));
-                let expected = Excerpt(&expected);
-                report(Finding::wrong(format!(
-                    "{name} should be {expected}, is {got}"
-                )));
-            }
-            Ok(())
-        },
-    )
-}
-
-fn key_name(index: u64) -> String {
-    format!("key:{index}")
-}
-
-fn for_each_pipeline(
-    stream: &mut TcpStream,
-    keys: u64,
-    ask: impl Fn(u64, &mut Vec<u8>),
-    mut check: impl FnMut(u64, &[u8]) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut input = Vec::new();
-    let mut chunk = vec![0; 64 * 1024];
-    let mut first = 0;
-    while first < keys {
-        let end = keys.min(first + KEYS_PER_PIPELINE);
-        let mut out = Vec::new();
-        (first..end).for_each(|index| ask(index, &mut out));
-        stream.write_all(&out)?;
-        let mut index = first;
-        while index < end {
-            let mut used = 0;
-            while let Some(length) = frame(&input[used..])
-                .map_err(|Malformed| io::Error::other("no reply of redis"))?
-                .filter(|_| index < end)
-            {
-                check(index, &input[used..used + length])?;
-                used += length;
-                index += 1;
-            }
-            input.drain(..used);
-            if index < end {
-                let count = stream.read(&mut chunk)?;
-                if count == 0 {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                input.extend_from_slice(&chunk[..count]);
-            }
-        }
-        first = end;
-    }
-    if input.is_empty() {
-        Ok(())
-    } else {
-        Err(io::Error::other(format!(
-            "replies to no request: {}",
-            Excerpt(&input)
-        )))
-    }
-}
+/// As [`keys`](super::keys) are kept.
+pub(super) const STORE: Store = Store {
+    set: |name, value, out| command(&[b"SET", name.as_bytes(), value], out),
+    stored: b"+OK\r\n",
+    get: |name, out| command(&[b"GET", name.as_bytes()], out),
+    entry: |_, value| bulk(value),
+    missing: b"$-1\r\n",
+    frame,
+};
 
 #[cfg(test)]
 mod tests {
