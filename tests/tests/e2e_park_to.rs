@@ -132,7 +132,7 @@ impl Pair {
 
 #[test]
 fn a_tree_that_another_host_keeps_comes_back_after_a_boot() {
-    require!("a_tree_that_another_host_keeps_comes_back_after_a_boot": root, tcx, criu, migrate, redis, tcpdump);
+    require!("a_tree_that_another_host_keeps_comes_back_after_a_boot": root, tcx, criu, migrate, redis, memcached, tcpdump);
     let lab = scoped("park-to");
     let peer = lab.host(HostName::Client);
     let resets = reset_connections(&peer).unwrap();
@@ -193,14 +193,39 @@ fn a_tree_that_another_host_keeps_comes_back_after_a_boot() {
     assert!(!pair.set().exists(), "nothing of it is kept");
     pair.refuses(&["were removed when the tree was resumed"]);
 
-    // And once more, into the same sets; this time they stay.
-    pair.parks(redis.pid);
-    pair.succeeds(&["resume", "--dir", DIR, "--keep"]);
-    serves_old_connections(&mut client);
-    assert!(pair.set().join("images/pages-1.img").exists());
+    // And once more, with another tree, into the same set and one more; this time they stay.
+    let memcached = Workload::start(Kind::Memcached, &lab).unwrap();
+    let second = memcached.client(&lab, 5, &PATIENT).unwrap();
+    let mut clients = [client, second];
+    clients.iter_mut().for_each(serves_old_connections);
+    let other = memcached.pid.to_string();
+    let named = ["--name", NAME, "--name", "other"];
+    let park = [
+        &["park", &pid, &other, "--dir", DIR, "--to", "host2"],
+        &named[..],
+    ]
+    .concat();
+    let parked = pair.succeeds(&park).stdout;
+    assert_eq!(parked.matches("is parked on host2").count(), 2, "{parked}");
+    pair.is_parked(redis.pid);
+    assert!(eventually(WITHIN, || !runs(host, memcached.pid)));
+    goes_down(host);
+    let guarded = succeeds(host, &["guard-boot", "--dir", DIR]).stdout;
+    let count = guarded.matches("nothing answers for 5 connections").count();
+    assert_eq!(count, 2, "{guarded}");
+    comes_up(host);
+    let resumed = pair.succeeds(&["resume", "--dir", DIR, "--keep"]).stdout;
+    assert_eq!(resumed.matches("runs again").count(), 2, "{resumed}");
+    clients.iter_mut().for_each(serves_old_connections);
+    for name in [NAME, "other"] {
+        let pages = keeper.path(KEPT).join(name).join("images/pages-1.img");
+        assert!(pages.exists(), "{name}");
+    }
     pair.refuses(&["was resumed before"]);
     assert_eq!(capture.stop().unwrap(), Vec::<String>::new());
-    clean_client(&lab, client, resets);
+    for client in clients {
+        clean_client(&lab, client, resets);
+    }
 }
 
 #[test]

@@ -149,6 +149,18 @@ fn said_of(migration: &Migration, subject: &str) -> String {
         .unwrap_or_default()
 }
 
+/// Tries again while the other machine is not reached.
+fn reached<T>(attempt: impl Fn() -> T, code: impl Fn(&T) -> Option<i32>) -> T {
+    let mut tried = attempt();
+    for _ in 1..ATTEMPTS {
+        if code(&tried) != Some(NOT_REACHED) {
+            break;
+        }
+        tried = attempt();
+    }
+    tried
+}
+
 /// Moves a process between machines, which has to succeed.
 fn moved(from: &Machine, to: &Machine, pid: &str, options: &[&str]) -> Migration {
     let argv = ["migrate", "--json", "--to", to.host().as_str()];
@@ -159,13 +171,7 @@ fn moved(from: &Machine, to: &Machine, pid: &str, options: &[&str]) -> Migration
         let finished = from.exec(argv, MOVES_WITHIN).unwrap();
         Migration::read(finished.code, &finished.stdout, &finished.stderr)
     };
-    let mut migration = attempt();
-    for _ in 1..ATTEMPTS {
-        if migration.code != Some(NOT_REACHED) {
-            break;
-        }
-        migration = attempt();
-    }
+    let migration = reached(attempt, |migration| migration.code);
     if migration.code != Some(0) {
         for machine in [from, to] {
             let logs = machine.exec(["sh", "-c", "tail -n 40 /run/migrate/log/*"], MOVES_WITHIN);
@@ -242,6 +248,31 @@ impl Drop for SteppingClock<'_> {
     }
 }
 
+/// A process that calls exec when CRIU is about to freeze it has its vDSO where nobody has sent
+/// it from, and CRIU takes it for sent.
+fn exec_before_the_freeze(from: &Machine, to: &Machine) {
+    const SHELL: &str = "trap 'exec sleep 1000' USR1; sleep 1000 & wait";
+    let pid = from
+        .spawn_detached(["sh", "-c", SHELL], "/dev/null")
+        .unwrap();
+    // SIGUSR1 is the tenth.
+    let catches = "grep -q '^SigCgt:.*[2367abef]..$'";
+    until(from, &format!("{catches} /proc/{pid}/status"));
+    let to_name = to.host().as_str();
+    let script = format!(
+        "MIGRATE_STOP_AT=loaded migrate --to {to_name} --engine soft-dirty --verify \
+             --max-blackout 300 {pid} & \
+         until grep -q '^State:.T' /proc/$!/status; do \
+             test -e /proc/$! || exit 9; sleep 0.1; \
+         done; \
+         kill -USR1 {pid}; \
+         until grep -q sleep /proc/{pid}/comm; do sleep 0.1; done; \
+         kill -CONT $!; wait $!"
+    );
+    println!("{}", shell(from, &script));
+    assert_eq!(shell(to, &format!("cat /proc/{pid}/comm")), "sleep\n");
+}
+
 #[test]
 fn redis_moves_between_kernels_by_soft_dirty_marks() {
     require!(
@@ -302,6 +333,8 @@ fn redis_moves_between_kernels_by_soft_dirty_marks() {
     }
     let verdict = client.stop().unwrap();
     assert!(verdict.is_clean(), "{verdict}");
+    exec_before_the_freeze(one, two);
+    println!("done after {} s", begun.elapsed().as_secs());
 }
 
 /// What the boot does before there is a network, as `dist/migrate-guard.service`.
@@ -332,7 +365,7 @@ fn number(machine: &Machine, script: &str) -> u64 {
 fn leave_kernel(machines: &mut Machines, way: Way, pids: &[String]) {
     let one = machines.get(HostName::Host1).unwrap();
     let parked = format!("{DISK}/parked");
-    let former = shell(one, &format!("mkdir -m 700 {parked}; uname -r"));
+    let former = shell(one, &format!("mkdir -p -m 700 {parked}; uname -r"));
     let reboot = match way {
         Way::Kexec => {
             // The digest of the images is what a crashed kernel needs, and takes seconds here.
@@ -507,7 +540,9 @@ fn redis_and_openvpn_outlive_a_kexec() {
 }
 
 /// The units as they are shipped.
-const UNITS: [(&str, &str); 2] = [
+const UNITS: [(&str, &str); 4] = [
+    ("card-goes.service", CARD_GOES),
+    ("card-comes.service", CARD_COMES),
     (
         "migrate-guard.service",
         include_str!("../../dist/migrate-guard.service"),
@@ -517,6 +552,44 @@ const UNITS: [(&str, &str); 2] = [
         include_str!("../../dist/migrate-resume.service"),
     ),
 ];
+
+/// What the package has udev do.
+const RULE: (&str, &str) = (
+    "udev/rules.d/60-migrate-guard.rules",
+    include_str!("../../dist/60-migrate-guard.rules"),
+);
+
+/// The machine's card is not there when the guard looks for interfaces.
+const CARD_GOES: &str = "\
+[Unit]
+DefaultDependencies=no
+After=systemd-udev-settle.service
+Wants=systemd-udev-settle.service
+Before=migrate-guard.service
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -c 'cd /sys/bus/virtio/drivers/virtio_net && for card in virtio*; do \
+echo $$card >>/run/cards && echo $$card >unbind; done'
+[Install]
+WantedBy=sysinit.target
+";
+
+/// It comes when whoever configures the network is there already.
+const CARD_COMES: &str = "\
+[Unit]
+DefaultDependencies=no
+Requires=card-goes.service
+After=card-goes.service migrate-guard.service systemd-networkd.service
+Before=migrate-resume.service
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -c 'cd /sys/bus/virtio/drivers/virtio_net && while read card; do \
+echo $$card >bind; done </run/cards && udevadm settle && migrate status >/run/guarded'
+[Install]
+WantedBy=multi-user.target
+";
 
 /// Puts files where the next kernel's systemd has its configuration.
 fn configure(machine: &Machine, scratch: &Path) {
@@ -537,6 +610,8 @@ fn configure(machine: &Machine, scratch: &Path) {
     for (name, text) in tunnel::networkd() {
         put(&name, &text);
     }
+    let (name, text) = RULE;
+    put(name, text);
     for (unit, text) in UNITS {
         put(&format!("systemd/system/{unit}"), text);
         // As `systemctl enable`, which the machine does not have yet.
@@ -599,7 +674,8 @@ fn no_network_without_the_guard(machine: &Machine) {
     assert!(is_active(NETWORK) && is_active("migrate-guard.service"));
 }
 
-/// By the units that are shipped, under a systemd that brings the network up.
+/// By the units that are shipped, under a systemd that brings the network up, on a machine
+/// whose network card is late; one of the trees comes back from another host.
 #[test]
 fn redis_and_openvpn_outlive_a_reset_by_their_units() {
     require!(
@@ -616,7 +692,16 @@ fn redis_and_openvpn_outlive_a_reset_by_their_units() {
     configure(machines.get(HostName::Host1).unwrap(), dir.path());
     println!("parks after {} s", begun.elapsed().as_secs());
 
-    leave_kernel(&mut machines, Way::Reset, &served.pids);
+    // The memory of one waits on a machine whose kernel stays.
+    let [cache, vpn] = &served.pids;
+    let [one, two] = [HostName::Host1, HostName::Host2].map(|host| machines.get(host).unwrap());
+    shell(two, "mkdir -p -m 700 /var/lib/migrate/kept");
+    shell(one, &format!("mkdir -m 700 {DISK}/parked"));
+    let park = format!("migrate park {cache} --to host2 --dir {DISK}/parked --max-blackout 300");
+    let attempt = || one.exec(park.split(' '), MOVES_WITHIN).unwrap();
+    let parked = reached(attempt, |parked| parked.code).said();
+    assert!(parked.contains("is parked on host2"), "{parked}");
+    leave_kernel(&mut machines, Way::Reset, std::slice::from_ref(vpn));
     println!("left after {} s", begun.elapsed().as_secs());
     let one = machines.get(HostName::Host1).unwrap();
     until(
@@ -629,13 +714,20 @@ fn redis_and_openvpn_outlive_a_reset_by_their_units() {
         "journalctl -b -o cat -u migrate-guard -u migrate-resume",
     );
     println!("{said}");
-    assert_eq!(said.matches("nothing answers for").count(), 2, "{said}");
+    let guarded = said.matches("nothing answers for");
+    assert_eq!(guarded.count(), 2, "{said}");
+    assert_eq!(said.matches("eth0 is not there yet").count(), 2, "{said}");
+    let status = shell(one, "cat /run/guarded");
+    println!("{status}");
+    assert_eq!(status.matches(": closed on ").count(), 2, "{status}");
+    assert_eq!(status.matches("eth0").count(), 2, "{status}");
     assert_eq!(said.matches("runs again").count(), 2, "{said}");
     // The gate was closed before anything could get an address, and opened when all had theirs.
     let order = [
         ("migrate-guard.service", "ActiveEnter"),
         ("network-pre.target", "ActiveEnter"),
         ("systemd-networkd.service", "ExecMainStart"),
+        ("card-comes.service", "ExecMainStart"),
         ("network-online.target", "ActiveEnter"),
         ("migrate-resume.service", "ExecMainStart"),
     ];
@@ -720,6 +812,7 @@ fn install(machine: &Machine, scratch: &Path, package: &Path) {
         "/usr/lib/systemd/system/migrate-agent.service",
         "/usr/lib/systemd/system/migrate-guard.service",
         "/usr/lib/systemd/system/migrate-resume.service",
+        "/usr/lib/udev/rules.d/60-migrate-guard.rules",
         "/usr/share/bash-completion/completions/migrate",
         "/usr/share/zsh/vendor-completions/_migrate",
         "/usr/share/fish/vendor_completions.d/migrate.fish",
