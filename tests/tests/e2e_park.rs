@@ -65,6 +65,10 @@ fn two_trees_come_back_after_a_boot() {
     // A stranger's look does not open the gate.
     let unlock = run(&host, &["unlock"]);
     unlock.expect(REFUSED, &["waits with a parked tree"]);
+    // Nor does a guard that finds a way to the host that the trees have never used.
+    shell(&host, "ip link add spare type veth peer name other");
+    let early = succeeds(&host, &["guard-boot", "--dir", DIR]).stdout;
+    assert_eq!(early.matches("as before").count(), 2, "{early}");
 
     goes_down(&host);
     let guarded = succeeds(&host, &["guard-boot", "--dir", DIR]);

@@ -234,7 +234,8 @@ pub(crate) fn write_docs(
          `criu dump` and `criu restore` with everything done well: warm, images on tmpfs, copied\n\
          from memory to memory, the new place announced at once. *Stream* is what the round\n\
          that sends most brings over in a second. *Served in rounds* is what clients who ask\n\
-         without a pause get in a second of the rounds, of what they get before. *Sent again*, *timers* and *RST* are\n\
+         without a pause get in a second of the rounds, of what they get before. *Entries written in*\n\
+         is how long the client took to fill the data store, before the move. *Sent again*, *timers* and *RST* are\n\
          what the kernels counted in a run (`RetransSegs`, `TCPTimeouts`, `OutRsts`), medians; on\n\
          the hosts the connections that carry memory count too. Figures of one machine that\n\
          others use too: read the ratios.\n\n",
@@ -449,7 +450,12 @@ fn plot(path: &Path, title: &str, axis: &str, series: &Series) -> anyhow::Result
 }
 
 fn command_line() -> String {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    /// Where results are is nobody else's business.
+    const RESULTS: &str = "--results";
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(at) = arguments.iter().position(|argument| argument == RESULTS) {
+        arguments.drain(at..arguments.len().min(at + 2));
+    }
     format!("cargo xtask bench {}", arguments.join(" "))
         .trim_end()
         .to_owned()

@@ -78,11 +78,18 @@ pub async fn guard(place: &Place, come: Interfaces) -> Result<Option<Guarded>, E
         return Ok(Some(guarded));
     }
     are_here(come).await?;
-    guarded.was_there = migrate_gate::leftovers(&state.gates())?
-        .iter()
-        .any(|gate| gate.id == manifest.id && gate.role == Role::Source);
-    if !guarded.was_there {
-        arm(&state, &manifest)?;
+    let stands = migrate_gate::leftovers(&state.gates())?
+        .into_iter()
+        .find(|gate| gate.id == manifest.id && gate.role == Role::Source);
+    guarded.was_there = stands.is_some();
+    match stands {
+        // That of the parking itself: nothing has been booted since.
+        Some(gate) if !gate.is_extensible => {
+            guarded.interfaces = gate.interfaces.len();
+            return Ok(Some(guarded));
+        }
+        Some(_) => {}
+        None => arm(&state, &manifest)?,
     }
     let interfaces = cover(&state, &manifest.id).await?;
     guarded.interfaces = interfaces.len();
