@@ -64,6 +64,9 @@ struct Arguments {
     /// Forget earlier results
     #[arg(long)]
     fresh: bool,
+    /// Make no runs: only show those that there are
+    #[arg(long, conflicts_with = "fresh")]
+    show: bool,
     /// Write tables and plots into this directory as well, for instance docs
     #[arg(long)]
     docs: Option<PathBuf>,
@@ -122,7 +125,7 @@ fn bench(arguments: &Arguments) -> anyhow::Result<usize> {
         if let Some(why) = suite.leaves_out(arguments.quick) {
             eprintln!("{why}");
         }
-        for (scenario, methods) in &plan {
+        for (scenario, methods) in plan.iter().filter(|_| !arguments.show) {
             if let Some(why) = scenario.does_not_fit()? {
                 eprintln!("{}: left out, {why}", scenario.name());
                 continue;
