@@ -9,6 +9,7 @@ use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 
+use crate::clean;
 use crate::epoll::{self, EPOLL_TFD, Slot};
 use crate::mappings;
 use crate::paths::{self, LinkBuffer, PLACE_BYTES_MAX, PathBuffer, TargetBuffer};
@@ -33,6 +34,15 @@ const PROBE: &CStr = c"MIGRATE_SHIM_PROBE";
 
 /// Holds the number of a descriptor of the page that names segments.
 const SEGMENTS: &CStr = c"MIGRATE_SHIM_SEGMENTS";
+
+/// Holds the number of a descriptor of the file that names tasks, and takes records.
+const CLEAN: &CStr = c"MIGRATE_SHIM_CLEAN";
+
+/// That descriptor, -1 where there is none. Never closed.
+static CLEAN_FILE: AtomicI32 = AtomicI32::new(-1);
+
+/// Its table; null where there is none. Never unmapped.
+static CLEAN_TABLE: AtomicPtr<clean::Table> = AtomicPtr::new(core::ptr::null_mut());
 
 /// Is there when a tunnel device is to look like one without a state.
 const TUNNELS: &CStr = c"MIGRATE_SHIM_TUNNELS";
@@ -121,18 +131,25 @@ extern "C" fn start() {
             call(number::CLOSE, [whole(fd), 0, 0, 0, 0, 0]);
         }
         if let Some(fd) = variable(SEGMENTS).and_then(paths::number_at_end) {
-            share(fd);
+            TABLE.store(share(fd, TABLE_BYTES, READ), Ordering::Release);
             call(number::CLOSE, [whole(fd), 0, 0, 0, 0, 0]);
         }
+        // What CRIU runs is not to have these.
+        let keep = |fd| {
+            let arguments = [whole(fd), SET_FLAGS, CLOSE_ON_EXEC, 0, 0, 0];
+            call(number::FCNTL, arguments);
+        };
         if let Some(fd) = variable(MAPPINGS).and_then(paths::number_at_end) {
-            // What CRIU runs is not to have it.
-            call(
-                number::FCNTL,
-                [whole(fd), SET_FLAGS, CLOSE_ON_EXEC, 0, 0, 0],
-            );
+            keep(fd);
             MAPPINGS_PROGRAM.store(fd, Ordering::Release);
         }
-        for name in [PRELOAD, KDAT, PROBE, SEGMENTS, TUNNELS, MAPPINGS] {
+        if let Some(fd) = variable(CLEAN).and_then(paths::number_at_end) {
+            keep(fd);
+            let table = share(fd, clean::TABLE_BYTES, READ_WRITE);
+            CLEAN_TABLE.store(table, Ordering::Release);
+            CLEAN_FILE.store(fd, Ordering::Release);
+        }
+        for name in [PRELOAD, KDAT, PROBE, SEGMENTS, TUNNELS, MAPPINGS, CLEAN] {
             unsetenv(name.as_ptr());
         }
         if let Some(socket) = probe {
@@ -141,23 +158,23 @@ extern "C" fn start() {
     }
 }
 
-/// Maps the page that names segments.
-fn share(fd: c_int) {
-    /// `PROT_READ`.
-    const READ: isize = 1;
+/// `PROT_READ`, `PROT_READ | PROT_WRITE`.
+const READ: isize = 1;
+const READ_WRITE: isize = 3;
+
+/// Maps what is shared with whoever has started CRIU; null where that cannot be.
+fn share<T>(fd: c_int, bytes: usize, protection: isize) -> *mut T {
     /// `MAP_SHARED`.
     const SHARED: isize = 1;
     // SAFETY: a new mapping at an address of the kernel's choice.
     let at = unsafe {
-        call(
-            number::MMAP,
-            [0, TABLE_BYTES.cast_signed(), READ, SHARED, whole(fd), 0],
-        )
+        let arguments = [0, bytes.cast_signed(), protection, SHARED, whole(fd), 0];
+        call(number::MMAP, arguments)
     };
-    if at != -1 {
-        let at = core::ptr::with_exposed_provenance_mut(at.cast_unsigned());
-        TABLE.store(at, Ordering::Release);
+    if at == -1 {
+        return core::ptr::null_mut();
     }
+    core::ptr::with_exposed_provenance_mut(at.cast_unsigned())
 }
 
 /// # Safety
@@ -203,16 +220,29 @@ pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: usize, argument: *mut 
             let asked = *scan;
             let wanted = asked.return_mask;
             (*scan).return_mask = scan::question(wanted);
-            if asked.spares_files() && open_on_anonymous(fd, asked.start, asked.end) {
+            let owner = asked
+                .spares_files()
+                .then(|| open_on_anonymous(fd, asked.start, asked.end))
+                .flatten();
+            if owner.is_some() {
                 // True of every page there, so that nobody has to look.
                 (*scan).category_mask &= !scan::FILE;
                 (*scan).category_inverted &= !scan::FILE;
             }
-            let count = pass(argument);
+            let mut count = pass(argument);
             (*scan).return_mask = wanted;
             (*scan).category_mask = asked.category_mask;
             (*scan).category_inverted = asked.category_inverted;
             let regions = (*scan).vec;
+            if let Some(process) = owner
+                && let Some(table) = CLEAN_TABLE.load(Ordering::Acquire).as_ref()
+                && clean::named(table, process)
+                && let Ok(told @ 1..) = usize::try_from(count)
+            {
+                let file = whole(CLEAN_FILE.load(Ordering::Acquire));
+                let left = clean::take(table, file, process, regions, told);
+                count = c_int::try_from(left).unwrap_or(count);
+            }
             for index in 0..usize::try_from(count).unwrap_or(0) {
                 let region = regions.add(index);
                 (*region).categories = scan::answer(wanted, (*region).categories);
@@ -399,16 +429,15 @@ fn aside<T>(run: impl FnOnce() -> T) -> T {
     }
 }
 
-/// Whether `fd` is open on the `pagemap` of a process that has nothing but private
-/// memory without a file in a range. `false` where that cannot be told. Leaves
-/// `errno` as it was.
-fn open_on_anonymous(fd: c_int, start: u64, end: u64) -> bool {
+/// The process on whose `pagemap` `fd` is open, if it has nothing but private memory without a
+/// file in a range, all of it one mapping. `None` where that cannot be told. Leaves `errno` as it
+/// was.
+fn open_on_anonymous(fd: c_int, start: u64, end: u64) -> Option<u32> {
     aside(|| {
         let mut target: TargetBuffer = [0; 64];
         let mut query = MapQuery::at(start);
-        let Some((maps, _)) = open_maps_beside(fd, &mut target) else {
-            return false;
-        };
+        let (maps, target) = open_maps_beside(fd, &mut target)?;
+        let process = paths::process_of(target, b"pagemap");
         // SAFETY: an argument of the request's size, a descriptor of our own.
         let known = unsafe {
             let request = scan::PROCMAP_QUERY.cast_signed();
@@ -419,7 +448,7 @@ fn open_on_anonymous(fd: c_int, start: u64, end: u64) -> bool {
         };
         // SAFETY: initialized. Written by the kernel, which the compiler does not see.
         let found = unsafe { (&raw mut query).read_volatile() };
-        known && found.is_anonymous(start, end)
+        process.filter(|_| known && found.is_anonymous(start, end))
     })
 }
 
@@ -436,7 +465,7 @@ fn without_counts(fd: c_int) -> c_int {
         let Some((maps, target)) = open_maps_beside(fd, &mut target) else {
             return fd;
         };
-        let file = paths::process_of_smaps(target).and_then(|process| {
+        let file = paths::process_of(target, b"smaps").and_then(|process| {
             let iterator = mappings::iterate(program, process);
             if iterator == -1 {
                 return None;
@@ -917,8 +946,8 @@ mod tests {
         let query = open_on_anonymous(fd, start, end);
         assert_eq!(found_without_files(at, COUNT), [(start, end, DIRTY)]);
         let elsewhere = File::open("/proc/self/maps").unwrap();
-        assert!(!open_on_anonymous(elsewhere.as_raw_fd(), start, end));
-        assert!(!open_on_anonymous(-1, start, end));
+        assert_eq!(open_on_anonymous(elsewhere.as_raw_fd(), start, end), None);
+        assert_eq!(open_on_anonymous(-1, start, end), None);
 
         // A private file in its midst, of which one page was written to.
         let file = tempfile();
@@ -941,8 +970,8 @@ mod tests {
             at.add(middle).write_volatile(1);
         }
         let (first, after) = (start + middle as u64, start + (middle + 64 * PAGE) as u64);
-        assert!(!open_on_anonymous(fd, start, end));
-        assert!(!open_on_anonymous(fd, first, after));
+        assert_eq!(open_on_anonymous(fd, start, end), None);
+        assert_eq!(open_on_anonymous(fd, first, after), None);
         let page = PAGE as u64;
         assert_eq!(
             found_without_files(at, COUNT),
@@ -1093,7 +1122,8 @@ mod tests {
                 segment.write_at(b"data", 4096).unwrap();
             }
             table.set_len(TABLE_BYTES as u64).unwrap();
-            share(table.as_raw_fd());
+            let page = share(table.as_raw_fd(), TABLE_BYTES, READ);
+            TABLE.store(page, Ordering::Release);
             assert_eq!(lseek(named.as_raw_fd(), 0, libc::SEEK_DATA), 4096);
             let meta = named.metadata().unwrap();
             let words = [1, meta.dev(), meta.ino()].map(u64::to_ne_bytes).concat();

@@ -24,6 +24,9 @@
 //! without a file, which `PROCMAP_QUERY` says, there are none, and the kernel is
 //! not asked: the answer is the same, and most of the time it takes is saved.
 //!
+//! And of the tasks that `MIGRATE_SHIM_CLEAN` names CRIU hears nothing of clean pages in such a
+//! range: they are listed by who has started it.
+//!
 //! More calls are looked at, and all others pass:
 //!
 //! - reads of a process's `pagemap`: soft-dirty is set in every entry. CRIU
@@ -60,6 +63,7 @@
 #[cfg(test)]
 extern crate std;
 
+mod clean;
 mod epoll;
 pub mod flags;
 mod hooks;

@@ -68,9 +68,9 @@ pub(crate) fn may_be_smaps(path: &[u8]) -> bool {
         .is_some_and(|before| before.is_empty() || before.ends_with(b"/"))
 }
 
-/// The process whose `smaps` the target of a descriptor's link is.
-pub(crate) fn process_of_smaps(target: &[u8]) -> Option<u32> {
-    let process = target.strip_suffix(b"/smaps")?;
+/// The process whose `file` the target of a descriptor's link is.
+pub(crate) fn process_of(target: &[u8], file: &[u8]) -> Option<u32> {
+    let process = target.strip_suffix(file)?.strip_suffix(b"/")?;
     process.strip_prefix(b"/proc/")?;
     // Of a thread (`/proc/PID/task/TID`) it would be the same memory.
     u32::try_from(number_at_end(process)?).ok()
@@ -251,7 +251,7 @@ mod tests {
             ("/proc/self/smaps", None),
             ("smaps", None),
         ] {
-            assert_eq!(process_of_smaps(target.as_bytes()), process, "{target}");
+            assert_eq!(process_of(target.as_bytes(), b"smaps"), process, "{target}");
         }
         let mut buffer: TargetBuffer = [1; 64];
         let maps = maps_beside(b"/proc/7/smaps", &mut buffer).unwrap();

@@ -5,9 +5,12 @@
 //! preloaded and has it become, before its `main`, a process with known memory:
 //!
 //! ```text
-//! pages   0 .. 16   protected by a userfaultfd; then page 5 is written
-//!        16 .. 32   not protected
+//! pages   0 .. 528   protected by a userfaultfd; then page 5 is written
+//!       528 .. 544   not protected
 //! ```
+//!
+//! What is protected is one mapping, large enough to be scanned in one
+//! (`ANONYMOUS_BYTES_MIN`).
 //!
 //! On the socket that it is given it says where that is, waits until the
 //! userfaultfd has been taken out of it, closes both, and sleeps.
@@ -19,9 +22,9 @@ use crate::sys::{__errno_location, address, call, number};
 /// Bytes of a page on the machines that CRIU's images are written for here.
 const PAGE_BYTES: isize = 4096;
 /// Pages in all.
-const PAGES: isize = 32;
+const PAGES: isize = 544;
 /// Pages that are protected, from the first on.
-const PROTECTED: isize = 16;
+const PROTECTED: isize = 528;
 /// The page among them that is written.
 const WRITTEN: isize = 5;
 /// Ends itself when nobody else does: a check takes a fraction of a second.
@@ -119,10 +122,10 @@ fn prepare() -> Result<Message, Message> {
     })
 }
 
-/// Writes the page's number, counted from one, into its first byte.
+/// Writes the page's number, counted from one, into its first byte, as far as it fits.
 fn fill(pages: isize, page: isize) {
     let at = pages + page * PAGE_BYTES;
-    let value = u8::try_from(page + 1).unwrap_or(0);
+    let [value, ..] = (page + 1).to_le_bytes();
     if let Ok(at) = usize::try_from(at) {
         // SAFETY: within what `prepare` has just mapped, which nothing else
         // knows of.

@@ -21,6 +21,7 @@ pub(crate) mod number {
     pub(crate) const MUNMAP: isize = 11;
     pub(crate) const IOCTL: isize = 16;
     pub(crate) const PREAD64: isize = 17;
+    pub(crate) const PWRITE64: isize = 18;
     pub(crate) const SETITIMER: isize = 38;
     pub(crate) const FCNTL: isize = 72;
     pub(crate) const EXIT_GROUP: isize = 231;
@@ -48,6 +49,7 @@ pub(crate) mod number {
     pub(crate) const READ: isize = 63;
     pub(crate) const WRITE: isize = 64;
     pub(crate) const PREAD64: isize = 67;
+    pub(crate) const PWRITE64: isize = 68;
     pub(crate) const PPOLL: isize = 73;
     pub(crate) const READLINKAT: isize = 78;
     pub(crate) const NEWFSTATAT: isize = 79;
@@ -173,6 +175,7 @@ mod tests {
             (number::MUNMAP, libc::SYS_munmap),
             (number::IOCTL, libc::SYS_ioctl),
             (number::PREAD64, libc::SYS_pread64),
+            (number::PWRITE64, libc::SYS_pwrite64),
             (number::SETITIMER, libc::SYS_setitimer),
             (number::FCNTL, libc::SYS_fcntl),
             (number::EXIT_GROUP, libc::SYS_exit_group),

@@ -18,11 +18,14 @@
 //! parent image), then `ADD_F` with the pages behind it, in ascending order of
 //! addresses. At the end `CLOSE` or `FORCE_CLOSE` waits for a status; anything
 //! but zero makes the dump fail and the tree run on.
+//!
+//! Clean pages that the shim has kept from CRIU are put into that order where they belong.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::error::Error as StdError;
 use std::future::Future;
 use std::io;
+use std::ops::Range;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -33,6 +36,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use crate::error::CriuError;
+use crate::shim::CleanPages;
 
 /// Most pages that are handed on in one piece: 1 MiB, well below the frame
 /// limit of the channel.
@@ -72,6 +76,8 @@ pub struct PageSocket {
     pub(crate) stream: UnixStream,
     /// Tasks of which an earlier copy exists.
     pub(crate) precopied: BTreeSet<u32>,
+    /// What the shim has kept from CRIU, where there is one.
+    pub(crate) clean: Option<CleanPages>,
 }
 
 impl PageSocket {
@@ -79,7 +85,11 @@ impl PageSocket {
     /// an earlier copy exists.
     #[must_use]
     pub fn new(stream: UnixStream, precopied: BTreeSet<u32>) -> Self {
-        Self { stream, precopied }
+        Self {
+            stream,
+            precopied,
+            clean: None,
+        }
     }
 
     fn has(&self, owner: PageOwner) -> bool {
@@ -250,6 +260,7 @@ pub async fn serve_pages<S: PageSink>(
         idle,
     };
     let mut stats = PageStats::default();
+    let mut kept = KeptBack::new(stream.socket.clean.take());
     loop {
         if !stream.fill(layout.bytes(), "a whole command").await? {
             return Err(CriuError::PageStreamEnded {
@@ -257,6 +268,17 @@ pub async fn serve_pages<S: PageSink>(
             });
         }
         let command = layout.decode(stream.buffer.split_to(layout.bytes()));
+        match command.code {
+            command::OPEN2 | command::OPEN => {
+                kept.open(owner(command.owner)?, sink, &mut stats).await?;
+            }
+            command::ADD_F | command::ADD | command::HOLE => {
+                let below = (owner(command.owner)?, command.vaddr);
+                kept.list_below(below, sink, &mut stats).await?;
+            }
+            command::CLOSE | command::FORCE_CLOSE => kept.close(sink, &mut stats).await?,
+            _ => {}
+        }
         match command.code {
             command::OPEN2 => {
                 let known = stream.socket.has(owner(command.owner)?);
@@ -292,6 +314,112 @@ pub async fn serve_pages<S: PageSink>(
             }
         }
     }
+}
+
+/// Clean pages that the shim has kept from CRIU, until their place in the list has come.
+struct KeptBack {
+    source: Option<CleanPages>,
+    /// Whose pages CRIU lists.
+    current: Option<PageOwner>,
+    tasks: BTreeMap<u32, VecDeque<Range<u64>>>,
+}
+
+impl KeptBack {
+    const fn new(source: Option<CleanPages>) -> Self {
+        Self {
+            source,
+            current: None,
+            tasks: BTreeMap::new(),
+        }
+    }
+
+    fn refresh(&mut self) -> Result<(), CriuError> {
+        let Some(source) = &mut self.source else {
+            return Ok(());
+        };
+        let new = source
+            .next()
+            .map_err(|source| CriuError::PageStream { source })?;
+        for (pid, range) in new {
+            self.tasks.entry(pid).or_default().push_back(range);
+        }
+        Ok(())
+    }
+
+    /// Lists what is below a run that CRIU has sent.
+    async fn list_below<S: PageSink>(
+        &mut self,
+        (owner, vaddr): (PageOwner, u64),
+        sink: &mut S,
+        stats: &mut PageStats,
+    ) -> Result<(), CriuError> {
+        self.refresh()?;
+        let PageOwner::Task(pid) = owner else {
+            return Ok(());
+        };
+        let Some(ranges) = self.tasks.get_mut(&pid) else {
+            return Ok(());
+        };
+        while let Some(range) = ranges.pop_front_if(|range| range.start < vaddr) {
+            if range.end > vaddr {
+                return Err(CriuError::PageProtocol {
+                    what: "address of pages that are clean",
+                    value: vaddr,
+                });
+            }
+            list(pid, range, sink, stats).await?;
+        }
+        Ok(())
+    }
+
+    /// Lists what is left of the owner that CRIU has done with, since it comes to the next one.
+    async fn open<S: PageSink>(
+        &mut self,
+        owner: PageOwner,
+        sink: &mut S,
+        stats: &mut PageStats,
+    ) -> Result<(), CriuError> {
+        self.refresh()?;
+        if let Some(PageOwner::Task(pid)) = self.current.replace(owner) {
+            for range in self.tasks.remove(&pid).unwrap_or_default() {
+                list(pid, range, sink, stats).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lists what is left.
+    async fn close<S: PageSink>(
+        &mut self,
+        sink: &mut S,
+        stats: &mut PageStats,
+    ) -> Result<(), CriuError> {
+        self.refresh()?;
+        for (pid, ranges) in std::mem::take(&mut self.tasks) {
+            for range in ranges {
+                list(pid, range, sink, stats).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Hands on pages that are where the earlier copy is.
+async fn list<S: PageSink>(
+    pid: u32,
+    range: Range<u64>,
+    sink: &mut S,
+    stats: &mut PageStats,
+) -> Result<(), CriuError> {
+    let run = PageRun {
+        owner: PageOwner::Task(pid),
+        vaddr: range.start,
+        pages: range.end.saturating_sub(range.start) / PAGE_BYTES as u64,
+        flags: PARENT,
+    };
+    stats.runs += 1;
+    stats.pages_without_data += run.pages;
+    sink.pages(run, Bytes::new()).await.map_err(refused)
 }
 
 fn refused(source: impl StdError + Send + Sync + 'static) -> CriuError {
@@ -441,6 +569,16 @@ mod tests {
         sink: &mut Kept,
         script: Vec<(Vec<u8>, usize)>,
     ) -> (Result<PageStats, CriuError>, Vec<u8>) {
+        play_with(version, sink, script, None).await
+    }
+
+    /// The same, with what the shim has kept back.
+    async fn play_with(
+        version: CriuVersion,
+        sink: &mut Kept,
+        script: Vec<(Vec<u8>, usize)>,
+        clean: Option<CleanPages>,
+    ) -> (Result<PageStats, CriuError>, Vec<u8>) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let peer = async move {
             let mut answers = Vec::new();
@@ -457,7 +595,11 @@ mod tests {
             drop(theirs);
             answers
         };
-        tokio::join!(serve_pages(socket(ours), version, sink, IDLE), peer)
+        let socket = PageSocket {
+            clean,
+            ..socket(ours)
+        };
+        tokio::join!(serve_pages(socket, version, sink, IDLE), peer)
     }
 
     #[tokio::test]
@@ -521,6 +663,66 @@ mod tests {
             assert!(received == data);
             assert_eq!(sink.runs[5].0.owner, PageOwner::Shared(9));
         }
+    }
+
+    #[tokio::test]
+    async fn what_was_kept_from_criu_is_listed_in_its_place() {
+        const PID_8: u64 = 8 << 8 | 1;
+        const P: u64 = PAGE_BYTES as u64;
+        let page = |id, at: u64| {
+            let data = vec![1; PAGE_BYTES];
+            [encode(NEW, 6, 4, 1, at * P, id), data].concat()
+        };
+        let kept = [(7, 1..3), (8, 5..6), (7, 4..6), (7, 8..9), (8, 9..10)];
+        let kept = kept.map(|(pid, pages)| (pid, pages.start * P..pages.end * P));
+        let mut sink = Kept::default();
+        let script = vec![
+            (encode(NEW, 4, 0, 0, 0, PID_7), 1),
+            (page(PID_7, 3), 0),
+            (page(PID_7, 6), 0),
+            (encode(NEW, 4, 0, 0, 0, PID_8), 1),
+            (page(PID_8, 7), 0),
+            (encode(NEW, 4, 0, 0, 0, 9 << 8 | 2), 1),
+            (encode(NEW, 0x1024, 0, 0, 0, 0), 4),
+        ];
+        let clean = CleanPages::holding(&kept);
+        let (stats, _) = play_with(NEW, &mut sink, script, Some(clean)).await;
+        let stats = stats.unwrap();
+        assert_eq!((stats.pages, stats.pages_without_data), (3, 7));
+        let of = |pid| {
+            let runs = sink
+                .runs
+                .iter()
+                .filter(move |(run, _)| run.owner == PageOwner::Task(pid));
+            runs.map(|(run, data)| (run.vaddr / P, run.pages, run.flags, data.is_empty()))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            of(7),
+            [
+                (1, 2, PARENT, true),
+                (3, 1, PageRun::PRESENT, false),
+                (4, 2, PARENT, true),
+                (6, 1, PageRun::PRESENT, false),
+                (8, 1, PARENT, true)
+            ]
+        );
+        assert_eq!(
+            of(8),
+            [
+                (5, 1, PARENT, true),
+                (7, 1, PageRun::PRESENT, false),
+                (9, 1, PARENT, true)
+            ]
+        );
+
+        // What CRIU lists itself cannot be kept from it.
+        let mut sink = Kept::default();
+        let script = vec![(page(PID_7, 2), 0)];
+        let clean = CleanPages::holding(&[(7, P..3 * P)]);
+        let (refused, _) = play_with(NEW, &mut sink, script, Some(clean)).await;
+        assert!(matches!(refused, Err(CriuError::PageProtocol { .. })));
+        assert!(sink.runs.is_empty());
     }
 
     #[tokio::test]

@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write as _};
+use std::ops::Range;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _};
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -49,6 +50,9 @@ const PROBE: &str = "MIGRATE_SHIM_PROBE";
 
 /// Names a descriptor of the page that names segments.
 const SEGMENTS: &str = "MIGRATE_SHIM_SEGMENTS";
+
+/// Names a descriptor of the file that names tasks and takes records.
+const CLEAN: &str = "MIGRATE_SHIM_CLEAN";
 
 /// Names a descriptor of the program that reads flags of mappings.
 const MAPPINGS: &str = "MIGRATE_SHIM_MAPPINGS";
@@ -111,7 +115,8 @@ pub(crate) fn preload(command: &mut Command, version: CriuVersion) -> io::Result
         .env_remove(PROBE)
         .env_remove(TUNNELS)
         .env_remove(MAPPINGS)
-        .env_remove(SEGMENTS);
+        .env_remove(SEGMENTS)
+        .env_remove(CLEAN);
     match place() {
         Some(place) => command.env(KDAT, place.join(format!("criu-{version}.kdat"))),
         // Every start of CRIU then probes the kernel, which takes 30-60 ms.
@@ -168,6 +173,103 @@ impl SegmentTable {
         let (count, rest) = bytes.split_at(size_of::<u64>());
         self.0.write_all_at(rest, count.len() as u64)?;
         self.0.write_all_at(count, 0)
+    }
+}
+
+/// The file by which the library learns whose clean pages CRIU need not list, and where it says
+/// which these are; its layout is that of `clean.rs` in migrate-shim.
+#[derive(Debug)]
+pub(crate) struct CleanPages {
+    file: File,
+    /// Bytes of records that have been read.
+    read: u64,
+}
+
+/// Pages of a task.
+pub(crate) type CleanRange = (u32, Range<u64>);
+
+impl CleanPages {
+    /// Bytes in front of the records.
+    const TABLE_BYTES: u64 = 32 << 10;
+
+    /// Tasks that there is room for, besides the two words at the start.
+    const TASKS_MAX: usize = 4094;
+
+    /// Bytes of a record.
+    const RECORD: usize = 24;
+
+    /// Makes one that names nobody, and has a command's library read it. Its descriptor must
+    /// stay open in the child, as [`preload`]'s.
+    pub(crate) fn preload(command: &mut Command) -> io::Result<Self> {
+        let file = memory_file(c"migrate-clean")?;
+        let file = File::from(above_standard(file.into())?);
+        file.set_len(Self::TABLE_BYTES)?;
+        command.env(CLEAN, file.as_raw_fd().to_string());
+        Ok(Self { file, read: 0 })
+    }
+
+    /// One in which the library has written these down.
+    #[cfg(test)]
+    pub(crate) fn holding(ranges: &[CleanRange]) -> Self {
+        let file = File::from(OwnedFd::from(memory_file(c"test").unwrap()));
+        let words = ranges
+            .iter()
+            .flat_map(|(pid, range)| [u64::from(*pid), range.start, range.end]);
+        let bytes: Vec<u8> = words.flat_map(u64::to_ne_bytes).collect();
+        file.write_all_at(&bytes, Self::TABLE_BYTES).unwrap();
+        let length = bytes.len() as u64;
+        file.write_all_at(&length.to_ne_bytes(), 8).unwrap();
+        Self { file, read: 0 }
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// Names tasks whose clean pages have gone over. Those that there is no room for CRIU lists
+    /// itself.
+    pub(crate) fn name(&self, tasks: &BTreeSet<u32>) -> io::Result<()> {
+        let tasks = tasks.iter().take(Self::TASKS_MAX);
+        let bytes: Vec<u8> = tasks
+            .flat_map(|pid| u64::from(*pid).to_ne_bytes())
+            .collect();
+        self.file.write_all_at(&bytes, 16)?;
+        let count = (bytes.len() / 8) as u64;
+        self.file.write_all_at(&count.to_ne_bytes(), 0)
+    }
+
+    /// What the library has taken out of CRIU's list since the last call, in the order of its
+    /// scans: of each task from lower to higher addresses. Whatever is below a run that CRIU
+    /// has sent is there by then.
+    pub(crate) fn next(&mut self) -> io::Result<Vec<CleanRange>> {
+        let mut word = [0; 8];
+        self.file.read_exact_at(&mut word, 8)?;
+        let end = u64::from_ne_bytes(word);
+        let new = usize::try_from(end.saturating_sub(self.read)).map_err(io::Error::other)?;
+        if new == 0 {
+            return Ok(Vec::new());
+        }
+        let mut bytes = vec![0; new];
+        self.file
+            .read_exact_at(&mut bytes, Self::TABLE_BYTES + self.read)?;
+        self.read = end;
+        let (records, rest) = bytes.as_chunks::<{ Self::RECORD }>();
+        if !rest.is_empty() {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        records
+            .iter()
+            .map(|record| {
+                let mut words = record
+                    .as_chunks::<8>()
+                    .0
+                    .iter()
+                    .map(|word| u64::from_ne_bytes(*word));
+                let mut next = || words.next().unwrap_or_default();
+                let pid = u32::try_from(next()).map_err(io::Error::other)?;
+                Ok((pid, next()..next()))
+            })
+            .collect()
     }
 }
 
@@ -389,11 +491,11 @@ impl PageSink for Seen {
 fn judge(seen: &Seen, target: &Target) -> Result<(), String> {
     for page in 0..Target::PAGES {
         let vaddr = target.pages + page * PAGE_BYTES as u64;
-        let value = u8::try_from(page + 1).ok();
+        let [value, ..] = (page + 1).to_le_bytes();
         let clean = page < Target::PROTECTED && page != Target::WRITTEN;
         match (seen.pages.get(&vaddr), clean) {
             (Some(None), true) => {}
-            (Some(data), false) if *data == value => {}
+            (Some(data), false) if *data == Some(value) => {}
             (None, _) => return Err(format!("page {page} is missing from the dump")),
             (Some(None), false) => {
                 return Err(format!("page {page} is dirty and was left out of the dump"));
@@ -424,8 +526,8 @@ struct Target {
 
 impl Target {
     /// The numbers of `probe`.
-    const PAGES: u64 = 32;
-    const PROTECTED: u64 = 16;
+    const PAGES: u64 = 544;
+    const PROTECTED: u64 = 528;
     const WRITTEN: u64 = 5;
 
     async fn start(criu: &Criu) -> Result<Self, String> {

@@ -30,7 +30,7 @@ use crate::rpc::{
     Socket, kind,
 };
 use crate::session::Session;
-use crate::shim::{self, SegmentTable};
+use crate::shim::{self, CleanPages, SegmentTable};
 
 /// The newest CRIU of which it is known what it reads of a process's `smaps`
 /// (`parse_smaps` of `criu/proc_parse.c`), major and minor number.
@@ -93,8 +93,8 @@ pub struct Worker {
     /// The number of CRIU's end of the page socket, inside the worker.
     page_fd: RawFd,
     inherited: Vec<RawFd>,
-    /// It has loaded the shim, which reads this.
-    shim: Option<SegmentTable>,
+    /// It has loaded the shim, which reads these.
+    shim: Option<(SegmentTable, CleanPages)>,
 }
 
 /// The CRIU process and what it writes to its standard error.
@@ -418,7 +418,9 @@ fn start(criu: &Criu, options: WorkerOptions, mappings: Option<RawFd>) -> io::Re
     let mut segments = None;
     if options.shim {
         let table = SegmentTable::preload(&mut command)?;
-        keep.extend([shim::preload(&mut command, criu.version)?, table.fd()]);
+        let shim = shim::preload(&mut command, criu.version)?;
+        let clean = CleanPages::preload(&mut command)?;
+        keep.extend([shim, table.fd(), clean.fd()]);
         if options.tunnel {
             shim::show_tunnels(&mut command);
         }
@@ -426,7 +428,7 @@ fn start(criu: &Criu, options: WorkerOptions, mappings: Option<RawFd>) -> io::Re
             shim::read_mappings(&mut command, program);
             keep.push(program);
         }
-        segments = Some(table);
+        segments = Some((table, clean));
     }
     let cgroup_fd = cgroup.as_ref().map(|file| file.as_raw_fd());
     let (new_session, small_pages) = (options.new_session, options.small_pages);
@@ -588,12 +590,22 @@ impl Worker {
         let precopied = match &options.track {
             None => BTreeSet::new(),
             Some(track) => {
-                match (&track.marks, self.shim.is_some()) {
-                    (Marks::Tracker, true) => write_parent(&options.images, &uptime_now()?)?,
-                    (Marks::Kernel { since }, false) => {
+                match (&track.marks, &self.shim) {
+                    (Marks::Tracker, Some((_, clean))) => {
+                        write_parent(&options.images, &uptime_now()?)?;
+                        let named = clean.name(&track.precopied);
+                        named.map_err(|source| CriuError::Socket {
+                            action: Action::Dump,
+                            source,
+                        })?;
+                    }
+                    (Marks::Kernel { since }, None) => {
                         write_parent(&options.images, &inventory_of(since)?)?;
                     }
-                    (_, shim) => return Err(CriuError::Untracked { shim }),
+                    (_, shim) => {
+                        let shim = shim.is_some();
+                        return Err(CriuError::Untracked { shim });
+                    }
                 }
                 track.precopied.clone()
             }
@@ -720,17 +732,19 @@ impl Worker {
             .await
             .map_err(|source| CriuError::Socket { action, source })?;
         self.process.expendable = false;
+        let (segments, clean) = self.shim.unzip();
         // CRIU leaves a restore's page socket alone, so nothing is lost there.
         let page_socket = (action != Action::Restore).then(|| PageSocket {
             stream: self.page_socket,
             precopied,
+            clean,
         });
         Ok(Session::new(
             action,
             self.process,
             self.socket,
             page_socket,
-            self.shim,
+            segments,
             images.join(log_name(action)),
         ))
     }
