@@ -233,6 +233,9 @@ pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: usize, argument: *mut 
             (*scan).return_mask = wanted;
             (*scan).category_mask = asked.category_mask;
             (*scan).category_inverted = asked.category_inverted;
+            if asked.is_complete(count) {
+                (*scan).walk_end = asked.end;
+            }
             let regions = (*scan).vec;
             if let Some(process) = owner
                 && let Some(table) = CLEAN_TABLE.load(Ordering::Acquire).as_ref()
@@ -913,6 +916,37 @@ mod tests {
         let _other = protect(at, 8, 0).unwrap();
         assert_eq!(run(&mut scan_of(at, 8, &mut regions)), 1);
         assert_eq!(regions[0].categories, PRESENT | SOFT_DIRTY);
+    }
+
+    /// More regions than the kernel keeps before it writes them out.
+    #[test]
+    fn a_scan_of_many_regions_ends_where_it_was_to() {
+        const WP_ASYNC: u64 = 1 << 15;
+        const COUNT: usize = 4096;
+        let at = pages(COUNT, COUNT);
+        let Some(_tracker) = protect(at, COUNT, WP_ASYNC) else {
+            std::println!("SKIP userfaultfd: {}", Error::last_os_error());
+            return;
+        };
+        for page in (0..COUNT).step_by(4) {
+            // SAFETY: of the mapping above.
+            unsafe { at.add(page * PAGE).write_volatile(2) };
+        }
+        let nothing = scan::Region {
+            start: 0,
+            end: 0,
+            categories: 0,
+        };
+        let mut regions = vec![nothing; COUNT];
+        let mut scan = scan_of(at, COUNT, &mut regions);
+        assert_eq!(usize::try_from(run(&mut scan)).unwrap(), COUNT / 2);
+        assert_eq!(scan.walk_end, scan.end);
+        assert_eq!(regions[COUNT / 2 - 1].end, scan.end);
+        // A part of it.
+        let mut regions = vec![nothing; 1000];
+        let mut scan = scan_of(at, COUNT, &mut regions);
+        assert_eq!(run(&mut scan), 1000);
+        assert_eq!(regions[999].end, scan.walk_end);
     }
 
     /// Asks as CRIU does, which wants no pages of files; what it is told.

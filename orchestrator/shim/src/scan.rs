@@ -125,6 +125,15 @@ impl ScanArg {
         }
     }
 
+    /// Whether a walk that has told of so many regions has come to the end: there was room
+    /// for more. The kernel says so with 0 in `walk_end`, for which it puts `end`, unless its own
+    /// buffer of 512 regions was full before: then it leaves there where that was
+    /// (`do_pagemap_scan` of `fs/proc/task_mmu.c`, seen with Linux 6.18), and CRIU would ask
+    /// for the rest once more.
+    pub(crate) fn is_complete(&self, regions: i32) -> bool {
+        u64::try_from(regions).is_ok_and(|regions| regions < self.vec_len) && self.max_pages == 0
+    }
+
     /// Whether it wants no pages of files, and wants to know nothing else of
     /// them, in a range that may be worth a second look. The kernel looks at the
     /// descriptor of every page for that, 30 ms a GiB, while peers wait.
@@ -174,6 +183,21 @@ mod tests {
             category_anyof_mask: 0,
             return_mask: 0,
         }
+    }
+
+    #[test]
+    fn a_walk_with_room_left_has_come_to_the_end() {
+        let scan = ScanArg {
+            vec_len: 4,
+            ..argument()
+        };
+        assert!([0, 3].iter().all(|&regions| scan.is_complete(regions)));
+        assert!([-1, 4].iter().all(|&regions| !scan.is_complete(regions)));
+        let limited = ScanArg {
+            max_pages: 1,
+            ..scan
+        };
+        assert!(!limited.is_complete(1));
     }
 
     #[test]
