@@ -61,6 +61,7 @@
 //! has named a place ([`ImageDir::create_on_disk`]), and an [`ImageDir`] removes
 //! itself.
 
+mod breakpoints;
 mod error;
 mod images;
 mod locate;

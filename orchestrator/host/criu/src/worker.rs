@@ -19,6 +19,7 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
+use crate::breakpoints;
 use crate::error::{Action, CriuError};
 use crate::images::{INVENTORY, private, uptime_inventory};
 use crate::locate::Criu;
@@ -105,6 +106,8 @@ pub(crate) struct Process {
     stderr: File,
     /// Kill it when dropped.
     pub(crate) expendable: bool,
+    /// It sets breakpoints without a wait.
+    breakpoints: Option<breakpoints::Event>,
 }
 
 impl Process {
@@ -348,7 +351,9 @@ impl Criu {
             worker.socket.send(&request).await?;
             worker.socket.receive().await
         });
-        let introduced = match greeting.await {
+        let (breakpoints, greeted) = tokio::join!(breakpoints::event(), greeting);
+        worker.process.breakpoints = breakpoints;
+        let introduced = match greeted {
             Ok(Ok(Some(response))) => response.success && response.version.is_some(),
             Ok(Ok(None) | Err(_)) | Err(_) => false,
         };
@@ -451,6 +456,7 @@ fn start(criu: &Criu, options: WorkerOptions, mappings: Option<RawFd>) -> io::Re
             pid,
             stderr,
             expendable: true,
+            breakpoints: None,
         },
         socket: Socket::new(ours)?,
         page_socket: UnixStream::from_std(pages_ours)?,
