@@ -18,7 +18,7 @@ mod show;
 mod suite;
 
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -96,6 +96,7 @@ fn bench(arguments: &Arguments) -> anyhow::Result<usize> {
     let runs = arguments
         .runs
         .unwrap_or(if arguments.quick { 3 } else { 10 });
+    let commit = commit();
     let mut failed = 0;
     let (mut measured, mut costs) = (Vec::new(), Vec::new());
     for suite in suites {
@@ -137,7 +138,8 @@ fn bench(arguments: &Arguments) -> anyhow::Result<usize> {
                     if made.contains(&key) {
                         continue;
                     }
-                    let run = measure(suite, *scenario, *method, number);
+                    let mut run = measure(suite, *scenario, *method, number);
+                    run.commit.clone_from(&commit);
                     eprintln!("{}", show::line(&run));
                     store.add(run)?;
                 }
@@ -164,6 +166,17 @@ fn bench(arguments: &Arguments) -> anyhow::Result<usize> {
     Ok(failed)
 }
 
+/// The commit that is checked out, with a plus where something was changed since.
+fn commit() -> Option<String> {
+    let described = Command::new("git")
+        .args(["describe", "--always", "--exclude=*", "--dirty=+"])
+        .output()
+        .ok()
+        .filter(|output| output.status.success())?;
+    let name = String::from_utf8(described.stdout).ok()?;
+    Some(name.trim().to_owned())
+}
+
 /// One migration on hosts of its own.
 fn measure(suite: Suite, scenario: Scenario, method: Method, number: u32) -> Run {
     let mut run = Run {
@@ -171,6 +184,7 @@ fn measure(suite: Suite, scenario: Scenario, method: Method, number: u32) -> Run
         scenario: scenario.name(),
         method: method.name(),
         number,
+        commit: None,
         client_gap_us: 0,
         client_lag_us: 0,
         client_errors: 0,
@@ -205,6 +219,14 @@ fn migrate(scenario: Scenario, method: Method, run: &mut Run) -> anyhow::Result<
     if let Ok((took, report)) = &moved {
         run.took_us = micros(*took);
         run.report.clone_from(report);
+        // A line for each of ten connections is more than all the rest together.
+        if let Some(seen) = run
+            .report
+            .as_mut()
+            .and_then(|kept| kept.continuity.as_mut())
+        {
+            seen.worst.clear();
+        }
         run.served_in_rounds_percent = report
             .as_ref()
             .and_then(|report| served_in_rounds(&seen, report));

@@ -21,6 +21,9 @@ pub(crate) struct Run {
     pub scenario: String,
     pub method: String,
     pub number: u32,
+    /// What was measured, as git names it; none outside a clone.
+    #[serde(default)]
+    pub commit: Option<String>,
     /// Longest time from a request to its reply; for streams, without a byte.
     pub client_gap_us: u64,
     /// How late the client itself was at worst.

@@ -1,6 +1,6 @@
 //! Tables and plots.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -242,6 +242,15 @@ pub(crate) fn write_docs(
         command_line(),
         machine(),
     );
+    let commits: BTreeSet<&str> = measured
+        .iter()
+        .flat_map(|(_, _, runs)| runs)
+        .filter_map(|run| run.commit.as_deref())
+        .collect();
+    if !commits.is_empty() {
+        let names: Vec<&str> = commits.into_iter().collect();
+        let _ = writeln!(text, "Measured at {}.\n", names.join(", "));
+    }
     for (suite, plan, runs) in measured {
         text += &table(*suite, plan, runs);
         text += "\n";
