@@ -4,7 +4,7 @@
 //! waits until GO exists, does what MODE says, and writes `ok` or what is wrong
 //! to FILE. Modes: `check` reads everything three times, `threads` reads and
 //! writes with four threads, `churn` maps, moves, gives back and forks at
-//! random, `family` has a child from before that has changed a part, `hang`
+//! random, `fork` forks four times at once, `family` has a child from before that has changed a part, `hang`
 //! reads on for good, `idle` touches nothing for good, `wait` ends at once,
 //! `patient` touches nothing until GO-now exists and then reads. `busy-MODE` writes to all of its memory
 //! again and again while it waits. Every byte is checked.
@@ -48,6 +48,10 @@ fn main() -> io::Result<()> {
         "check" => (0..3).try_for_each(|_| model.check()),
         "threads" => model.threads(),
         "churn" => model.churn(4000),
+        "fork" => (0..4)
+            .try_for_each(|_| model.fork())
+            .and_then(|()| model.check())
+            .and_then(|()| model.reap()),
         "family" if child == Some(0) => {
             std::process::exit(i32::from(model.check().is_err()));
         }

@@ -60,6 +60,8 @@ pub use digests::{Listed, digests};
 pub use error::{MemoryError, RoundError, StoreError, Unsupported, UntrackedReason};
 pub use inject::Injection;
 pub use known::alike;
+#[doc(hidden)]
+pub use lazy::{Death, keep_until};
 pub use lazy::{
     Keeper, LATE_LIMIT, LatePages, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing,
     keep, probe_lazy,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::ops::Range;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
@@ -16,10 +16,12 @@ use std::time::Duration;
 use migrate_core::late::LateRuns;
 use migrate_core::wire::PageOwner;
 
+use super::holder::{self, Holder};
 use super::late::{LATE_FROM, LatePages};
-use super::partner::{self, Heard, ORDER_FDS, Partner, Said, Slate};
+use super::partner::{self, Death, Heard, ORDER_FDS, Partner, Said, Slate, Unsaid};
 use super::plan::Plan;
 use super::serve::{Replica, Server, Task, plans};
+use super::sys::Event;
 use super::{LazyError, LazyOptions, LazyReport, LazyServer, LazyServing, Told, lacking, sys};
 use crate::arena::{Mapping, memory_file};
 use crate::store::PageStore;
@@ -109,6 +111,8 @@ impl Order {
 pub struct Keeper {
     socket: OwnedFd,
     child: Option<Child>,
+    /// Stands for it: its descriptors may outlive it.
+    pidfd: OwnedFd,
 }
 
 impl Keeper {
@@ -132,11 +136,20 @@ impl Keeper {
                 Ok(())
             });
         }
-        let child = command.spawn().map_err(failed)?;
-        Ok(Self {
-            socket: ours,
-            child: Some(child),
-        })
+        let mut child = command.spawn().map_err(failed)?;
+        let pid = rustix::process::Pid::from_child(&child);
+        match rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) {
+            Ok(pidfd) => Ok(Self {
+                socket: ours,
+                child: Some(child),
+                pidfd,
+            }),
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(failed(error.into()))
+            }
+        }
     }
 
     /// Its process id.
@@ -200,8 +213,12 @@ impl Keeper {
         let (teller, told) = mpsc::channel();
         let socket = self.socket.try_clone().map_err(failed)?;
         let other = self.socket.try_clone().map_err(failed)?;
+        let pidfd = self.pidfd.try_clone().map_err(failed)?;
         let guard = Guard {
             socket,
+            keeper: self.pidfd.try_clone().map_err(failed)?,
+            holder: None,
+            heard: 0,
             slate,
             file,
             late_places: late_places(&order.lacking),
@@ -227,7 +244,7 @@ impl Keeper {
             told: Mutex::new(told),
             handed_over: false,
             bell,
-            socket: Some(other),
+            keeper: Some((other, pidfd)),
             held: Vec::new(),
         })
     }
@@ -247,6 +264,12 @@ impl Drop for Keeper {
 /// The account that is kept beside the server's own.
 struct Guard {
     socket: OwnedFd,
+    /// Stands for the keeper.
+    keeper: OwnedFd,
+    /// Stands for who has the same descriptors.
+    holder: Option<OwnedFd>,
+    /// Events that the keeper has passed on.
+    heard: u64,
     slate: Slate,
     file: OwnedFd,
     late: Arc<LatePages>,
@@ -276,6 +299,11 @@ impl Guard {
         let replicas = std::mem::take(&mut self.replicas);
         let held = if self.runs {
             std::mem::forget(replicas);
+            if matches!(end, Err(LazyError::Lost)) {
+                // What could not be taken from the holder stays open there as long as
+                // this connection does.
+                std::mem::forget(self.socket.try_clone());
+            }
             Vec::new()
         } else {
             let replicas = replicas.into_values().map(|replica| replica.uffd);
@@ -291,9 +319,13 @@ impl Guard {
     }
 
     fn listen(&mut self, teller: &mpsc::Sender<Told>) -> Result<LazyReport, LazyError> {
+        let failed = |source| LazyError::Start { source };
         loop {
-            let heard = partner::hear(self.socket.as_fd(), true);
-            match heard.map_err(|source| LazyError::Start { source })? {
+            let fds = [self.socket.as_raw_fd(), self.keeper.as_raw_fd()];
+            let ready = sys::poll(&fds, None).map_err(failed)?;
+            // Whatever it has said before its end is heard.
+            let heard = partner::hear(self.socket.as_fd(), false);
+            match heard.map_err(failed)? {
                 Heard::Said(Said::HandedOver, _) => {
                     self.handed_over = true;
                     let _ = teller.send(Told::HandedOver);
@@ -301,6 +333,7 @@ impl Guard {
                 Heard::Said(Said::End(report), _) => return Ok(report),
                 Heard::Said(Said::Failed(why), _) => return Err(LazyError::Keeper { why }),
                 Heard::Said(said, fds) => self.note(&said, fds)?,
+                Heard::Nothing if ready[1] => return self.take_over(),
                 Heard::Nothing => {}
                 Heard::Gone => return self.take_over(),
             }
@@ -312,7 +345,14 @@ impl Guard {
         let unknown = LazyError::Protocol {
             what: "a message of the memory keeper",
         };
+        if matches!(
+            said,
+            Said::Fork { .. } | Said::Remap { .. } | Said::Remove { .. }
+        ) {
+            self.heard += 1;
+        }
         match *said {
+            Said::Holder => self.holder = fds.pop(),
             Said::Criu => self.criu = fds.pop().map(UnixStream::from),
             Said::Task { id, pid } => {
                 let owner = PageOwner::Task(pid);
@@ -365,6 +405,50 @@ impl Guard {
         Ok(())
     }
 
+    /// Does what the keeper has read of and died before it could pass it on.
+    fn catch_up(&mut self, unsaid: &Unsaid) -> Result<(), LazyError> {
+        let mut last_id = unsaid.last_id;
+        let id = unsaid.space;
+        let events = unsaid.events.iter();
+        let events = events.filter(|event| !matches!(event, Event::Fault(_)));
+        for (event, number) in events.zip(unsaid.told..) {
+            let (said, fd) = match *event {
+                Event::Fault(_) => continue,
+                Event::Fork(fd) => {
+                    last_id += 1;
+                    let said = Said::Fork {
+                        id: last_id,
+                        parent: id,
+                    };
+                    (said, Some(fd))
+                }
+                Event::Remap { from, to, bytes } => {
+                    let said = Said::Remap {
+                        id,
+                        from,
+                        to,
+                        bytes,
+                    };
+                    (said, None)
+                }
+                Event::Remove { start, end } => (Said::Remove { id, start, end }, None),
+            };
+            if number < self.heard {
+                continue;
+            }
+            let fds = match (fd, &self.holder) {
+                (None, _) => Vec::new(),
+                (Some(fd), Some(holder)) => {
+                    let fetched = holder::fetch(holder.as_fd(), fd);
+                    vec![fetched.map_err(|_| LazyError::Lost)?]
+                }
+                (Some(_), None) => return Err(LazyError::Lost),
+            };
+            self.note(&said, fds)?;
+        }
+        Ok(())
+    }
+
     /// The keeper has died, or does without this process.
     fn take_over(&mut self) -> Result<LazyReport, LazyError> {
         if self.slate.has(Slate::ALONE) {
@@ -375,9 +459,14 @@ impl Guard {
         // What CRIU says next has to be heard here. It must not have said anything
         // that nobody living knows of, and nor must the tree have done so.
         let hears = self.criu.is_some() && self.handed_over && !self.slate.has(Slate::HEARING);
-        if !(self.runs || hears) || self.slate.has(Slate::READING) {
+        if !(self.runs || hears) {
             return Err(LazyError::Lost);
         }
+        if let Some(unsaid) = self.slate.unsaid() {
+            self.catch_up(&unsaid)?;
+        }
+        // All of them are here now.
+        sys::hang_up(self.socket.as_fd());
         let failed = |source| LazyError::Start { source };
         let server = Server::new(Task {
             pages: Arc::new(Mapping::of(self.file.as_fd()).map_err(failed)?),
@@ -429,6 +518,12 @@ const DEAF_TO: [libc::c_int; 5] = [
 /// As [`LazyServing::wait`]. After an error with a [`LazyError::help`] the tree
 /// has to be killed before this process ends.
 pub fn keep() -> Result<LazyReport, LazyError> {
+    keep_until(None)
+}
+
+/// The same with an end, for tests: nobody could hit these moments from outside.
+#[doc(hidden)]
+pub fn keep_until(death: Option<Death>) -> Result<LazyReport, LazyError> {
     let failed = |source| LazyError::Start { source };
     for signal in DEAF_TO {
         // SAFETY: ignoring a signal installs no handler.
@@ -456,6 +551,12 @@ pub fn keep() -> Result<LazyReport, LazyError> {
     else {
         return Err(unknown);
     };
+    // Without it the agent can go on for this process as well, but not at any moment.
+    let holder = Holder::start(socket.as_fd()).ok();
+    if let Some(holder) = &holder {
+        // One who has ended is noticed soon.
+        let _ = partner::say(socket.as_fd(), &Said::Holder, &[holder.pidfd()]);
+    }
     let order = Order::read(File::from(order)).map_err(failed)?;
     let late = LatePages::of(late, order.late_pages, [arrived, wanted]).map_err(failed)?;
     let server = Server::new(Task {
@@ -470,6 +571,7 @@ pub fn keep() -> Result<LazyReport, LazyError> {
         partner: Some(Partner {
             socket,
             slate: Slate::of(slate.as_fd()).map_err(failed)?,
+            death,
         }),
         teller: None,
     })
@@ -509,6 +611,9 @@ mod tests {
         let file = || OwnedFd::from(memory_file(c"test").unwrap());
         let guard = Guard {
             socket: ours,
+            keeper: file(),
+            holder: None,
+            heard: 0,
             slate: Slate::new().unwrap().0,
             file: file(),
             late: Arc::new(LatePages::new(0).unwrap()),

@@ -38,11 +38,14 @@
 //!   filling what was filled before changes nothing. It has CRIU's connection,
 //!   too: CRIU, which says over it that the tree may run, would kill the copy if
 //!   it found that closed. So it goes on from the moment at which every task has
-//!   been handed over. Only between reading an event, or a word of CRIU, and
-//!   passing it on, some microseconds, does nobody else know of it: the keeper
-//!   marks that time in shared memory, and when it dies in it, the agent says
-//!   that the tree has to be killed ([`LazyError::Lost`]) and keeps everything
-//!   closed to it until then.
+//!   been handed over. What the keeper had read and not yet passed on lies in
+//!   memory that both see, for that is where it reads events to; the descriptor that
+//!   comes with a fork is held by a second process with the same table of
+//!   descriptors, from which the agent takes it (`holder.rs`). The last word of CRIU is
+//!   passed on before it is taken. Should that second process die as well in those
+//!   microseconds, or the keeper while CRIU hands tasks over, the agent says that
+//!   the tree has to be killed ([`LazyError::Lost`]) and keeps everything closed to it
+//!   until then.
 //! - Both die at the same moment: nobody is left. They have different names,
 //!   the keeper is deaf to the usual signals and lives in the tree's cgroup,
 //!   which nobody kills without killing the tree.
@@ -56,14 +59,16 @@
 //! window is that between two system calls' last instructions.
 
 mod guard;
+mod holder;
 mod late;
 mod partner;
 mod plan;
 mod serve;
 mod sys;
 
-pub use guard::{Keeper, keep};
+pub use guard::{Keeper, keep, keep_until};
 pub use late::LatePages;
+pub use partner::Death;
 
 use std::io;
 use std::ops::Range;
@@ -326,7 +331,7 @@ impl LazyServer {
             told: Mutex::new(told),
             handed_over: false,
             bell,
-            socket: None,
+            keeper: None,
             held: Vec::new(),
         })
     }
@@ -393,8 +398,8 @@ pub struct LazyServing {
     told: Mutex<mpsc::Receiver<Told>>,
     handed_over: bool,
     bell: Arc<OwnedFd>,
-    /// To the keeper, when there is one.
-    socket: Option<OwnedFd>,
+    /// The connection to the keeper, when there is one, and what stands for it.
+    keeper: Option<(OwnedFd, OwnedFd)>,
     /// Userfaultfds of a copy that must not run.
     held: Vec<OwnedFd>,
 }
@@ -443,12 +448,11 @@ impl LazyServing {
     ///
     /// [`LazyError::Lost`].
     pub fn is_served(&self) -> Result<(), LazyError> {
-        let socket = self.socket.as_ref();
         // By the kernel: whoever listens to it may not have come to that yet.
-        if socket.is_some_and(|socket| sys::is_gone(socket.as_fd())) {
-            return Err(LazyError::Lost);
+        match &self.keeper {
+            Some((_, pidfd)) if sys::has_ended(pidfd.as_fd()) => Err(LazyError::Lost),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Waits until all memory is in place, at most `limit`. Blocks.
@@ -480,7 +484,7 @@ impl Drop for LazyServing {
     fn drop(&mut self) {
         sys::ring(self.bell.as_fd());
         if !self.handed_over
-            && let Some(socket) = &self.socket
+            && let Some((socket, _)) = &self.keeper
         {
             sys::hang_up(socket.as_fd());
         }

@@ -3,16 +3,17 @@
 //!
 //! The second holds a duplicate of every userfaultfd and an account of what is
 //! lacking that is as true as the server's own: the server passes on every event
-//! as soon as it has read it. Messages stay readable when their sender has died.
+//! as soon as it has read it. Messages stay readable when their sender has died, and
+//! what it had read and not yet passed on is in the [`Slate`].
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::LazyReport;
-use super::sys;
+use super::sys::{self, EVENTS_BYTES, Event};
 use crate::arena::memory_file;
 
 /// Words of a message: what it is, and up to five numbers and one more.
@@ -57,6 +58,8 @@ pub(super) enum Said {
     End(LazyReport),
     /// It has failed; the text says why.
     Failed(String),
+    /// Another process has the same descriptors; comes with what stands for it.
+    Holder,
 }
 
 impl Said {
@@ -96,6 +99,7 @@ impl Said {
                 text = &why.as_bytes()[..why.len().min(TEXT_BYTES_MAX)];
             }
             Self::Criu => words[0] = 11,
+            Self::Holder => words[0] = 12,
         }
         let mut packet: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         packet.extend_from_slice(text);
@@ -142,6 +146,7 @@ impl Said {
             }),
             10 => Self::Failed(String::from_utf8_lossy(text).into_owned()),
             11 => Self::Criu,
+            12 => Self::Holder,
             _ => return None,
         })
     }
@@ -152,7 +157,7 @@ pub(super) enum Heard {
     Said(Said, Vec<OwnedFd>),
     /// Nothing yet.
     Nothing,
-    /// The other one has ended.
+    /// The other one has ended, or hung up.
     Gone,
 }
 
@@ -188,13 +193,35 @@ pub(super) fn hear(socket: BorrowedFd<'_>, wait: bool) -> io::Result<Heard> {
     }
 }
 
-/// A word that both see at all times, also when the server has died.
+/// What both see at all times, also when the server has died.
 #[derive(Debug)]
 pub(super) struct Slate {
-    at: *mut AtomicU32,
+    at: *mut Words,
 }
 
-// SAFETY: an atomic in shared memory.
+/// The start of the slate.
+#[repr(C)]
+struct Words {
+    bits: AtomicU32,
+    /// Of what was read last: how many events its partner was told of before.
+    told: AtomicU64,
+    /// Whose events they are.
+    space: AtomicU64,
+    /// The id that an address space got last.
+    last_id: AtomicU64,
+}
+
+/// Events that the server may not have passed on.
+#[derive(Debug)]
+pub(super) struct Unsaid {
+    pub(super) told: u64,
+    pub(super) space: u64,
+    pub(super) last_id: u64,
+    pub(super) events: Vec<Event>,
+}
+
+// SAFETY: atomics in shared memory, and a buffer that is used as `Slate::read` and
+// `Slate::unsaid` say.
 unsafe impl Send for Slate {}
 // SAFETY: as above.
 unsafe impl Sync for Slate {}
@@ -203,13 +230,16 @@ impl Slate {
     const BYTES: usize = 4096;
     const NAME: &CStr = c"migrate-slate";
 
+    /// Where events are, behind the words.
+    const EVENTS_AT: usize = 1024;
+
     /// Events may have been read that nobody was told of.
     pub(super) const READING: u32 = 1;
 
     /// The server has given up its partner.
     pub(super) const ALONE: u32 = 2;
 
-    /// The same as [`Self::READING`] for what CRIU says.
+    /// Part of what CRIU said about a task was taken that nobody was told of.
     pub(super) const HEARING: u32 = 4;
 
     /// A new one, and the file to share it by.
@@ -234,24 +264,73 @@ impl Slate {
         if at == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
+        // What the kernel writes to must not have to be fetched first: one who is
+        // killed meanwhile would not get it. Where that is not allowed, it is there
+        // nearly always.
+        // SAFETY: mapped above, as long as that.
+        unsafe { libc::mlock(at, Self::BYTES) };
         Ok(Self { at: at.cast() })
     }
 
-    fn word(&self) -> &AtomicU32 {
-        // SAFETY: mapped, aligned to a page, and only ever used as an atomic.
+    fn words(&self) -> &Words {
+        // SAFETY: mapped, aligned to a page, longer than that, and only ever used as
+        // atomics.
         unsafe { &*self.at }
     }
 
+    fn buffer(&self) -> *mut u8 {
+        const { assert!(size_of::<Words>() <= Self::EVENTS_AT) };
+        const { assert!(Self::EVENTS_AT + EVENTS_BYTES <= Self::BYTES) };
+        self.at.cast::<u8>().wrapping_add(Self::EVENTS_AT)
+    }
+
     pub(super) fn set(&self, bit: u32, on: bool) {
+        let bits = &self.words().bits;
         if on {
-            self.word().fetch_or(bit, Ordering::SeqCst);
+            bits.fetch_or(bit, Ordering::SeqCst);
         } else {
-            self.word().fetch_and(!bit, Ordering::SeqCst);
+            bits.fetch_and(!bit, Ordering::SeqCst);
         }
     }
 
     pub(super) fn has(&self, bit: u32) -> bool {
-        self.word().load(Ordering::SeqCst) & bit != 0
+        self.words().bits.load(Ordering::SeqCst) & bit != 0
+    }
+
+    /// Reads events of the address space `space` to where they outlive this process,
+    /// whose only thread that does so calls this. Until [`Self::READING`] is taken
+    /// back the partner would look at them.
+    ///
+    /// The kernel takes an event from its queue and writes it down in one system
+    /// call, which a signal that kills does not cut short.
+    pub(super) fn read(
+        &self,
+        uffd: BorrowedFd<'_>,
+        (told, space, last_id): (u64, u64, u64),
+    ) -> io::Result<Vec<Event>> {
+        let words = self.words();
+        // SAFETY: within the mapping; the one thread that is in here is the only one
+        // that uses it, for the partner does so when this process has died.
+        let buffer = unsafe { std::slice::from_raw_parts_mut(self.buffer(), EVENTS_BYTES) };
+        buffer.fill(0);
+        words.told.store(told, Ordering::SeqCst);
+        words.space.store(space, Ordering::SeqCst);
+        words.last_id.store(last_id, Ordering::SeqCst);
+        self.set(Self::READING, true);
+        sys::read_events(uffd, buffer)?;
+        Ok(sys::events(buffer))
+    }
+
+    /// What a server that has died had read last and may not have passed on.
+    pub(super) fn unsaid(&self) -> Option<Unsaid> {
+        let words = self.words();
+        self.has(Self::READING).then(|| Unsaid {
+            told: words.told.load(Ordering::SeqCst),
+            space: words.space.load(Ordering::SeqCst),
+            last_id: words.last_id.load(Ordering::SeqCst),
+            // SAFETY: within the mapping, and nobody writes to it any more.
+            events: sys::events(unsafe { std::slice::from_raw_parts(self.buffer(), EVENTS_BYTES) }),
+        })
     }
 }
 
@@ -267,9 +346,29 @@ impl Drop for Slate {
 pub(super) struct Partner {
     pub(super) socket: OwnedFd,
     pub(super) slate: Slate,
+    /// When this process is to die, in a test.
+    pub(super) death: Option<Death>,
+}
+
+/// A moment at which only a keeper knows of something.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Death {
+    /// It has read of this many events, the last of which it has told nobody of.
+    AtEvent(u64),
+    /// It has told of the last word of CRIU and not taken it.
+    AtLastWord,
 }
 
 impl Partner {
+    /// Ends this process as `kill -9` does, if it is to die now.
+    pub(super) fn may_die(&self, now: impl Fn(Death) -> bool) {
+        if self.death.is_some_and(now) {
+            // SAFETY: the call takes no pointer.
+            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+        }
+    }
+
     /// A pair of connected sockets that keep messages apart.
     pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
         let mut fds = [0; 2];
@@ -331,6 +430,7 @@ mod tests {
                 found_pages: 7,
             }),
             Said::Failed("why".to_owned()),
+            Said::Holder,
         ];
         for said in &all {
             say(one.as_fd(), said, &[other.as_fd()]).unwrap();

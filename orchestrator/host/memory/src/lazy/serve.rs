@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, mpsc};
@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use migrate_core::wire::PageOwner;
 
 use super::late::{LATE_FROM, LatePages, Noted};
-use super::partner::{self, Heard, Partner, Said, Slate};
+use super::partner::{self, Death, Heard, Partner, Said, Slate};
 use super::plan::{Claim, Plan};
-use super::sys::{self, Copied, Event};
+use super::sys::{self, Copied, EVENTS_BYTES, Event};
 use super::{LATE_LIMIT, LazyError, LazyReport, Told};
 use crate::PAGE;
 use crate::arena::Mapping;
@@ -372,6 +372,8 @@ pub(super) struct Server {
     limit: Duration,
     report: LazyReport,
     partner: Option<Partner>,
+    /// Events that he was told of.
+    told: u64,
     /// The agent, who would bring what is not on this host, has ended.
     orphaned: bool,
     teller: Option<mpsc::Sender<Told>>,
@@ -416,6 +418,7 @@ impl Server {
             limit: task.limit,
             report: LazyReport::default(),
             partner: task.partner,
+            told: 0,
             orphaned: false,
             teller: task.teller,
             late_places: task.late_places,
@@ -678,8 +681,10 @@ impl Server {
 
     fn alone(&mut self) {
         if let Some(partner) = self.partner.take() {
-            // Before he can hear that the connection has ended.
+            // Before he can hear that the connection has ended, which closing it does
+            // not do as long as another process has the descriptor.
             partner.slate.set(Slate::ALONE, true);
+            sys::hang_up(partner.socket.as_fd());
         }
     }
 
@@ -706,21 +711,36 @@ impl Server {
 
     /// Hears what CRIU has to say.
     fn greet(&mut self, stream: &UnixStream, greeting: &mut Greeting) -> Result<(), LazyError> {
-        if let Some(partner) = &self.partner {
-            // Until he has been told, only this process knows.
-            partner.slate.set(Slate::HEARING, true);
-        }
-        self.hear_criu(stream, greeting)?;
-        if let Some(partner) = &self.partner {
-            partner.slate.set(Slate::HEARING, greeting.is_half());
-        }
-        Ok(())
-    }
-
-    fn hear_criu(&mut self, stream: &UnixStream, greeting: &mut Greeting) -> Result<(), LazyError> {
-        while let Some(heard) = greeting.next(stream)? {
-            match heard {
-                FromCriu::Task(pid, uffd) => {
+        loop {
+            let is_last = match greeting.ahead(stream)? {
+                Ahead::Nothing => return Ok(()),
+                Ahead::Last => {
+                    if self.plans.values().any(|plan| !plan.is_empty()) {
+                        // Its memory would be zeros.
+                        return Err(LazyError::Protocol {
+                            what: "a task with memory was not handed over",
+                        });
+                    }
+                    // Before it is taken: whoever goes on for this process either
+                    // knows of it or finds it.
+                    self.say(&Said::Runs, &[]);
+                    if let Some(partner) = &self.partner {
+                        partner.may_die(|death| death == Death::AtLastWord);
+                    }
+                    true
+                }
+                Ahead::More => {
+                    // Until he has been told of it, only this process knows.
+                    self.heard_of(false);
+                    false
+                }
+            };
+            match greeting.next(stream)? {
+                None => {
+                    self.heard_of(!greeting.is_half());
+                    return Ok(());
+                }
+                Some(FromCriu::Task(pid, uffd)) => {
                     self.report.tasks += 1;
                     let owner = PageOwner::Task(pid);
                     let plan = self.plans.remove(&owner).unwrap_or_default();
@@ -729,18 +749,18 @@ impl Server {
                     self.say(&Said::Task { id, pid }, &[uffd.as_fd()]);
                     self.add(id, owner, uffd, plan)?;
                 }
-                FromCriu::Finished => {
-                    if self.plans.values().any(|plan| !plan.is_empty()) {
-                        // Its memory would be zeros.
-                        return Err(LazyError::Protocol {
-                            what: "a task with memory was not handed over",
-                        });
-                    }
+                Some(FromCriu::Zombie) => {}
+                Some(FromCriu::Finished) if is_last => {
                     self.finished = Some(Instant::now());
-                    self.say(&Said::Runs, &[]);
                     self.shared.change(|state| state.filling = true);
+                    return Ok(());
                 }
-                FromCriu::Ended => return Err(LazyError::RestoreEnded),
+                Some(FromCriu::Finished) => {
+                    return Err(LazyError::Protocol {
+                        what: "a word in pieces",
+                    });
+                }
+                Some(FromCriu::Ended) => return Err(LazyError::RestoreEnded),
             }
             if !self.handed_over && self.plans.values().all(Plan::is_empty) {
                 self.handed_over = true;
@@ -750,11 +770,15 @@ impl Server {
                     let _ = teller.send(Told::HandedOver);
                 }
             }
-            if self.finished.is_some() {
-                return Ok(());
-            }
+            self.heard_of(true);
         }
-        Ok(())
+    }
+
+    /// Notes for the partner whether he was told of all that CRIU has said.
+    fn heard_of(&self, all: bool) {
+        if let Some(partner) = &self.partner {
+            partner.slate.set(Slate::HEARING, !all);
+        }
     }
 
     fn add(
@@ -844,11 +868,24 @@ impl Server {
         };
         let mut forks = Vec::new();
         let mut noted = Vec::new();
+        let events = match &self.partner {
+            Some(partner) => {
+                let place = (self.told, space.id, self.next_id);
+                partner.slate.read(uffd.as_fd(), place)
+            }
+            None => {
+                let mut buffer = [0; EVENTS_BYTES];
+                sys::read_events(uffd.as_fd(), &mut buffer).map(|_| sys::events(&buffer))
+            }
+        };
+        let events = events.map_err(space.failed("watch"))?;
         if let Some(partner) = &self.partner {
-            // Until he has been told, only this process knows.
-            partner.slate.set(Slate::READING, true);
+            let fresh = events
+                .iter()
+                .filter(|event| !matches!(event, Event::Fault(_)));
+            let read = self.told + fresh.count() as u64;
+            partner.may_die(|death| matches!(death, Death::AtEvent(last) if read >= last));
         }
-        let events = sys::events(uffd.as_fd()).map_err(space.failed("watch"))?;
         {
             let mut plan = lock(&space.plan);
             for event in events {
@@ -857,7 +894,10 @@ impl Server {
                     Event::Fault(address) => served.waiting.push(address),
                     // What it lacks at this very moment, for events come in
                     // order.
-                    Event::Fork(uffd) => {
+                    Event::Fork(fd) => {
+                        // SAFETY: the kernel has made this descriptor for this
+                        // process, which has just read of it.
+                        let uffd = unsafe { OwnedFd::from_raw_fd(fd) };
                         self.next_id += 1;
                         let child = self.next_id;
                         noted.push(Said::Fork {
@@ -882,6 +922,7 @@ impl Server {
                 }
             }
         }
+        self.told += noted.len() as u64;
         for said in &noted {
             let fd = match said {
                 Said::Fork { id, .. } => forks.iter().find(|(child, ..)| child == id),
@@ -999,8 +1040,20 @@ impl Drop for Server {
 /// What CRIU says over the socket.
 enum FromCriu {
     Task(u32, OwnedFd),
+    /// Dead and not reaped: it has no memory.
+    Zombie,
     Finished,
     Ended,
+}
+
+/// What it is about to say.
+enum Ahead {
+    /// Nothing yet.
+    Nothing,
+    /// [`FromCriu::Finished`], in one piece as it was sent.
+    Last,
+    /// Something else, the end of the connection included.
+    More,
 }
 
 /// The part of it that has come.
@@ -1016,6 +1069,20 @@ impl Greeting {
     /// Something was taken from the connection whose rest is still to come.
     fn is_half(&self) -> bool {
         self.have > 0 || self.pid.is_some()
+    }
+
+    /// Looks at what comes next, and takes nothing.
+    fn ahead(&self, stream: &UnixStream) -> Result<Ahead, LazyError> {
+        if self.is_half() {
+            return Ok(Ahead::More);
+        }
+        let mut word = [0; 4];
+        let seen = sys::peek(stream.as_fd(), &mut word);
+        Ok(match seen.map_err(|source| LazyError::Start { source })? {
+            None => Ahead::Nothing,
+            Some(4) if i32::from_ne_bytes(word) == FINISHED => Ahead::Last,
+            Some(_) => Ahead::More,
+        })
     }
 
     fn next(&mut self, stream: &UnixStream) -> Result<Option<FromCriu>, LazyError> {
@@ -1051,8 +1118,7 @@ impl Greeting {
             self.have = 0;
             match i32::from_ne_bytes(self.word) {
                 FINISHED => return Ok(Some(FromCriu::Finished)),
-                // Dead and not reaped: it has no memory.
-                ..=-1 => {}
+                ..=-1 => return Ok(Some(FromCriu::Zombie)),
                 0 => {
                     return Err(LazyError::Protocol { what: "process 0" });
                 }

@@ -20,6 +20,9 @@ const MESSAGES: usize = 32;
 /// Bytes of one message.
 const MESSAGE_BYTES: usize = 32;
 
+/// Bytes that one read takes at most.
+pub(super) const EVENTS_BYTES: usize = MESSAGES * MESSAGE_BYTES;
+
 #[repr(C)]
 struct UffdioRange {
     start: u64,
@@ -47,8 +50,9 @@ struct UffdioZeropage {
 pub(super) enum Event {
     /// A thread waits for the page at this address.
     Fault(u64),
-    /// The memory was duplicated; this descriptor is the duplicate's.
-    Fork(OwnedFd),
+    /// The memory was duplicated; this is the number of the duplicate's descriptor
+    /// in the process that has read of it, which owns it.
+    Fork(RawFd),
     /// Pages moved.
     Remap { from: u64, to: u64, bytes: u64 },
     /// Pages were given back or unmapped.
@@ -66,22 +70,23 @@ pub(super) enum Copied {
     Gone,
 }
 
-/// Reads what has happened. Empty when there is nothing.
-pub(super) fn events(uffd: BorrowedFd<'_>) -> io::Result<Vec<Event>> {
-    let mut buffer = [0u8; MESSAGES * MESSAGE_BYTES];
+/// Reads what has happened into a buffer; how many bytes. 0 when there is nothing.
+pub(super) fn read_events(uffd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the kernel writes at most the given length into the buffer.
     let read = unsafe { libc::read(uffd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
-    let Ok(read) = usize::try_from(read) else {
+    usize::try_from(read).or_else(|_| {
         let error = io::Error::last_os_error();
-        return match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(Vec::new()),
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(0),
             _ => Err(error),
-        };
-    };
-    Ok(buffer[..read]
-        .chunks_exact(MESSAGE_BYTES)
-        .filter_map(event)
-        .collect())
+        }
+    })
+}
+
+/// What a buffer says that was all zeros before something was read into it.
+pub(super) fn events(buffer: &[u8]) -> Vec<Event> {
+    let messages = buffer.chunks_exact(MESSAGE_BYTES);
+    messages.filter_map(event).collect()
 }
 
 fn event(message: &[u8]) -> Option<Event> {
@@ -96,9 +101,7 @@ fn event(message: &[u8]) -> Option<Event> {
             let mut bytes = [0; 4];
             bytes.copy_from_slice(&message[8..12]);
             let fd = RawFd::from_ne_bytes(bytes);
-            // SAFETY: the kernel has made this descriptor for the reader of
-            // the message.
-            (fd >= 0).then(|| Event::Fork(unsafe { OwnedFd::from_raw_fd(fd) }))
+            (fd >= 0).then_some(Event::Fork(fd))
         }
         0x14 => Some(Event::Remap {
             from: word(8),
@@ -288,6 +291,24 @@ pub(super) fn receive(
     Ok(received.map(|(length, mut fds)| (length, fds.pop())))
 }
 
+/// Looks at what comes next without taking it: how many bytes of it there are, 0 at
+/// the end of the connection, `None` when there is nothing yet.
+pub(super) fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_PEEK;
+    let (fd, length) = (socket.as_raw_fd(), buffer.len());
+    // SAFETY: the kernel writes at most the given length into the buffer.
+    let seen = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), length, flags) };
+    if let Ok(seen) = usize::try_from(seen) {
+        return Ok(Some(seen));
+    }
+    let error = io::Error::last_os_error();
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
+        io::ErrorKind::ConnectionReset => Ok(Some(0)),
+        _ => Err(error),
+    }
+}
+
 /// Descriptors that one message may bring.
 const FDS_MAX: usize = 8;
 
@@ -420,17 +441,9 @@ pub(super) fn await_room(socket: BorrowedFd<'_>, limit_ms: i32) {
     unsafe { libc::poll(&raw mut list, 1, limit_ms) };
 }
 
-/// Whether the other side of a connection has closed it. What it has said before
-/// may be unread yet.
-pub(super) fn is_gone(socket: BorrowedFd<'_>) -> bool {
-    let mut list = libc::pollfd {
-        fd: socket.as_raw_fd(),
-        events: 0,
-        revents: 0,
-    };
-    // SAFETY: one entry that lives here.
-    unsafe { libc::poll(&raw mut list, 1, 0) };
-    list.revents & libc::POLLHUP != 0
+/// Whether the process that a pidfd stands for has ended.
+pub(super) fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+    matches!(poll(&[pidfd.as_raw_fd()], Some(0)).as_deref(), Ok([true]))
 }
 
 /// Ends a connection for both sides.
@@ -556,6 +569,12 @@ pub(super) mod tests {
         Some((at, uffd))
     }
 
+    fn read(uffd: &OwnedFd) -> Vec<Event> {
+        let mut buffer = [0; EVENTS_BYTES];
+        read_events(uffd.as_fd(), &mut buffer).unwrap();
+        events(&buffer)
+    }
+
     fn await_event(uffd: &OwnedFd) {
         assert_eq!(poll(&[uffd.as_raw_fd()], Some(LIMIT_MS)).unwrap(), [true]);
     }
@@ -590,11 +609,11 @@ pub(super) mod tests {
             );
             // Judged once nobody waits for events any more.
             let copied = copying.join();
-            let moved = events(uffd.as_fd()).unwrap();
+            let moved = read(&uffd);
             // It also says that nothing is left behind.
             while !moving.is_finished() {
                 poll(&[uffd.as_raw_fd()], Some(1)).unwrap();
-                events(uffd.as_fd()).unwrap();
+                read(&uffd);
             }
             moving.join().unwrap();
             assert_eq!(copied.unwrap(), Copied::Until(0));
