@@ -29,10 +29,8 @@ pub(crate) struct Event {
 pub(crate) async fn event() -> Option<Event> {
     let made = task::spawn_blocking(|| {
         let pid = i32::try_from(std::process::id()).map_err(std::io::Error::other)?;
-        Builder::new()
-            .observe_pid(pid)
-            .kind(Software::DUMMY)
-            .build()
+        // Its descriptor is not handed on to other programs.
+        Builder::new(Software::DUMMY).observe_pid(pid).build()
     });
     match made.await.map_err(std::io::Error::other).flatten() {
         Ok(counter) => Some(Event { _counter: counter }),
