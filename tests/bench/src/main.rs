@@ -6,10 +6,12 @@
 //!   scenario  what is moved, under which load
 //!   method    who moves it
 //!   record    what was measured, one JSON line a run
+//!   announcer who says for stock CRIU where the address is
 //!   costs     what a GiB and a connection cost
 //!   show      tables and plots
 //! ```
 
+mod announcer;
 mod costs;
 mod method;
 mod record;
@@ -73,6 +75,16 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    if arguments.next().as_deref() == Some(announcer::ANNOUNCE) {
+        return match announcer::announce(arguments.next().as_deref()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     match bench(&Arguments::parse()) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(failed) => {

@@ -1,16 +1,20 @@
 //! How it is moved: by this product in its variants, or by stock CRIU in the
 //! hands of an expert.
 
+use std::fs;
 use std::net::IpAddr;
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
 use std::time::{Duration, Instant};
-use std::{fs, io};
+
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail, ensure};
 use migrate_core::Phase;
 use migrate_core::report::Report;
 use migrate_test_hosts::{Host, HostName, INTERFACE, Lab, PREFIX_BITS_V4, PREFIX_BITS_V6};
 use migrate_tests::migration;
+
+use crate::announcer::Announcer;
 
 /// Where CRIU is when `scripts/setup` fetched it.
 const PRIVATE_CRIU: &str = "/opt/migrate/criu/bin/criu";
@@ -39,6 +43,9 @@ pub(crate) enum Method {
         lock: &'static str,
         /// Whether requests are lost with it.
         lossy: bool,
+        /// Times that `criu pre-dump` is called before, each followed by a copy of
+        /// what it has written.
+        pre_dumps: u8,
     },
 }
 
@@ -46,7 +53,12 @@ impl Method {
     pub(crate) fn name(self) -> String {
         match self {
             Self::Ours { name, .. } => name.to_owned(),
-            Self::Stock { lock, .. } => format!("stock, {lock}"),
+            Self::Stock {
+                lock, pre_dumps: 0, ..
+            } => format!("stock, {lock}"),
+            Self::Stock {
+                lock, pre_dumps, ..
+            } => format!("stock, {lock}, {pre_dumps} pre-dumps"),
         }
     }
 
@@ -104,8 +116,10 @@ impl Method {
                     ),
                 }
             }
-            Self::Stock { lock, .. } => {
-                stock(lab, pid, lock, prepared)?;
+            Self::Stock {
+                lock, pre_dumps, ..
+            } => {
+                stock(lab, pid, (lock, pre_dumps), prepared)?;
                 Ok((begun.elapsed(), None))
             }
         }
@@ -128,7 +142,7 @@ fn placed(address: IpAddr) -> String {
 
 pub(crate) fn criu() -> String {
     std::env::var("MIGRATE_CRIU").unwrap_or_else(|_| {
-        if std::path::Path::new(PRIVATE_CRIU).exists() {
+        if Path::new(PRIVATE_CRIU).exists() {
             PRIVATE_CRIU.to_owned()
         } else {
             "criu".to_owned()
@@ -160,18 +174,42 @@ fn run(host: &Host, script: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn stock(lab: &Lab, pid: i32, lock: &str, prepared: Prepared) -> anyhow::Result<()> {
+fn stock(
+    lab: &Lab,
+    pid: i32,
+    (lock, pre_dumps): (&str, u8),
+    prepared: Prepared,
+) -> anyhow::Result<()> {
     let (source, destination) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
     let announcer = prepared.announcer.context("nobody announces")?;
-    let (criu, address) = (criu(), placed(announcer.address));
+    let (criu, address) = (criu(), placed(announcer.address()));
+    // One directory for each, which names the one before as its parent.
+    let directory = |round: u8| format!("{IMAGES}/{round}");
+    let tracking = |round: u8| match (round.checked_sub(1), pre_dumps) {
+        (_, 0) => String::new(),
+        (None, _) => "--track-mem".to_owned(),
+        (Some(before), _) => format!("--track-mem --prev-images-dir ../{before}"),
+    };
+    for round in 0..pre_dumps {
+        let (directory, tracking) = (directory(round), tracking(round));
+        fs::create_dir(source.path(&directory))?;
+        run(
+            &source,
+            &format!("{criu} pre-dump -t {pid} -D {directory} {tracking} -v0 -o dump.log"),
+        )
+        .context("a stock pre-dump")?;
+        copy(&source, &destination, &directory).context("the copy of a pre-dump")?;
+    }
+    let (last, tracking) = (directory(pre_dumps), tracking(pre_dumps));
+    fs::create_dir(source.path(&last))?;
     let common =
-        format!("-D {IMAGES} --tcp-established --network-lock {lock} --manage-cgroups=ignore -v0");
+        format!("-D {last} --tcp-established --network-lock {lock} --manage-cgroups=ignore -v0");
     run(
         &source,
-        &format!("{criu} dump -t {pid} {common} -o dump.log && ip addr del {address}"),
+        &format!("{criu} dump -t {pid} {common} {tracking} -o dump.log && ip addr del {address}"),
     )
     .context("the stock dump")?;
-    copy(&source, &destination).context("the copy of the images")?;
+    copy(&source, &destination, &last).context("the copy of the images")?;
     run(
         &destination,
         &format!("ip addr add {address} && {criu} restore {common} -o restore.log -d"),
@@ -181,81 +219,20 @@ fn stock(lab: &Lab, pid: i32, lock: &str, prepared: Prepared) -> anyhow::Result<
 }
 
 /// From tmpfs to tmpfs of one machine: the network costs the stock way nothing.
-fn copy(source: &Host, destination: &Host) -> anyhow::Result<()> {
-    for entry in fs::read_dir(source.path(IMAGES))? {
+fn copy(source: &Host, destination: &Host, directory: &str) -> anyhow::Result<()> {
+    let (from, to) = (source.path(directory), destination.path(directory));
+    fs::create_dir(&to)?;
+    for entry in fs::read_dir(from)? {
         let entry = entry?;
-        if entry.file_type()?.is_file() {
-            fs::copy(
-                entry.path(),
-                destination.path(IMAGES).join(entry.file_name()),
-            )?;
+        let place = to.join(entry.file_name());
+        if entry.file_type()?.is_symlink() {
+            // The parent's directory, which lies beside this one there as well.
+            let target = fs::read_link(entry.path())?;
+            ensure!(target.is_relative(), "{} is not relative", target.display());
+            std::os::unix::fs::symlink::<&Path, &Path>(&target, &place)?;
+        } else if entry.file_type()?.is_file() {
+            fs::copy(entry.path(), place)?;
         }
     }
     Ok(())
-}
-
-/// A started interpreter that says once where the address is now.
-struct Announcer {
-    child: Child,
-    address: IpAddr,
-}
-
-impl Announcer {
-    fn start(host: &Host, address: IpAddr) -> anyhow::Result<Self> {
-        // An ARP request for one's own address, or an unsolicited neighbour
-        // advertisement that overrides what is known.
-        let (open, say) = match address {
-            IpAddr::V4(_) => (
-                format!(
-                    "s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)\n\
-                     s.bind(('{INTERFACE}', 0))\n\
-                     ip = socket.inet_aton('{address}')\n"
-                ),
-                "arp = b'\\0\\1\\x08\\0\\6\\4\\0\\1' + mac + ip + b'\\0' * 6 + ip\n\
-                 s.send(b'\\xff' * 6 + mac + b'\\x08\\x06' + arp)\n",
-            ),
-            IpAddr::V6(_) => (
-                format!(
-                    "s = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)\n\
-                     s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)\n\
-                     s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, \
-                     socket.if_nametoindex('{INTERFACE}'))\n\
-                     ip = socket.inet_pton(socket.AF_INET6, '{address}')\n"
-                ),
-                "s.sendto(b'\\x88\\0\\0\\0\\x20\\0\\0\\0' + ip + b'\\2\\1' + mac, ('ff02::1', 0))\n",
-            ),
-        };
-        let script = format!(
-            "import socket, sys\n\
-             mac = bytes.fromhex(open('/sys/class/net/{INTERFACE}/address').read().strip().replace(':', ''))\n\
-             {open}\
-             print('ready', flush=True)\n\
-             sys.stdin.readline()\n\
-             {say}"
-        );
-        let mut command: Command = host.command("python3");
-        command.args(["-c", &script]);
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let mut ready = [0; 6];
-        let stdout = child.stdout.as_mut().context("the announcer's output")?;
-        io::Read::read_exact(stdout, &mut ready).context("the announcer did not start")?;
-        Ok(Self { child, address })
-    }
-
-    fn announce(mut self) -> anyhow::Result<()> {
-        // The end of its input is the word.
-        drop(self.child.stdin.take());
-        ensure!(self.child.wait()?.success(), "the announcement failed");
-        Ok(())
-    }
-}
-
-impl Drop for Announcer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }

@@ -60,10 +60,18 @@ const WITH_IPTABLES: Method = Method::Ours {
 const STOCK_NFTABLES: Method = Method::Stock {
     lock: "nftables",
     lossy: false,
+    pre_dumps: 0,
+};
+/// As often as our own rounds take at least, and a few more.
+const STOCK_PRE_DUMPS: Method = Method::Stock {
+    lock: "nftables",
+    lossy: false,
+    pre_dumps: 3,
 };
 const STOCK_IPTABLES: Method = Method::Stock {
     lock: "iptables",
     lossy: false,
+    pre_dumps: 0,
 };
 /// Requests are lost with them: what comes of a run is for the table to say.
 const WITH_SKIP: Method = Method::Ours {
@@ -74,6 +82,7 @@ const WITH_SKIP: Method = Method::Ours {
 const STOCK_SKIP: Method = Method::Stock {
     lock: "skip",
     lossy: true,
+    pre_dumps: 0,
 };
 
 /// Beyond this many connections iptables takes seconds for each hundred.
@@ -122,8 +131,8 @@ impl Suite {
     /// What cannot be measured on this machine, in words.
     pub(crate) fn leaves_out(self, quick: bool) -> Option<&'static str> {
         (self == Self::Memory && !quick && !marks_soft_dirty()).then_some(
-            "engine soft-dirty: left out, this kernel does not mark the pages that are written \
-             (CONFIG_MEM_SOFT_DIRTY)",
+            "engine soft-dirty and stock pre-dumps: left out, this kernel does not mark the pages \
+             that are written (CONFIG_MEM_SOFT_DIRTY)",
         )
     }
 
@@ -153,7 +162,7 @@ impl Suite {
                         if !quick {
                             methods.extend([FULL, POSTCOPY]);
                             if marks_soft_dirty() {
-                                methods.push(SOFT_DIRTY);
+                                methods.extend([SOFT_DIRTY, STOCK_PRE_DUMPS]);
                             }
                         }
                         (scenario, methods)

@@ -104,6 +104,10 @@ fn icmpv6_checksum(source: Ipv6Addr, destination: Ipv6Addr, message: &[u8]) -> u
 /// Sends the announcement of every placement once.
 ///
 /// An interface without Ethernet addresses has nobody to tell and is skipped.
+///
+/// # Errors
+///
+/// One of them could not be sent; all others were.
 pub fn announce(placements: &[Placement]) -> Result<(), NetError> {
     let mut first_failure = None;
     for placement in placements {

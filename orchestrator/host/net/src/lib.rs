@@ -23,7 +23,7 @@ mod route;
 pub mod rules;
 mod survey;
 
-pub use announce::{FOLLOW_UPS_MS, announcement_frames};
+pub use announce::{FOLLOW_UPS_MS, announce, announcement_frames};
 pub use diag::{
     SocketKind, TcpSocket, TcpState, UdpSocket, UnixKind, UnixSocket, mptcp_inodes, other_sockets,
     tcp_sockets, udp_sockets, unix_sockets,

@@ -521,7 +521,7 @@ impl Net {
     ///
     /// A frame was not sent; the other addresses are announced all the same.
     pub async fn announce(&self, placements: &[Placement]) -> Result<(), NetError> {
-        announce::announce(placements)
+        announce(placements)
     }
 
     /// Repeats [`Net::announce`] after [`announce::FOLLOW_UPS_MS`]; the caller
@@ -536,7 +536,7 @@ impl Net {
             for at_ms in announce::FOLLOW_UPS_MS {
                 tokio::time::sleep(Duration::from_millis(at_ms - waited_ms)).await;
                 waited_ms = at_ms;
-                last = announce::announce(&placements);
+                last = announce(&placements);
             }
             last
         }
