@@ -673,9 +673,16 @@ pub fn guards(host: &Host) -> Vec<Pid> {
 /// The processes that put memory in place on a host, as this machine sees them.
 #[must_use]
 pub fn keepers(host: &Host) -> Vec<Pid> {
-    machine_pids(host, |words| {
+    let mut found = machine_pids(host, |words| {
         words.get(1).is_some_and(|word| word == "keep-memory")
-    })
+    });
+    // The one that only holds a keeper's descriptors was not started as a program of
+    // its own.
+    found.retain(|pid| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.trim_end() != "memory-holder"
+    });
+    found
 }
 
 /// Whether a process stands still because of a signal.

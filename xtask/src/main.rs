@@ -39,11 +39,7 @@ enum Verb {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().verb {
         Verb::Hosts(verb) => hosts::run(verb),
-        Verb::Bench(arguments) => program::run(
-            &["migrate-cli", "migrate-tests", "migrate-bench"],
-            "migrate-bench",
-            arguments,
-        ),
+        Verb::Bench(arguments) => program::run(&vm::BENCH_PACKAGES, "migrate-bench", arguments),
         Verb::Soak(arguments) => program::run(&["migrate-cli", "migrate-tests"], "soak", arguments),
         Verb::Dist(arguments) => dist::run(arguments),
         Verb::Simulate(arguments) => simulate::run(arguments),

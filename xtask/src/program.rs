@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
@@ -18,6 +18,13 @@ pub(crate) struct Arguments {
 
 /// Builds packages for release and becomes one of their programs.
 pub(crate) fn run(packages: &[&str], program: &str, arguments: Arguments) -> anyhow::Result<()> {
+    let program = build(packages)?.join(program);
+    let error = Command::new(&program).args(arguments.arguments).exec();
+    Err(error).with_context(|| format!("could not run {}", program.display()))
+}
+
+/// Builds packages for release; where their programs are.
+pub(crate) fn build(packages: &[&str]) -> anyhow::Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let built = Command::new(&cargo)
         .args(["build", "--release", "--locked", "--quiet"])
@@ -26,7 +33,5 @@ pub(crate) fn run(packages: &[&str], program: &str, arguments: Arguments) -> any
         .context("could not run cargo")?;
     ensure!(built.success(), "the build failed");
     let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
-    let program = Path::new(&target).join("release").join(program);
-    let error = Command::new(&program).args(arguments.arguments).exec();
-    Err(error).with_context(|| format!("could not run {}", program.display()))
+    Ok(Path::new(&target).join("release"))
 }

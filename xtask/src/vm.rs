@@ -1,4 +1,4 @@
-//! `vm run KERNEL [--] CMD... | up | exec NAME [--] CMD...`
+//! `vm run KERNEL [--] CMD... | bench KERNEL [--] OPTIONS... | up | exec NAME [--] CMD...`
 
 use std::ffi::OsString;
 use std::fs;
@@ -7,14 +7,33 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::{Args, Subcommand};
 use migrate_test_hosts::HostName;
 use migrate_test_vms::{Kernel, Machine, Machines, Order, Program, scratch};
 
+use crate::program;
+
 /// What goes into the guests besides Debian's programs, when it is built.
 const PROGRAMS: [&str; 4] = ["migrate", "echo-server", "strict-client", "lazy-memory"];
+
+/// What the benchmark consists of.
+pub(crate) const BENCH_PACKAGES: [&str; 3] = ["migrate-cli", "migrate-tests", "migrate-bench"];
+
+/// The programs of it.
+const BENCH_PROGRAMS: [&str; 4] = ["migrate", "migrate-bench", "echo-server", "strict-client"];
+
+/// What its test hosts need besides what every guest has.
+const KEY_GENERATOR: &str = "/usr/bin/ssh-keygen";
+
+/// For a step of what prepares it.
+const BENCH_STEP_LIMIT: Duration = Duration::from_secs(60);
+
+/// Where it lives in the guest: test hosts link to their programs from the places where
+/// the guest has them.
+const BENCH_HOME: &str = "/bench";
 
 #[derive(Args)]
 pub(crate) struct Which {
@@ -42,6 +61,26 @@ pub(crate) enum Verb {
         #[arg(value_name = "CMD", required = true, trailing_var_arg = true)]
         #[arg(allow_hyphen_values = true)]
         command: Vec<OsString>,
+    },
+    /// Boot one machine and make `cargo xtask bench` in it, on a kernel that this machine may not
+    /// have. Its times are those of an emulator: read the ratios.
+    Bench {
+        /// 6.1, 6.12 or newest.
+        #[arg(value_name = "KERNEL")]
+        kernel: Kernel,
+        /// Its memory.
+        #[arg(long, value_name = "MIB", default_value_t = 3072)]
+        memory_mib: u32,
+        /// Where results are kept; a run that is there is not made again.
+        #[arg(long, value_name = "DIR", default_value = "target/bench-vm")]
+        results: PathBuf,
+        /// What `cargo xtask bench` takes, but for --results and --docs.
+        #[arg(
+            value_name = "OPTIONS",
+            trailing_var_arg = true,
+            allow_hyphen_values = true
+        )]
+        options: Vec<OsString>,
     },
     /// Boot host1, host2 and client, and keep them up until standard input ends or Ctrl-C.
     Up {
@@ -95,6 +134,27 @@ pub(crate) fn run(verb: Verb) -> anyhow::Result<()> {
                 ..Order::new(HostName::Host1, kernel)
             };
             run_one(order, &programs, &command)
+        }
+        Verb::Bench {
+            kernel,
+            memory_mib,
+            results,
+            options,
+        } => {
+            let directory = program::build(&BENCH_PACKAGES)?;
+            let from = |path: PathBuf, name: &str| Program {
+                path,
+                name: name.to_owned(),
+            };
+            let mut programs = BENCH_PROGRAMS
+                .map(|name| from(directory.join(name), name))
+                .to_vec();
+            programs.push(from(KEY_GENERATOR.into(), "ssh-keygen"));
+            let order = Order {
+                memory_mib,
+                ..Order::new(HostName::Host1, kernel)
+            };
+            bench(order, &programs, &results, &options)
         }
         Verb::Up {
             which,
@@ -153,6 +213,48 @@ fn run_one(order: Order, programs: &[Program], command: &[OsString]) -> anyhow::
     drop(machines);
     drop(dir);
     std::process::exit(status.code().unwrap_or(125))
+}
+
+/// Makes the benchmark in a guest; what is there of it goes in, and all of it comes out.
+fn bench(
+    order: Order,
+    programs: &[Program],
+    results: &Path,
+    options: &[OsString],
+) -> anyhow::Result<()> {
+    fs::create_dir_all(results).with_context(|| format!("make {}", results.display()))?;
+    let dir = scratch()?;
+    let machines = Machines::boot(dir.path(), &[order], programs)?;
+    let machine = machines.get(order.host).context("it is not there")?;
+    let inside = format!("{BENCH_HOME}/results");
+    let moved = format!(
+        "mkdir -p {inside}; cd /usr/local/sbin && mv {} {BENCH_HOME}",
+        BENCH_PROGRAMS.join(" ")
+    );
+    machine.succeed(["sh", "-c", &moved], BENCH_STEP_LIMIT)?;
+    for entry in fs::read_dir(results)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        machine.put(
+            &entry.path(),
+            &format!("{inside}/{}", name.display()),
+            0o644,
+        )?;
+    }
+    let status = machine
+        .command(format!("{BENCH_HOME}/migrate-bench"))
+        .args(options)
+        .args(["--results", &inside])
+        .stdin(Stdio::null())
+        .status()?;
+    let files = machine.succeed(["ls", &inside], BENCH_STEP_LIMIT)?;
+    for name in files.lines() {
+        let text = machine.read(&format!("{inside}/{name}"))?;
+        let to = results.join(name);
+        fs::write(&to, text).with_context(|| format!("write {}", to.display()))?;
+    }
+    ensure!(status.success(), "the benchmark ended with {status}");
+    Ok(())
 }
 
 fn stay_up(dir: &Path, orders: &[Order]) -> anyhow::Result<()> {
