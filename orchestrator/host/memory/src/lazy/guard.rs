@@ -408,41 +408,21 @@ impl Guard {
     /// Does what the keeper has read of and died before it could pass it on.
     fn catch_up(&mut self, unsaid: &Unsaid) -> Result<(), LazyError> {
         let mut last_id = unsaid.last_id;
-        let id = unsaid.space;
-        let events = unsaid.events.iter();
-        let events = events.filter(|event| !matches!(event, Event::Fault(_)));
-        for (event, number) in events.zip(unsaid.told..) {
-            let (said, fd) = match *event {
-                Event::Fault(_) => continue,
-                Event::Fork(fd) => {
-                    last_id += 1;
-                    let said = Said::Fork {
-                        id: last_id,
-                        parent: id,
-                    };
-                    (said, Some(fd))
-                }
-                Event::Remap { from, to, bytes } => {
-                    let said = Said::Remap {
-                        id,
-                        from,
-                        to,
-                        bytes,
-                    };
-                    (said, None)
-                }
-                Event::Remove { start, end } => (Said::Remove { id, start, end }, None),
-            };
+        let events = unsaid.events.iter().filter_map(|event| {
+            let said = Said::of(event, unsaid.space, &mut last_id)?;
+            Some((said, event))
+        });
+        for ((said, event), number) in events.zip(unsaid.told..) {
             if number < self.heard {
                 continue;
             }
-            let fds = match (fd, &self.holder) {
-                (None, _) => Vec::new(),
-                (Some(fd), Some(holder)) => {
-                    let fetched = holder::fetch(holder.as_fd(), fd);
+            let fds = match (event, &self.holder) {
+                (Event::Fork(fd), Some(holder)) => {
+                    let fetched = holder::fetch(holder.as_fd(), *fd);
                     vec![fetched.map_err(|_| LazyError::Lost)?]
                 }
-                (Some(_), None) => return Err(LazyError::Lost),
+                (Event::Fork(_), None) => return Err(LazyError::Lost),
+                _ => Vec::new(),
             };
             self.note(&said, fds)?;
         }

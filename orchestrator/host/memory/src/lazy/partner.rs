@@ -63,6 +63,29 @@ pub(super) enum Said {
 }
 
 impl Said {
+    /// How an event of the address space `id` is passed on; forked memory gets the id
+    /// after `last_id`. Faults are passed on to nobody. The keeper says it, and who goes
+    /// on for it has to come to the same.
+    pub(super) fn of(event: &Event, id: u64, last_id: &mut u64) -> Option<Self> {
+        Some(match *event {
+            Event::Fault(_) => return None,
+            Event::Fork(_) => {
+                *last_id += 1;
+                Self::Fork {
+                    id: *last_id,
+                    parent: id,
+                }
+            }
+            Event::Remap { from, to, bytes } => Self::Remap {
+                id,
+                from,
+                to,
+                bytes,
+            },
+            Event::Remove { start, end } => Self::Remove { id, start, end },
+        })
+    }
+
     fn encode(&self) -> Vec<u8> {
         let mut words = [0u64; WORDS];
         let mut text: &[u8] = &[];

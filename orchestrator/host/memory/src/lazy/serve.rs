@@ -879,17 +879,10 @@ impl Server {
             }
         };
         let events = events.map_err(space.failed("watch"))?;
-        if let Some(partner) = &self.partner {
-            let fresh = events
-                .iter()
-                .filter(|event| !matches!(event, Event::Fault(_)));
-            let read = self.told + fresh.count() as u64;
-            partner.may_die(|death| matches!(death, Death::AtEvent(last) if read >= last));
-        }
         {
             let mut plan = lock(&space.plan);
             for event in events {
-                let id = space.id;
+                noted.extend(Said::of(&event, space.id, &mut self.next_id));
                 match event {
                     Event::Fault(address) => served.waiting.push(address),
                     // What it lacks at this very moment, for events come in
@@ -898,31 +891,19 @@ impl Server {
                         // SAFETY: the kernel has made this descriptor for this
                         // process, which has just read of it.
                         let uffd = unsafe { OwnedFd::from_raw_fd(fd) };
-                        self.next_id += 1;
-                        let child = self.next_id;
-                        noted.push(Said::Fork {
-                            id: child,
-                            parent: id,
-                        });
-                        forks.push((child, uffd, plan.clone()));
+                        forks.push((self.next_id, uffd, plan.clone()));
                     }
-                    Event::Remap { from, to, bytes } => {
-                        plan.shift(from, to, bytes);
-                        noted.push(Said::Remap {
-                            id,
-                            from,
-                            to,
-                            bytes,
-                        });
-                    }
+                    Event::Remap { from, to, bytes } => plan.shift(from, to, bytes),
                     Event::Remove { start, end } => {
                         plan.take(start..end);
-                        noted.push(Said::Remove { id, start, end });
                     }
                 }
             }
         }
         self.told += noted.len() as u64;
+        if let Some(partner) = &self.partner {
+            partner.may_die(|death| matches!(death, Death::AtEvent(last) if self.told >= last));
+        }
         for said in &noted {
             let fd = match said {
                 Said::Fork { id, .. } => forks.iter().find(|(child, ..)| child == id),
