@@ -392,6 +392,12 @@ impl Partner {
         }
     }
 
+    /// Whether the process under test puts in place what nobody waits for. One that
+    /// is to die at an event would often have nothing left to do when it came.
+    pub(super) fn fills(&self) -> bool {
+        !matches!(self.death, Some(Death::AtEvent(_)))
+    }
+
     /// A pair of connected sockets that keep messages apart.
     pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
         let mut fds = [0; 2];

@@ -752,7 +752,8 @@ impl Server {
                 Some(FromCriu::Zombie) => {}
                 Some(FromCriu::Finished) if is_last => {
                     self.finished = Some(Instant::now());
-                    self.shared.change(|state| state.filling = true);
+                    let fills = self.partner.as_ref().is_none_or(Partner::fills);
+                    self.shared.change(|state| state.filling = fills);
                     return Ok(());
                 }
                 Some(FromCriu::Finished) => {
