@@ -42,6 +42,7 @@ mod inject;
 mod known;
 mod lazy;
 mod maps;
+mod mask;
 mod pagemap;
 mod probe;
 mod process;
@@ -66,6 +67,7 @@ pub use lazy::{
     Keeper, LATE_LIMIT, LatePages, LazyError, LazyOptions, LazyReport, LazyServer, LazyServing,
     keep, probe_lazy,
 };
+pub use mask::SomePages;
 pub use probe::{Support, probe, probe_soft_dirty};
 pub use rounds::{
     Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState, hand_on,

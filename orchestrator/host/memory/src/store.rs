@@ -13,49 +13,24 @@ use std::os::fd::BorrowedFd;
 use migrate_core::wire::{PAGE_BYTES, PageOwner, PageRun};
 use sha2::{Digest as _, Sha256};
 
-use crate::arena::{Arena, SLOT_BYTES};
+use crate::arena::Arena;
 use crate::error::StoreError;
+use crate::mask::{EXTENT_PAGES, Mask, SomePages};
 use crate::{PAGE, ZERO_PAGE};
-
-/// Pages of an extent: 2 MiB, a huge page on x86_64.
-const EXTENT_PAGES: usize = SLOT_BYTES / PAGE_BYTES;
 
 /// Bytes of an extent.
 const EXTENT_BYTES: u64 = EXTENT_PAGES as u64 * PAGE;
 
-/// One bit for each page of an extent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Bits([u64; EXTENT_PAGES / 64]);
-
-impl Bits {
-    fn has(&self, page: usize) -> bool {
-        self.0[page / 64] & (1 << (page % 64)) != 0
-    }
-
-    fn set(&mut self, page: usize, on: bool) {
-        let bit = 1 << (page % 64);
-        if on {
-            self.0[page / 64] |= bit;
-        } else {
-            self.0[page / 64] &= !bit;
-        }
-    }
-
-    fn count(&self) -> u64 {
-        self.0.iter().map(|word| u64::from(word.count_ones())).sum()
-    }
-}
-
 #[derive(Debug, Default)]
 struct Extent {
     /// Pages with content in `data`.
-    data_pages: Bits,
+    data_pages: Mask,
     /// Pages known to be zero.
-    zero_pages: Bits,
+    zero_pages: Mask,
     /// Pages of the slot that were ever written to, and so take up memory.
-    touched: Bits,
+    touched: Mask,
     /// Pages that came again with other content.
-    rewritten: Bits,
+    rewritten: Mask,
     /// Where in the file the content is, all of the extent, of which the
     /// kernel provides what is touched. None until there is some.
     slot: Option<usize>,
@@ -83,8 +58,17 @@ impl Extent {
         }
     }
 
+    /// Where the pages end that are held as this one is.
+    fn same(&self, page: usize) -> usize {
+        match self.held(page) {
+            Held::Data => self.data_pages.next(page, false),
+            Held::Zero => self.zero_pages.next(page, false),
+            Held::Missing => self.data_pages.or(&self.zero_pages).next(page, true),
+        }
+    }
+
     fn empty(&self) -> bool {
-        self.data_pages == Bits::default() && self.zero_pages == Bits::default()
+        self.data_pages == Mask::default() && self.zero_pages == Mask::default()
     }
 
     fn page_bytes(pages: Range<usize>) -> Range<usize> {
@@ -364,24 +348,17 @@ impl PageStore {
     /// Pages that came more than once: the tree has written to them between
     /// rounds and is likely to do so again.
     #[must_use]
-    pub fn rewritten(&self) -> Vec<(PageOwner, Range<u64>)> {
-        let mut ranges: Vec<(PageOwner, Range<u64>)> = Vec::new();
-        for (&owner, extents) in &self.owners {
-            for (&base, extent) in extents {
-                let again =
-                    |&page: &usize| extent.rewritten.has(page) && extent.held(page) == Held::Data;
-                for page in (0..EXTENT_PAGES).filter(again) {
-                    let at = base + page as u64 * PAGE;
-                    match ranges.last_mut() {
-                        Some((last, range)) if *last == owner && range.end == at => {
-                            range.end += PAGE;
-                        }
-                        _ => ranges.push((owner, at..at + PAGE)),
-                    }
-                }
-            }
-        }
-        ranges
+    pub fn rewritten(&self) -> Vec<SomePages> {
+        let extents = self
+            .owners
+            .iter()
+            .flat_map(|(&owner, extents)| extents.iter().map(move |extent| (owner, extent)));
+        let again = extents.map(|(owner, (&base, extent))| SomePages {
+            owner,
+            base,
+            pages: extent.rewritten.and(&extent.data_pages),
+        });
+        again.filter(|some| some.pages != Mask::default()).collect()
     }
 
     fn content(&self, extent: &Extent, pages: Range<usize>) -> Option<&[u8]> {
@@ -399,11 +376,12 @@ impl PageStore {
     ) -> impl Iterator<Item = Piece<'a>> {
         let mut at = pages.start;
         std::iter::from_fn(move || {
-            let start = (at..pages.end).find(|&page| extent.held(page) != Held::Missing)?;
+            let start = extent.data_pages.or(&extent.zero_pages).next(at, true);
+            if start >= pages.end {
+                return None;
+            }
             let held = extent.held(start);
-            let end = (start + 1..pages.end)
-                .find(|&page| extent.held(page) != held)
-                .unwrap_or(pages.end);
+            let end = extent.same(start).min(pages.end);
             at = end;
             let content = if held == Held::Data {
                 Content::Data(self.content(extent, start..end)?)
@@ -433,12 +411,12 @@ impl PageStore {
                     Held::Missing,
                 )),
                 Some(extent) => {
-                    for page in pages {
-                        let held = extent.held(page);
-                        match spans.last_mut() {
-                            Some(last) if last.2 == held => last.1 += 1,
-                            _ => spans.push((base + page as u64 * PAGE, 1, held)),
-                        }
+                    let mut at = pages.start;
+                    while at < pages.end {
+                        let end = extent.same(at).min(pages.end);
+                        let vaddr = base + at as u64 * PAGE;
+                        spans.push((vaddr, (end - at) as u64, extent.held(at)));
+                        at = end;
                     }
                 }
             }

@@ -160,10 +160,9 @@ impl Memory {
         let hold = arriving
             .share()
             .map_err(Error::file("share", "the lock of memory that arrives"))?;
-        let mut first = hot;
-        first.extend(store.rewritten());
         let options = LazyOptions {
-            first,
+            first: hot,
+            then: store.rewritten(),
             ..LazyOptions::default()
         };
         let server = LazyServer::bind(images.path())?;

@@ -24,6 +24,7 @@ use super::serve::{Replica, Server, Task, plans};
 use super::sys::Event;
 use super::{LazyError, LazyOptions, LazyReport, LazyServer, LazyServing, Told, lacking, sys};
 use crate::arena::{Mapping, memory_file};
+use crate::mask::{Mask, SomePages};
 use crate::store::PageStore;
 
 /// Largest plan that is accepted, in numbers: a GiB of them would be the plan
@@ -34,6 +35,7 @@ const PLAN_WORDS_MAX: usize = 1 << 27;
 struct Order {
     lacking: Vec<(PageOwner, Range<u64>, u64)>,
     first: Vec<(PageOwner, Range<u64>)>,
+    then: Vec<SomePages>,
     threads: usize,
     piece_bytes: u64,
     limit: Duration,
@@ -54,12 +56,17 @@ impl Order {
             self.late_pages,
             self.lacking.len() as u64,
             self.first.len() as u64,
+            self.then.len() as u64,
         ];
         for (owner, range, from) in &self.lacking {
             words.extend([pid(*owner), range.start, range.end, *from]);
         }
         for (owner, range) in &self.first {
             words.extend([pid(*owner), range.start, range.end]);
+        }
+        for some in &self.then {
+            words.extend([pid(some.owner), some.base]);
+            words.extend(some.pages.0);
         }
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let mut file = memory_file(c"migrate-plan")?;
@@ -91,14 +98,23 @@ impl Order {
             late_pages: next()?,
             lacking: Vec::new(),
             first: Vec::new(),
+            then: Vec::new(),
         };
-        let (lacking, first) = (next()?, next()?);
+        let (lacking, first, then) = (next()?, next()?, next()?);
         for _ in 0..lacking {
             let (owner, start, end) = (task(next()?)?, next()?, next()?);
             order.lacking.push((owner, start..end, next()?));
         }
         for _ in 0..first {
             order.first.push((task(next()?)?, next()?..next()?));
+        }
+        for _ in 0..then {
+            let (owner, base) = (task(next()?)?, next()?);
+            let mut pages = Mask::default();
+            for word in &mut pages.0 {
+                *word = next()?;
+            }
+            order.then.push(SomePages { owner, base, pages });
         }
         Ok(order)
     }
@@ -181,6 +197,7 @@ impl Keeper {
             late_pages: late.pages(),
             lacking: lacking(pages, late_runs, plan)?,
             first: options.first,
+            then: options.then,
             threads: options.threads,
             piece_bytes: options.piece_bytes,
             limit: options.limit,
@@ -227,7 +244,7 @@ impl Keeper {
             threads: order.threads,
             piece_bytes: order.piece_bytes,
             limit: order.limit,
-            plans: plans(order.lacking, order.first),
+            plans: plans(order.lacking, order.first, order.then),
             replicas: BTreeMap::new(),
             complete: BTreeMap::new(),
             criu: None,
@@ -543,7 +560,7 @@ pub fn keep_until(death: Option<Death>) -> Result<LazyReport, LazyError> {
         pages: Arc::new(Mapping::of(pages.as_fd()).map_err(failed)?),
         late: Arc::new(late),
         late_places: late_places(&order.lacking),
-        plans: plans(order.lacking, order.first),
+        plans: plans(order.lacking, order.first, order.then),
         threads: order.threads,
         piece_bytes: order.piece_bytes,
         limit: order.limit,
@@ -569,19 +586,25 @@ mod tests {
         let order = Order {
             lacking: vec![(task, 4096..8192, 1), (task, 1 << 40..1 << 41, 2 << 20)],
             first: vec![(task, 4096..8192)],
+            then: vec![SomePages {
+                owner: task,
+                base: 2 << 20,
+                pages: Mask([1, 2, 3, 4, 5, 6, 7, u64::MAX]),
+            }],
             threads: 3,
             piece_bytes: 5,
             limit: Duration::from_millis(6),
             late_pages: 8,
         };
-        let read = Order::read(order.write().unwrap()).unwrap();
+        let written = order.write().unwrap();
+        let read = Order::read(written.try_clone().unwrap()).unwrap();
         assert_eq!(read.lacking, order.lacking);
-        assert_eq!(read.first, order.first);
+        assert_eq!((read.first, read.then), (order.first, order.then));
         assert_eq!(
             (read.threads, read.piece_bytes, read.limit, read.late_pages),
             (3, 5, order.limit, 8)
         );
-        let cut = order.write().unwrap();
+        let cut = written.try_clone().unwrap();
         cut.set_len(60).unwrap();
         assert!(Order::read(cut).is_err());
     }

@@ -84,6 +84,7 @@ use thiserror::Error;
 
 use crate::PAGE;
 use crate::arena::Mapping;
+use crate::mask::SomePages;
 use crate::store::{Content, PageStore};
 
 /// Name of the socket in CRIU's working directory (`LAZY_PAGES_SOCK_NAME`,
@@ -117,6 +118,8 @@ pub struct LazyOptions {
     pub limit: Duration,
     /// What comes first, in this order: what was written most recently.
     pub first: Vec<(PageOwner, Range<u64>)>,
+    /// What comes after that and before the rest.
+    pub then: Vec<SomePages>,
 }
 
 impl Default for LazyOptions {
@@ -127,6 +130,7 @@ impl Default for LazyOptions {
             piece_bytes: 128 << 10,
             limit: Duration::from_secs(600),
             first: Vec::new(),
+            then: Vec::new(),
         }
     }
 }
@@ -310,7 +314,7 @@ impl LazyServer {
             pages: Arc::new(Mapping::of(file.as_fd()).map_err(failed)?),
             late: Arc::new(LatePages::new(0).map_err(failed)?),
             late_places: Vec::new(),
-            plans: serve::plans(lacking, options.first),
+            plans: serve::plans(lacking, options.first, options.then),
             threads: options.threads,
             piece_bytes: options.piece_bytes,
             limit: options.limit,

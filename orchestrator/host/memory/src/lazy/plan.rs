@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use super::late::LATE_FROM;
+use crate::mask::SomePages;
 
 /// Pages side by side that have not been put in place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +38,8 @@ pub(super) struct Plan {
     late: Lacks,
     /// To come first, in this order.
     first: VecDeque<Range<u64>>,
+    /// To come after these.
+    then: VecDeque<SomePages>,
     /// Where the last claim ended.
     at: u64,
 }
@@ -149,6 +152,24 @@ impl Plan {
         self.first.push_back(range);
     }
 
+    /// These come after those, and before the rest.
+    pub(super) fn hurry_then(&mut self, some: SomePages) {
+        self.then.push_back(some);
+    }
+
+    /// What is in a hurry and has not been looked at.
+    fn hurried(&mut self) -> Option<Range<u64>> {
+        loop {
+            if let Some(range) = self.first.pop_front() {
+                return Some(range);
+            }
+            match self.then.front_mut()?.pop() {
+                Some(range) => return Some(range),
+                None => drop(self.then.pop_front()),
+            }
+        }
+    }
+
     /// Forgets a range and returns what it lacked.
     pub(super) fn take(&mut self, range: Range<u64>) -> Vec<Claim> {
         let mut taken = self.lacks.take(range.clone());
@@ -209,7 +230,7 @@ impl Plan {
     }
 
     fn next(&mut self, bytes: u64) -> Option<Claim> {
-        while let Some(range) = self.first.pop_front() {
+        while let Some(range) = self.hurried() {
             let here = self.at(range.start, bytes).or_else(|| {
                 let (&start, _) = self.lacks.0.range(range.clone()).next()?;
                 self.at(start, bytes)
@@ -244,7 +265,11 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
+    use migrate_core::wire::PageOwner;
     use proptest::prelude::*;
+
+    use crate::PAGE;
+    use crate::mask::Mask;
 
     #[derive(Debug, Clone)]
     enum Step {
@@ -363,10 +388,36 @@ mod tests {
         plan.hurry(60..70);
         plan.hurry(200..300);
         plan.hurry(10..12);
-        let order: Vec<(u64, u64)> = std::iter::from_fn(|| plan.claim(8))
+        // Only addresses that are pages can be named like this.
+        plan.insert(PAGE..4 * PAGE, 10 * PAGE);
+        let mut pages = Mask::default();
+        for page in [1, 2] {
+            pages.set(page, true);
+        }
+        let owner = PageOwner::Task(1);
+        plan.hurry_then(SomePages {
+            owner,
+            base: PAGE,
+            pages,
+        });
+        plan.hurry_then(SomePages {
+            owner,
+            base: 9 * PAGE,
+            pages,
+        });
+        let order: Vec<(u64, u64)> = std::iter::from_fn(|| plan.claim(PAGE))
             .map(|claim| (claim.to, claim.bytes))
             .collect();
-        assert_eq!(order[..4], [(60, 8), (68, 2), (10, 2), (0, 8)]);
-        assert_eq!(order.iter().map(|(_, bytes)| bytes).sum::<u64>(), 100);
+        let expected = [
+            (60, 10),
+            (10, 2),
+            (2 * PAGE, PAGE),
+            (3 * PAGE, PAGE),
+            (0, 10),
+            (12, 48),
+            (70, 30),
+            (PAGE, PAGE),
+        ];
+        assert_eq!(order, expected);
     }
 }

@@ -19,6 +19,7 @@ use super::sys::{self, Copied, EVENTS_BYTES, Event};
 use super::{LATE_LIMIT, LazyError, LazyReport, Told};
 use crate::PAGE;
 use crate::arena::Mapping;
+use crate::mask::SomePages;
 
 /// `LAZY_PAGES_RESTORE_FINISHED` of CRIU's `uffd.c`.
 const FINISHED: i32 = 0x5253_5446;
@@ -325,6 +326,7 @@ pub(super) struct Replica {
 pub(super) fn plans(
     lacking: impl IntoIterator<Item = (PageOwner, Range<u64>, u64)>,
     first: impl IntoIterator<Item = (PageOwner, Range<u64>)>,
+    then: impl IntoIterator<Item = SomePages>,
 ) -> BTreeMap<PageOwner, Plan> {
     let mut plans: BTreeMap<PageOwner, Plan> = BTreeMap::new();
     for (owner, range, from) in lacking {
@@ -333,6 +335,11 @@ pub(super) fn plans(
     for (owner, range) in first {
         if let Some(plan) = plans.get_mut(&owner) {
             plan.hurry(range);
+        }
+    }
+    for some in then {
+        if let Some(plan) = plans.get_mut(&some.owner) {
+            plan.hurry_then(some);
         }
     }
     plans
