@@ -355,3 +355,49 @@ fn the_goal_decides_how_many_rounds_a_tree_takes() {
     println!("goal 90: {high} rounds, goal 40: {low} rounds");
     assert!(high >= low + 2, "{high} and {low} rounds");
 }
+
+/// Holds 64 MiB, and nothing else or all that it can get of one CPU.
+const ON_ONE_CPU: &str = "
+import os, sys, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+memory = bytearray(os.urandom(64 << 20))
+open('/tmp/holds', 'w').close()
+while True:
+    if sys.argv[1] == 'busy':
+        memory[0] = (memory[0] + 1) % 256
+    else:
+        time.sleep(1000)
+";
+
+/// A tree that would wait for its CPU because of the first round gets it back now and
+/// then; one that wants none is not waited for.
+#[test]
+fn the_first_round_stands_back_for_a_busy_tree() {
+    require!("the_first_round_stands_back_for_a_busy_tree": root, tcx, criu, migrate, python);
+    for (how, stands_back) in [("busy", true), ("idle", false)] {
+        let lab = lab(&format!("pace-{how}"));
+        let host = lab.host(HostName::Host1);
+        let tree = host
+            .spawn_detached(["/usr/bin/python3", "-c", ON_ONE_CPU, how], "/dev/null")
+            .unwrap();
+        assert!(eventually(Duration::from_secs(60), || {
+            host.path("/tmp/holds").exists()
+        }));
+        let pid = tree.to_string();
+        // On the tree's CPU, however many there are.
+        let pinned = r#"cpu=$(taskset -cp "$1" | sed 's/.*: //'); exec taskset -c "$cpu" migrate --json --to host2 "$1""#;
+        let output = host
+            .command("sh")
+            .args(["-c", pinned, "sh", &pid])
+            .output()
+            .unwrap();
+        let moved = Migration::read(output.status.code(), &output.stdout, &output.stderr);
+        let report = moved.expect_committed();
+        let paused: Vec<u64> = report.precopy.iter().map(|round| round.paused_us).collect();
+        println!("{how}: {paused:?}");
+        let (first, others) = paused.split_first().unwrap();
+        assert_eq!(*first > 0, stands_back, "{:?}", report.precopy);
+        assert!(*first < report.precopy[0].took_us, "{:?}", report.precopy);
+        assert!(others.iter().all(|us| *us == 0), "{:?}", report.precopy);
+    }
+}

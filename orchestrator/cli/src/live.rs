@@ -150,7 +150,10 @@ fn round_line(report: &RoundReport, blackout: &str) -> String {
         "-".repeat(10 - full),
         report.skipped_percent,
         thousands(report.pages_written),
-        rate(report.bytes, report.took_us),
+        rate(
+            report.bytes,
+            report.took_us.saturating_sub(report.paused_us)
+        ),
     )
 }
 

@@ -405,6 +405,7 @@ fn round_line(round: &RoundReport) -> String {
         skipped_percent,
         bytes,
         took_us,
+        paused_us,
         blackout_us_predicted,
         flows,
         dirty_flows,
@@ -417,6 +418,9 @@ fn round_line(round: &RoundReport) -> String {
         thousands(*pages_scanned),
         mib(*bytes)
     );
+    if *paused_us > 0 {
+        text += &format!(", {} left to the tree", ms(*paused_us));
+    }
     if let (Some(flows), Some(dirty)) = (flows, dirty_flows) {
         text += &format!(", {dirty} of {} dirty", counted(*flows, "connection"));
     }

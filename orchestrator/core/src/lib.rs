@@ -11,6 +11,7 @@ pub mod flow;
 pub mod journal;
 pub mod kernel;
 pub mod late;
+pub mod pace;
 pub mod parked;
 pub mod phase;
 pub mod policy;

@@ -253,6 +253,10 @@ pub struct RoundReport {
     pub bytes: u64,
     /// How long it took, in microseconds.
     pub took_us: u64,
+    /// How much of that it stood still so that the tree could have the CPUs, in
+    /// microseconds.
+    #[serde(default)]
+    pub paused_us: u64,
     /// Bytes that change in a second, once that is known.
     pub dirty_bytes_per_s: Option<u64>,
     /// Measured rate of the page stream, in bytes per second.

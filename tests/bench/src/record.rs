@@ -67,11 +67,11 @@ impl Run {
     }
 
     /// Bytes of pages in a second of the round that has sent most, reading them
-    /// included.
+    /// included and pauses left out.
     pub(crate) fn stream_bytes_per_s(&self) -> Option<u64> {
         let rounds = &self.report.as_ref()?.precopy;
         let most = rounds.iter().max_by_key(|round| round.bytes)?;
-        per_second(most.bytes, most.took_us)
+        per_second(most.bytes, most.took_us.saturating_sub(most.paused_us))
     }
 }
 

@@ -80,7 +80,8 @@ pub struct RoundArgs {
     /// At most so many rounds
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub max_iterations: u32,
-    /// At most so many seconds of rounds
+    /// At most so many seconds of rounds; the first pauses for a tree that would wait for CPUs
+    /// because of it, but not beyond half of that
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<f64>,
     /// When rounds end without their goal: freeze all the same, cancel, or hand over before

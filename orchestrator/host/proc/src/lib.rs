@@ -9,6 +9,7 @@
 
 mod adopt;
 mod cgroup;
+mod cpu;
 mod descriptors;
 mod error;
 mod fence;
@@ -29,6 +30,7 @@ mod tree;
 mod tunnel;
 
 pub use adopt::{ADOPT_VERB, Adoption, adopt, bring_in, clear_adoptions, unit_facts};
+pub use cpu::CpuWatch;
 pub use error::ProcError;
 pub use fence::{Fence, FenceKind, FenceRecord, FenceWatch, FencedProcess};
 pub use files::compare_files;

@@ -18,6 +18,7 @@ use migrate_memory::{ContentPrecopy, FrozenSegments, Listed, MemoryError};
 use migrate_proc::Precedence;
 
 use super::deliver::{Delivery, Kept};
+use super::pacer::Pacer;
 use super::preflight::{externals, survey};
 use super::segments::SegmentDump;
 use super::{Engine, Migration, Target, not_yet};
@@ -473,6 +474,8 @@ pub(super) struct Outgoing<'a> {
     awaited: Vec<(u32, u64)>,
     /// Who wants to see it go.
     tally: Option<Tally>,
+    /// Who stands back for the tree now and then.
+    pacer: Option<&'a mut Pacer>,
 }
 
 /// Tells now and then how far a round has come.
@@ -513,6 +516,7 @@ impl<'a> Outgoing<'a> {
             code: BTreeMap::new(),
             awaited: Vec::new(),
             tally: None,
+            pacer: None,
         }
     }
 
@@ -522,8 +526,10 @@ impl<'a> Outgoing<'a> {
         reporter: Reporter,
         round: u32,
         pages_expected: u64,
+        pacer: Option<&'a mut Pacer>,
     ) -> Self {
         Self {
+            pacer,
             tally: Some(Tally {
                 reporter,
                 round,
@@ -543,7 +549,11 @@ impl<'a> Outgoing<'a> {
         if let Some(tally) = &mut self.tally {
             tally.tell(self.pages);
         }
-        self.sender.pages(&run, data).await
+        self.sender.pages(&run, data).await?;
+        if let Some(pacer) = &mut self.pacer {
+            pacer.pause().await;
+        }
+        Ok(())
     }
 
     /// Keeps what is listed, when somebody wants to compare.

@@ -10,6 +10,7 @@ mod deliver;
 mod dump;
 mod handover;
 mod look;
+mod pacer;
 mod precopy;
 mod preflight;
 mod prepare;

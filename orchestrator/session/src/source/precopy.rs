@@ -14,6 +14,7 @@ use migrate_memory::{ContentPrecopy, Limits, Precopy, RoundError, RoundStats, Tr
 
 use super::dump::Outgoing;
 use super::look::Look;
+use super::pacer::Pacer;
 use super::soft_dirty::SoftDirty;
 use super::{Migration, micros, not_yet};
 use crate::error::Error;
@@ -166,6 +167,7 @@ impl Migration {
         let begun = Instant::now();
         let mut convergence = Convergence::new(self.request.choices.policy);
         let mut look = Look::default();
+        let mut pacer = self.pacer()?;
         // The first sends everything, and the others hardly more than the one before.
         let mut pages_expected = self.plan()?.facts.resident_bytes / PAGE_BYTES as u64;
         loop {
@@ -182,6 +184,7 @@ impl Migration {
                 self.reporter.clone(),
                 self.rounds + 1,
                 pages_expected,
+                pacer.as_mut(),
             );
             let round = async {
                 let made = match (&mut self.precopy, &mut self.content, &mut self.soft_dirty) {
@@ -211,6 +214,8 @@ impl Migration {
                 source,
             })?;
             self.round_pages += stats.pages_written;
+            // There is none in the rounds that follow.
+            let paused = pacer.take().map_or(Duration::ZERO, |pacer| pacer.paused());
             let after = link.sender.stream_stats();
             let sent_bytes = after.raw_bytes.saturating_sub(before.raw_bytes);
             let sending = after.busy.saturating_sub(before.busy);
@@ -242,6 +247,7 @@ impl Migration {
                 skipped_percent: verdict.skipped_percent,
                 bytes: stats.bytes,
                 took_us: stats.took_us,
+                paused_us: micros(paused),
                 dirty_bytes_per_s: verdict.dirty_bytes_per_s,
                 link_bytes_per_s: round.link_bytes_per_s,
                 flows: counted.map(|count| count.flows),
@@ -265,6 +271,18 @@ impl Migration {
                 }
             }
         }
+    }
+
+    /// Who stands back in the first round. Marks of the kernel are read by CRIU, with the tree
+    /// frozen.
+    fn pacer(&self) -> Result<Option<Pacer>, Error> {
+        if self.soft_dirty.is_some() {
+            return Ok(None);
+        }
+        let processes = &self.plan()?.facts.processes;
+        let pids: Vec<i32> = processes.iter().map(|process| process.pid).collect();
+        let timeout = self.request.choices.policy.timeout_us;
+        Ok(Some(Pacer::new(&pids, timeout.map(Duration::from_micros))))
     }
 
     /// Rate of the page stream: of this round when it sent enough to tell, or
