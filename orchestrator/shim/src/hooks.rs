@@ -491,6 +491,37 @@ fn without_counts(fd: c_int) -> c_int {
     })
 }
 
+/// Where CRIU makes the kernel forget which pages have been written.
+const CLEAR_REFS: &[u8] = b"clear_refs";
+
+/// What CRIU gets for `fd`, which it has just opened by a path that may lead to some
+/// process's `clear_refs`: nothing comes of what it writes there. Those marks are not the
+/// ones that count here, and the kernel goes through all of the memory for them. Leaves
+/// `errno` as it was.
+fn without_effect(fd: c_int) -> c_int {
+    /// `O_RDWR | O_CLOEXEC`.
+    const READ_WRITE: isize = 0o2_000_002;
+    aside(|| {
+        let mut target: TargetBuffer = [0; 64];
+        let known = u32::try_from(fd).ok();
+        let target = known.and_then(|fd| target_of(fd, &mut target));
+        if target.is_none_or(|target| paths::process_of(target, CLEAR_REFS).is_none()) {
+            return fd;
+        }
+        // SAFETY: a path with a zero at its end; the other descriptor is nobody's, since
+        // CRIU has not heard of it yet.
+        unsafe {
+            let path = address(c"/dev/null".as_ptr());
+            let null = call(number::OPENAT, [AT_FDCWD, path, READ_WRITE, 0, 0, 0]);
+            if null == -1 {
+                return fd;
+            }
+            call(number::CLOSE, [whole(fd), 0, 0, 0, 0, 0]);
+            narrow(null)
+        }
+    })
+}
+
 /// The file system that a descriptor is open on.
 ///
 /// # Safety
@@ -652,11 +683,18 @@ unsafe fn open_at(directory: c_int, path: *const c_char, flags: c_int, mode: c_u
         )
     };
     let fd = narrow(result);
-    // SAFETY: the caller's promise; the kernel has just read it.
-    if fd >= 0 && paths::may_be_smaps(unsafe { CStr::from_ptr(path) }.to_bytes()) {
-        return without_counts(fd);
+    if fd < 0 {
+        return fd;
     }
-    fd
+    // SAFETY: the caller's promise; the kernel has just read it.
+    let path = unsafe { CStr::from_ptr(path) }.to_bytes();
+    if paths::may_be(path, b"smaps") {
+        without_counts(fd)
+    } else if paths::may_be(path, CLEAR_REFS) {
+        without_effect(fd)
+    } else {
+        fd
+    }
 }
 
 /// `open(2)`.
@@ -1140,6 +1178,38 @@ mod tests {
         let failed = unsafe { fstat(-1, (&raw mut stat).cast()) };
         assert_eq!(failed, -1);
         assert_eq!(Error::last_os_error().raw_os_error(), Some(libc::EBADF));
+    }
+
+    /// What a descriptor is open on.
+    fn open_on(fd: c_int) -> std::path::PathBuf {
+        std::fs::read_link(std::format!("/proc/self/fd/{fd}")).unwrap()
+    }
+
+    #[test]
+    fn the_kernels_marks_are_left_alone() {
+        const READ_WRITE: c_int = 2;
+        let name = std::format!("shim-marks-{}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        std::fs::create_dir(&directory).unwrap();
+        let ours = directory.join("clear_refs");
+        std::fs::write(&ours, "").unwrap();
+        let own = std::format!("/proc/{}/clear_refs", std::process::id());
+        for (path, expected) in [
+            (own.as_str(), "/dev/null"),
+            ("/proc/self/clear_refs", "/dev/null"),
+            // Of no process.
+            (ours.to_str().unwrap(), ours.to_str().unwrap()),
+        ] {
+            let path = CString::new(path).unwrap();
+            // SAFETY: a C string; a descriptor that is closed here.
+            let file = unsafe {
+                let fd = open(path.as_ptr(), READ_WRITE, 0);
+                assert!(fd >= 0, "{path:?}: {}", Error::last_os_error());
+                File::from_raw_fd(fd)
+            };
+            assert_eq!(open_on(file.as_raw_fd()).to_str(), Some(expected));
+        }
+        std::fs::remove_dir_all(directory).unwrap();
     }
 
     #[test]

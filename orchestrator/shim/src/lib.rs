@@ -40,6 +40,9 @@
 //!   `MIGRATE_SHIM_MAPPINGS` names a program that reads flags, CRIU gets what it reads of
 //!   that file, made of `maps` and those flags; else, or where both do not fit each other,
 //!   the file itself.
+//! - `open` of a process's `clear_refs`: CRIU has the kernel forget which pages have been
+//!   written, which takes it a walk through all of them and is of no use here. `/dev/null`
+//!   takes what it writes.
 //! - `kcmp`, which CRIU asks whether a descriptor is the file that an epoll set has it for:
 //!   of sockets that is seen here, where the kernel would walk through the set for each.
 //! - `lseek` for the data of a shared segment whose pages reach the destination

@@ -62,9 +62,9 @@ pub(crate) fn maps_beside<'a>(file: &[u8], buffer: &'a mut TargetBuffer) -> Opti
     Some(buffer)
 }
 
-/// Whether a path that CRIU opens may lead to a process's `smaps`.
-pub(crate) fn may_be_smaps(path: &[u8]) -> bool {
-    path.strip_suffix(b"smaps")
+/// Whether a path that CRIU opens may lead to a process's `file`.
+pub(crate) fn may_be(path: &[u8], file: &[u8]) -> bool {
+    path.strip_suffix(file)
         .is_some_and(|before| before.is_empty() || before.ends_with(b"/"))
 }
 
@@ -241,7 +241,7 @@ mod tests {
             ("smaps_rollup", false),
             ("", false),
         ] {
-            assert_eq!(may_be_smaps(path.as_bytes()), may, "{path}");
+            assert_eq!(may_be(path.as_bytes(), b"smaps"), may, "{path}");
         }
         for (target, process) in [
             ("/proc/7/smaps", Some(7)),
