@@ -274,9 +274,9 @@ impl Migration {
     }
 
     /// Who stands back in the first round. Marks of the kernel are read by CRIU, with the tree
-    /// frozen.
+    /// frozen; and what is written while a round pauses would come late.
     fn pacer(&self) -> Result<Option<Pacer>, Error> {
-        if self.soft_dirty.is_some() {
+        if self.soft_dirty.is_some() || self.request.choices.postcopy {
             return Ok(None);
         }
         let processes = &self.plan()?.facts.processes;
