@@ -7,9 +7,10 @@
 //! as long as they help. Nothing here reads a clock or `/proc`.
 //!
 //! ```text
-//! stall       = waited / (ran + waited), of a tree that wants much of a CPU
+//! stall       = waited / (ran + waited)
+//! demand      = ran / time, while we pause
 //! excess      = stall while we work - stall while we pause
-//! pause, next = longer while excess > 10 %, shorter while it is < 5 %
+//! pause, next = longer while excess > 10 %, shorter while it is < 5 %; none where the demand is < 1/3
 //! ```
 
 use std::time::Duration;
@@ -28,16 +29,19 @@ const RATIO_MAX: f64 = 9.0;
 const RATIO_FIRST: f64 = 0.5;
 
 /// Work without a pause, until it is seen again whether others are to blame.
-const LOOK_EVERY: Duration = Duration::from_millis(300);
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Excess that we are answerable for, and that which is none.
 const EXCESS_MAX: f64 = 0.10;
 const EXCESS_NONE: f64 = 0.05;
 
-/// A tree that neither ran nor waited for a larger part of the time does not need the CPU
-/// that it waits for: it does as much as before, a moment later. A round ten times as
+/// A tree that runs for a smaller part of the time, with a CPU to itself, does not need the
+/// CPU that it waits for: it does as much as before, a moment later. A round ten times as
 /// long would cost it more, for what it writes meanwhile has to be sent again.
-const IDLE: f64 = 0.4;
+const DEMAND_MIN: f64 = 1.0 / 3.0;
+
+/// One that neither runs nor waits for a larger part of the time need not be asked.
+const IDLE: f64 = 0.1;
 
 /// Weight of the latest look.
 const LATEST: f64 = 0.5;
@@ -80,6 +84,7 @@ fn seconds(ns: u64) -> f64 {
 pub struct Pace {
     working: Option<f64>,
     pausing: Option<f64>,
+    demand: f64,
     ratio: f64,
     /// Worked since the last pause.
     unpaused: Duration,
@@ -96,9 +101,13 @@ impl Pace {
         let working = average(self.working, tree.stall(lasted));
         self.working = Some(working);
         self.unpaused = self.unpaused.saturating_add(lasted);
-        // It cannot be ours where there is none.
-        let excess = self.pausing.map(|pausing| working - pausing);
-        let looks = match excess.unwrap_or(working).min(working) {
+        let excess = match self.pausing {
+            None => working,
+            Some(_) if self.demand < DEMAND_MIN => 0.0,
+            // It cannot be ours where there is none.
+            Some(pausing) => (working - pausing).min(working),
+        };
+        let looks = match excess {
             excess if excess > EXCESS_MAX => {
                 if self.pausing.is_some() {
                     self.ratio = (self.ratio * 2.0).clamp(RATIO_FIRST, RATIO_MAX);
@@ -123,6 +132,8 @@ impl Pace {
 
     /// After the second half of a pause, which lasted so long.
     pub fn paused(&mut self, lasted: Duration, tree: CpuTime) {
+        let ran = seconds(tree.ran_ns) / lasted.as_secs_f64().max(f64::MIN_POSITIVE);
+        self.demand = average(self.pausing.map(|_| self.demand), ran);
         self.pausing = Some(average(self.pausing, tree.stall(lasted)));
     }
 }
@@ -166,8 +177,8 @@ mod tests {
         let mut pace = Pace::default();
         for _ in 0..100 {
             let hardly = CpuTime {
-                ran_ns: 1_000_000,
-                waited_ns: 3_000_000,
+                ran_ns: 300_000,
+                waited_ns: 700_000,
             };
             assert_eq!(pace.worked(WORK, hardly), None);
         }
@@ -183,6 +194,29 @@ mod tests {
     fn what_others_take_is_not_given_way_to() {
         let (works, pauses) = run(|_| 50, 48);
         assert!(pauses <= works / 5, "{pauses:?} of {works:?}");
+    }
+
+    #[test]
+    fn a_tree_that_wants_little_of_a_cpu_is_given_no_more() {
+        let mut pace = Pace::default();
+        let mut pauses = Duration::ZERO;
+        for _ in 0..200 {
+            // Ten threads that wait now and then.
+            let contended = CpuTime {
+                ran_ns: 2_000_000,
+                waited_ns: 12_000_000,
+            };
+            if let Some(pause) = pace.worked(WORK, contended) {
+                pauses += pause;
+                let alone = CpuTime {
+                    ran_ns: 3_000_000,
+                    waited_ns: 100_000,
+                };
+                pace.paused(PAUSE_MIN / 2, alone);
+            }
+        }
+        // Looks, one in half a second.
+        assert!(pauses <= WORK * 200 / 10, "{pauses:?}");
     }
 
     #[test]
