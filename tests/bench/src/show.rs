@@ -461,10 +461,14 @@ fn plot(path: &Path, title: &str, axis: &str, series: &Series) -> anyhow::Result
 }
 
 fn command_line() -> String {
-    /// Where results are is nobody else's business.
     const RESULTS: &str = "--results";
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let Some(at) = arguments.iter().position(|argument| argument == RESULTS) {
+    // Where else on a machine results are is nobody else's business.
+    let at = arguments.iter().position(|argument| argument == RESULTS);
+    if let Some(at) = at.filter(|at| {
+        let place = arguments.get(at + 1);
+        place.is_none_or(|place| Path::new(place).is_absolute())
+    }) {
         arguments.drain(at..arguments.len().min(at + 2));
     }
     format!("cargo xtask bench {}", arguments.join(" "))
