@@ -3,10 +3,12 @@
 //! The functions here that judge panic with all that is known, as assertions
 //! do.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fmt;
 use std::io::{self, Read};
 use std::ops::Range;
+use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -212,6 +214,22 @@ pub fn no_gate_left(host: &Host) {
 pub fn arrives(host: &Host) -> bool {
     let left = host.path("/run/migrate/arriving");
     std::fs::read_dir(left).is_ok_and(|mut left| left.next().is_some())
+}
+
+/// A destination's records of trees that run.
+#[must_use]
+pub fn running_records(host: &Host) -> BTreeSet<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(host.path("/run/migrate/journal")) else {
+        return BTreeSet::new();
+    };
+    let paths = entries.flatten().map(|entry| entry.path());
+    paths
+        .filter(|path| path.to_string_lossy().ends_with(".destination.json"))
+        .filter(|path| {
+            let text = std::fs::read_to_string(path).unwrap_or_default();
+            text.contains(r#""stage": "done""#)
+        })
+        .collect()
 }
 
 /// Prints the ends of the logs that `migrate` left in a host, for the reader

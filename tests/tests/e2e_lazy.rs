@@ -2,9 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test panics for its backtrace")]
 
-use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
@@ -12,7 +10,7 @@ use migrate_test_hosts::{Host, HostName, Lab, LabGuard};
 use migrate_tests::client::program;
 use migrate_tests::hosts::{eventually, named, runs};
 use migrate_tests::migration::{
-    Migration, arrives, migrate, moves, print_logs, serves_old_connections,
+    Migration, arrives, migrate, moves, print_logs, running_records, serves_old_connections,
 };
 use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload, redis_script};
@@ -149,21 +147,6 @@ fn signal(host: &Host, signal: &str, pid: i32) {
     assert!(output.status.success(), "{output:?}");
 }
 
-/// The destination's records of trees that run.
-fn done(host: &Host) -> BTreeSet<PathBuf> {
-    let Ok(entries) = fs::read_dir(host.path("/run/migrate/journal")) else {
-        return BTreeSet::new();
-    };
-    let paths = entries.flatten().map(|entry| entry.path());
-    paths
-        .filter(|path| path.to_string_lossy().ends_with(".destination.json"))
-        .filter(|path| {
-            let text = fs::read_to_string(path).unwrap_or_default();
-            text.contains(r#""stage": "done""#)
-        })
-        .collect()
-}
-
 /// Moves a redis and stops the keeper of its memory as soon as it runs, so that
 /// some of the memory is missing. Returns its PID.
 fn half_way(lab: &Lab, workload: &Workload) -> (i32, thread::JoinHandle<Migration>) {
@@ -175,7 +158,7 @@ fn half_way(lab: &Lab, workload: &Workload) -> (i32, thread::JoinHandle<Migratio
         // That of an attempt before may still be ending.
         let ended = eventually(SOON, || named(&destination, "memory-keeper").is_none());
         assert!(ended, "a keeper outlives its tree's stay");
-        let before = done(&destination);
+        let before = running_records(&destination);
         let (source, pid) = (source.clone(), workload.pid.to_string());
         let moving = thread::spawn(move || {
             migrate(&source, ["--restore", "lazy", "--to", "host2", &pid]).unwrap()
@@ -183,7 +166,7 @@ fn half_way(lab: &Lab, workload: &Workload) -> (i32, thread::JoinHandle<Migratio
         let mut keeper = None;
         let runs = eventually(SOON, || {
             keeper = keeper.or_else(|| named(&destination, "memory-keeper"));
-            !done(&destination).is_subset(&before)
+            !running_records(&destination).is_subset(&before)
         });
         let keeper = keeper.or_else(|| named(&destination, "memory-keeper"));
         let stopped = keeper.filter(|&keeper| {

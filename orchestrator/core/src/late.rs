@@ -18,6 +18,14 @@ const PAGE: u64 = PAGE_BYTES as u64;
 /// name, as ranges: what is beyond is asked for with the next one.
 pub const WANTED_RANGES_MAX: usize = 1024;
 
+/// Ranges of pages that one [`Message::Follows`](crate::wire::Message::Follows) may name:
+/// with the largest numbers they fit a control message.
+pub const FOLLOWING_RANGES_MAX: usize = 1 << 16;
+
+/// Runs of pages that come late, at most: what is beyond goes over before the commit. Each
+/// takes some 100 bytes on either side.
+pub const RUNS_MAX: usize = 1 << 22;
+
 /// Ranges of wanted pages that the source remembers. What is wanted beyond that
 /// comes in its turn, for everything does.
 const WANTED_MAX: usize = 1 << 16;
@@ -86,8 +94,8 @@ impl LateRun {
 pub struct LateRuns {
     /// By number.
     runs: Vec<LateRun>,
-    /// Their places in `runs`, by address.
-    places: BTreeMap<(PageOwner, u64), usize>,
+    /// Their places in `runs`, by address. They come in that order as a rule.
+    places: BTreeMap<PageOwner, Vec<usize>>,
 }
 
 impl LateRuns {
@@ -110,19 +118,21 @@ impl LateRuns {
             pages: run.pages,
             first,
         };
-        let clash = self
-            .places
-            .range(..(run.owner, late.end()))
-            .next_back()
-            .and_then(|(_, &place)| self.runs.get(place))
-            .is_some_and(|other| other.owner == run.owner && other.end() > run.vaddr);
+        let places = self.places.entry(run.owner).or_default();
+        let starts_before =
+            |&place: &usize, end: u64| self.runs.get(place).is_some_and(|other| other.vaddr < end);
+        let at = places.partition_point(|place| starts_before(place, late.end()));
+        let clash = places[..at]
+            .last()
+            .and_then(|&place| self.runs.get(place))
+            .is_some_and(|other| other.end() > run.vaddr);
         if clash {
             return Err(LateError::Twice {
                 owner: run.owner,
                 vaddr: run.vaddr,
             });
         }
-        self.places.insert((run.owner, run.vaddr), self.runs.len());
+        places.insert(at, self.runs.len());
         self.runs.push(late);
         Ok(first)
     }
@@ -135,15 +145,19 @@ impl LateRuns {
 
     /// The runs that a range of addresses touches, cut to it, in order.
     pub fn within(&self, owner: PageOwner, range: Range<u64>) -> impl Iterator<Item = LateRun> {
-        let before = self
-            .places
-            .range((owner, 0)..(owner, range.start))
-            .next_back()
-            .map_or(range.start, |(&(_, vaddr), _)| vaddr);
-        self.places
-            .range((owner, before)..(owner, range.end.max(before)))
-            .filter_map(move |(_, &place)| {
-                let run = self.runs.get(place)?;
+        let places = self.places.get(&owner).map_or(&[][..], Vec::as_slice);
+        let runs = places.iter().filter_map(|&place| self.runs.get(place));
+        let from = places.partition_point(|&place| {
+            self.runs
+                .get(place)
+                .is_some_and(|run| run.end() <= range.start)
+        });
+        runs.skip(from)
+            .take_while({
+                let end = range.end;
+                move |run| run.vaddr < end
+            })
+            .filter_map(move |run| {
                 let skipped = range.start.saturating_sub(run.vaddr) / PAGE;
                 let end = run.end().min(range.end);
                 let kept = end.saturating_sub(run.vaddr) / PAGE;

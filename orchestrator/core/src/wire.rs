@@ -349,6 +349,15 @@ pub enum Message {
     Kept(KeptQuestion),
     /// Every image of the set has been sent.
     Given,
+    /// What comes after `Go` of the next run that the list names as in store: what is in
+    /// store of these pages is out of date. Several for one run where there are many.
+    Follows {
+        /// Whose.
+        owner: PageOwner,
+        /// First page, as address over [`PAGE_BYTES`], and count; ascending, at most
+        /// [`crate::late::FOLLOWING_RANGES_MAX`].
+        pages: Vec<(u64, u64)>,
+    },
 }
 
 /// Bytes of a manifest in one message.
@@ -564,6 +573,24 @@ impl PageRun {
         }
     }
 
+    /// What is left of it without these parts of it, which ascend and do not overlap.
+    #[must_use]
+    pub fn without(&self, parts: &[Self]) -> Vec<Self> {
+        let page = PAGE_BYTES as u64;
+        let end = |run: &Self| run.vaddr + run.pages * page;
+        let starts = std::iter::once(self.vaddr).chain(parts.iter().map(end));
+        let ends = parts.iter().map(|part| part.vaddr).chain([end(self)]);
+        starts
+            .zip(ends)
+            .filter(|(start, end)| start < end)
+            .map(|(start, end)| Self {
+                vaddr: start,
+                pages: (end - start) / page,
+                ..*self
+            })
+            .collect()
+    }
+
     /// Encodes the head of a page frame.
     #[must_use]
     pub fn encode(&self) -> [u8; PAGE_RUN_BYTES] {
@@ -761,6 +788,24 @@ mod tests {
         for cut in 0..body.len() {
             assert!(PageRun::decode(&body[..cut]).is_err(), "{cut}");
         }
+    }
+
+    #[test]
+    fn a_run_is_what_is_left_of_it_and_its_parts() {
+        let run = |page: u64, pages: u64| PageRun {
+            owner: PageOwner::Task(7),
+            vaddr: page * PAGE_BYTES as u64,
+            pages,
+            flags: 3,
+        };
+        let whole = run(10, 10);
+        assert_eq!(whole.without(&[]), [whole]);
+        assert_eq!(whole.without(&[whole]), []);
+        assert_eq!(whole.without(&[run(10, 1), run(19, 1)]), [run(11, 8)]);
+        assert_eq!(
+            whole.without(&[run(12, 2), run(14, 1), run(16, 3)]),
+            [run(10, 2), run(15, 1), run(19, 1)]
+        );
     }
 
     proptest! {

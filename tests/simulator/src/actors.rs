@@ -432,6 +432,8 @@ impl World<'_> {
     fn touch_source(&mut self, op: SourceOp) {
         match op {
             SourceOp::KillTree => {
+                // The copy's missing pages are the tree's.
+                self.lose_late();
                 self.source.alive = false;
                 self.source.criu = false;
             }

@@ -64,8 +64,8 @@ pub(crate) fn of_source(step: source::Step) -> &'static [SourceOp] {
         Step::Go => &[S::SendGo, S::AwaitOwned],
         Step::AskOwner | Step::AskRunner => &[S::CloseLink, S::Ask, S::AwaitVerdict],
         Step::Await => &[S::AwaitRunning],
-        Step::Remove => &[S::KillTree, S::CloseLink, S::DetachGate, S::Discard],
         Step::Deliver => &[S::Deliver],
+        Step::Remove | Step::RemoveLost => &[S::KillTree, S::CloseLink, S::DetachGate, S::Discard],
         Step::TakeBack => &[
             S::WriteUndone,
             S::CloseLink,

@@ -57,8 +57,12 @@ fn a_wrong_arrow_of_the_source_is_found_out() {
         (Step::AskRunner, Event::SaysRuns, Step::TakeBack),
         (Step::AskRunner, Event::Failed, Step::TakeBack),
         (Step::AskRunner, Event::Failed, Step::Remove),
-        (Step::Remove, Event::Done, Step::Committed),
-        (Step::Deliver, Event::Failed, Step::Committed),
+        (Step::Await, Event::Done, Step::Remove),
+        (Step::AskOwner, Event::SaysRuns, Step::Remove),
+        (Step::AskRunner, Event::SaysRuns, Step::Remove),
+        (Step::Deliver, Event::Failed, Step::Remove),
+        (Step::Deliver, Event::Failed, Step::Lost),
+        (Step::RemoveLost, Event::Done, Step::Committed),
         (Step::Deliver, Event::Failed, Step::TakeBack),
     ] {
         let mut rules = Rules::default();

@@ -41,11 +41,14 @@ named! {
         Await = "await",
         /// Asks over a new connection whether the copy runs.
         AskRunner = "ask_runner",
+        /// Sends the pages that the copy still lacks, read from the frozen tree, and
+        /// waits for the word that it has them all; nothing to do without `--postcopy`.
+        Deliver = "deliver",
         /// Removes the frozen tree without a word to its peers.
         Remove = "remove",
-        /// Sends the pages that the copy still lacks, and waits for the word that
-        /// it has them all; nothing to do without `--postcopy`.
-        Deliver = "deliver",
+        /// Does the same for a tree that is lost: it may not run here, for its peers
+        /// have talked to the copy.
+        RemoveLost = "remove_lost",
         /// Undoes everything, newest first.
         TakeBack = "take_back",
         /// The tree runs on the destination.
@@ -109,22 +112,23 @@ impl Machine for Step {
         // It may have arrived.
         Go + Failed => AskOwner;
         AskOwner + SaysOwned => AskRunner;
-        AskOwner + SaysRuns => Remove;
+        AskOwner + SaysRuns => Deliver;
         AskOwner + SaysNever => TakeBack;
         AskOwner + Failed => Undecided;
-        Await + Done => Remove;
+        Await + Done => Deliver;
         Await + Failed => AskRunner;
-        AskRunner + SaysRuns => Remove;
+        AskRunner + SaysRuns => Deliver;
         // It has died between its word and the copy's first instruction, which
         // can be proved there.
         AskRunner + SaysNever => TakeBack;
         AskRunner + Failed => Undecided;
-        // What cannot be removed changes nothing about where the tree runs.
-        Remove + Done => Deliver;
-        Deliver + Done => Committed;
+        Deliver + Done => Remove;
         // Its word that it has them may be what was lost; a copy that lacks any
         // ends on its own.
-        Deliver + Failed => Lost;
+        Deliver + Failed => RemoveLost;
+        // What cannot be removed changes nothing about where the tree runs.
+        Remove + Done => Committed;
+        RemoveLost + Done => Lost;
         TakeBack + Done => RolledBack;
     };
 
@@ -163,7 +167,7 @@ impl Step {
             | Self::Go
             | Self::AskOwner => Phase::HandedOver,
             Self::Await | Self::AskRunner => Phase::Takeover,
-            Self::Remove | Self::Deliver => Phase::Finish,
+            Self::Deliver | Self::Remove | Self::RemoveLost => Phase::Finish,
             Self::Committed => Phase::Committed,
             Self::TakeBack | Self::RolledBack => Phase::RolledBack,
             Self::Undecided => Phase::Undecided,

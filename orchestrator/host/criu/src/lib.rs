@@ -87,6 +87,7 @@ pub use images::{
 pub use locate::{Criu, OVERRIDE, PRIVATE_PATH, locate};
 pub use lock::NetworkLock;
 pub use log::LogTail;
+pub use mappings::{Held, held};
 pub use pages::{PARENT, PIECE_PAGES_MAX, PageSink, PageSocket, PageStats, serve_pages};
 pub use park::{ParkedRestore, dismiss_parked};
 #[doc(hidden)]

@@ -7,9 +7,10 @@
 //! So what the program says has been held against the kernel's own words before anybody
 //! relies on it. Where there is no such place CRIU reads `smaps` itself.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Read as _};
+use std::ops::Range;
 use std::os::fd::{AsFd as _, AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 
 use aya::programs::Iter;
@@ -85,13 +86,13 @@ fn load() -> Result<OwnedFd, String> {
 /// Finds the place of the flags, and holds what the program says then against `smaps`.
 fn compare(heads: &OwnedFd, btf: &Btf) -> Result<OwnedFd, String> {
     let told = told()?;
-    let heads: HashMap<Place, [u64; HEAD_WORDS]> = records(heads)?
+    let heads: HashMap<Place, [u64; HEAD_WORDS]> = records(heads.as_raw_fd(), std::process::id())?
         .into_iter()
         .map(|head: [u64; HEAD_WORDS]| ((head[0], head[1]), head))
         .collect();
     let at = place(&told, &heads)?;
     let program = verified(btf, FLAGS, at)?;
-    let said = records(&program)?
+    let said = records(program.as_raw_fd(), std::process::id())?
         .into_iter()
         .map(|[start, end, flags]| ((start, end), flags));
     differences(&told, &said.collect())?;
@@ -167,10 +168,57 @@ fn told() -> Result<HashMap<Place, u64>, String> {
     Ok(told)
 }
 
-/// All records that a program writes about this process.
-fn records<const WORDS: usize>(program: &OwnedFd) -> Result<Vec<[u64; WORDS]>, String> {
+/// Memory that a copy has to have before it runs, by task, ascending.
+pub type Held = BTreeMap<u32, Vec<Range<u64>>>;
+
+/// What of these processes' memory cannot wait until their copies run, though CRIU may think
+/// it can: what one of them has locked, and what others have there; and what their children
+/// find zeros in. `None` where that cannot be told without a look at every page.
+///
+/// They stand still: what they change meanwhile is not seen.
+pub async fn held(pids: &[u32]) -> Option<Held> {
+    /// `VM_LOCKED` and `VM_WIPEONFORK` of `include/linux/mm.h`.
+    const LOCKED: u64 = 0x2000;
+    const WIPED: u64 = 0x200_0000;
+    let program = program().await?;
+    let mut mappings = Vec::new();
+    for &pid in pids {
+        match records(program, pid) {
+            Ok(records) => mappings.push((pid, records)),
+            Err(why) => {
+                tracing::debug!(why, pid, "the flags of its mappings are not known");
+                return None;
+            }
+        }
+    }
+    let mut all: Vec<Range<u64>> = mappings
+        .iter()
+        .flat_map(|(_, records)| records)
+        .filter(|[_, _, flags]| flags & LOCKED != 0)
+        .map(|&[start, end, _]| start..end)
+        .collect();
+    all.sort_by_key(|range| range.start);
+    let mut locked: Vec<Range<u64>> = Vec::new();
+    for range in all {
+        match locked.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => locked.push(range),
+        }
+    }
+    let held = mappings.into_iter().map(|(pid, records)| {
+        let ranges = records.into_iter().filter(|&[start, end, flags]| {
+            let at = locked.partition_point(|range| range.end <= start);
+            flags & WIPED != 0 || locked.get(at).is_some_and(|range| range.start < end)
+        });
+        (pid, ranges.map(|[start, end, _]| start..end).collect())
+    });
+    Some(held.collect())
+}
+
+/// All records that a program writes about a process.
+fn records<const WORDS: usize>(program: RawFd, pid: u32) -> Result<Vec<[u64; WORDS]>, String> {
     let failed = |error: io::Error| format!("the program does not run: {error}");
-    let fd = RawFd::try_from(iterate(program.as_raw_fd(), std::process::id())).unwrap_or(-1);
+    let fd = RawFd::try_from(iterate(program, pid)).unwrap_or(-1);
     if fd < 0 {
         return Err(failed(io::Error::last_os_error()));
     }
@@ -195,7 +243,7 @@ fn records<const WORDS: usize>(program: &OwnedFd) -> Result<Vec<[u64; WORDS]>, S
                 return Ok(records);
             }
             if records.len() == RECORDS_MAX {
-                return Err("this process has too many mappings".to_owned());
+                return Err("the process has too many mappings".to_owned());
             }
             records.push(words);
         }
@@ -343,7 +391,9 @@ mod tests {
             at
         };
         let told = told().unwrap();
-        let said = records(&program).unwrap().into_iter();
+        let said = records(program.as_raw_fd(), std::process::id())
+            .unwrap()
+            .into_iter();
         let said = said
             .map(|[start, end, flags]| ((start, end), flags))
             .collect();
@@ -359,6 +409,40 @@ mod tests {
             );
         }
         assert!(said.len() >= MANY);
+        // SAFETY: made above, and used by nobody.
+        unsafe { munmap(at, length.get()) }.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_locked_or_wiped_is_held() {
+        let Some(_) = program().await else {
+            println!("SKIP what_is_locked_or_wiped_is_held: the program cannot be relied on");
+            return;
+        };
+        let page = migrate_core::wire::PAGE_BYTES;
+        let length = std::num::NonZeroUsize::new(4 * page).unwrap();
+        // SAFETY: a new mapping; what is locked and advised is within it.
+        let at = unsafe {
+            let at = mmap_anonymous(
+                None,
+                length,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_PRIVATE,
+            )
+            .unwrap();
+            mlock(at.byte_add(page), page).unwrap();
+            madvise(at.byte_add(3 * page), page, MmapAdvise::MADV_WIPEONFORK).unwrap();
+            at
+        };
+        let pid = std::process::id();
+        let held = held(&[pid]).await.unwrap().remove(&pid).unwrap();
+        let first = at.addr().get() as u64;
+        let is_held: Vec<bool> = (first..)
+            .step_by(page)
+            .take(4)
+            .map(|page| held.iter().any(|range| range.contains(&page)))
+            .collect();
+        assert_eq!(is_held, [false, true, false, true], "{held:x?}");
         // SAFETY: made above, and used by nobody.
         unsafe { munmap(at, length.get()) }.unwrap();
     }

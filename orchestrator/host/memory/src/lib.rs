@@ -34,6 +34,7 @@ mod code;
 mod content;
 mod digests;
 mod error;
+mod frozen;
 #[cfg(target_arch = "x86_64")]
 mod inject;
 #[cfg(not(target_arch = "x86_64"))]
@@ -59,6 +60,7 @@ pub use code::{code_pages, read_page};
 pub use content::ContentPrecopy;
 pub use digests::{Listed, digests};
 pub use error::{MemoryError, RoundError, StoreError, Unsupported, UntrackedReason};
+pub use frozen::{FrozenMemory, FrozenPages, TaskRanges};
 pub use inject::Injection;
 pub use known::alike;
 #[doc(hidden)]

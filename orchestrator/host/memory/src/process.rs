@@ -91,6 +91,20 @@ impl Watch {
         Ok(refused)
     }
 
+    /// Another one of the same memory, which registers nothing.
+    pub(crate) fn duplicate(&self) -> io::Result<Self> {
+        Ok(Self {
+            pid: self.pid,
+            uffd: self.uffd.duplicate()?,
+            registered: self.registered.clone(),
+        })
+    }
+
+    /// What is registered, ascending.
+    pub(crate) fn registered(&self) -> &[Range<u64>] {
+        &self.registered
+    }
+
     fn register(&self, range: &Range<u64>) -> Result<(), Unwatched> {
         self.uffd
             .register(range)
@@ -133,7 +147,13 @@ impl Watch {
         }
     }
 
-    fn scan_once(&self, pagemap: &File, range: &Range<u64>, guards: bool) -> io::Result<Scan<'_>> {
+    /// The same for what is registered. After an error all of it counts as written.
+    pub(crate) fn scan_once(
+        &self,
+        pagemap: &File,
+        range: &Range<u64>,
+        guards: bool,
+    ) -> io::Result<Scan<'_>> {
         let mut regions = vec![Region::default(); REGIONS_PER_SCAN];
         let (found, next) = sys::scan(pagemap, range, ScanMode::Protect, guards, &mut regions)
             .inspect_err(|_| {
@@ -228,6 +248,16 @@ impl Owed<'_> {
             pieces.push(range.start..end);
         }
         pieces
+    }
+
+    /// How many ranges there are.
+    pub(crate) fn ranges(&self) -> usize {
+        self.ranges.len()
+    }
+
+    /// All of it, for somebody else to answer for.
+    pub(crate) fn hand_over(mut self) -> VecDeque<Range<u64>> {
+        std::mem::take(&mut self.ranges)
     }
 
     /// The first `bytes` bytes have been handed on.

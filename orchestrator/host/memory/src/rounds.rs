@@ -22,6 +22,7 @@ use bytes::{Bytes, BytesMut};
 use migrate_core::wire::{PAGE_BYTES, PageOwner, PageRun};
 
 use crate::error::{MemoryError, RoundError, UntrackedReason};
+use crate::frozen::{FrozenPages, TaskRanges};
 use crate::inject::{InjectError, Injection};
 use crate::maps::{self, Vma};
 use crate::probe::{Support, probe};
@@ -244,6 +245,21 @@ impl Precopy {
     /// The tree cannot be looked at.
     pub fn frozen_segments(&self) -> Result<FrozenSegments, MemoryError> {
         self.segments.frozen(self.root, self.limits.processes)
+    }
+
+    /// What has changed since the last round, of the tree that stands still now and that
+    /// CRIU is about to dump. `held` is what of it cannot wait; where that is not known, no
+    /// memory of a tree that has locked some.
+    ///
+    /// # Errors
+    ///
+    /// A process cannot be looked at.
+    pub fn frozen_pages(&self, held: Option<&TaskRanges>) -> Result<FrozenPages, MemoryError> {
+        let watched = self.processes.iter().filter_map(|(&pid, process)| {
+            let watch = process.watch.as_ref()?;
+            Some((pid, watch))
+        });
+        FrozenPages::of(watched, self.support.guard_pages, held)
     }
 
     /// Hands on what has changed since the last round; everything in the first.
@@ -658,7 +674,7 @@ fn merged(vmas: &[Vma]) -> Vec<Range<u64>> {
 }
 
 /// What of `before` is not in `now`; both ascend and do not overlap.
-fn without(before: &[Range<u64>], now: &[Range<u64>]) -> Vec<Range<u64>> {
+pub(crate) fn without(before: &[Range<u64>], now: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut gone = Vec::new();
     for range in before {
         let mut at = range.start;

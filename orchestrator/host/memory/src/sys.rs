@@ -124,6 +124,11 @@ impl Uffd {
         Ok(Self(fd))
     }
 
+    /// Another descriptor of it.
+    pub(crate) fn duplicate(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
     /// Watches a range. Marks of an earlier watch are cleared, so that every
     /// populated page counts as written: kernels before 6.13 carry them along
     /// in `mremap`.

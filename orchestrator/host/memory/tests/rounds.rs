@@ -5,19 +5,21 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use migrate_core::wire::{PAGE_BYTES, PageOwner, PageRun};
 use migrate_memory::{
-    Limits, PageSink, PageStore, Precopy, RoundError, RoundStats, StoreError, TrackingState,
-    UntrackedReason, probe,
+    FrozenMemory, Limits, MemoryError, PageSink, PageStore, Precopy, RoundError, RoundStats,
+    StoreError, TaskRanges, TrackingState, UntrackedReason, probe,
 };
 
 const PAGE: u64 = PAGE_BYTES as u64;
@@ -317,6 +319,78 @@ async fn a_continuous_writer_is_copied_exactly() {
     assert_tracked(&precopy);
     victim.assert_alive();
     stop_and_compare(&[victim.pid()], &mut precopy, &mut sink).await;
+}
+
+/// What a stopped process has written since the last round is marked clean and named, page by
+/// page, and can be read from it.
+#[tokio::test]
+async fn what_changed_before_the_end_is_named() {
+    require_tracking!("what_changed_before_the_end_is_named");
+    let victim = Victim::start(&["write", "64"]);
+    let pid = victim.pid();
+    let owner = PageOwner::Task(pid.unsigned_abs());
+    let mut precopy = Precopy::new(pid, Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    for _ in 0..3 {
+        precopy.round(&mut sink).await.unwrap();
+    }
+    stop(pid);
+    let (clean, dirty) = compare(pid, &sink.store);
+    assert!(clean > 0 && dirty > 0, "{clean} clean, {dirty} dirty");
+    let was_clean = |seen: &Seen| seen.clean.then_some(seen.vaddr);
+    let clean_before: HashSet<u64> = populated(pid).iter().filter_map(was_clean).collect();
+
+    let pages = precopy.frozen_pages(None).unwrap();
+    let stopped = pages.written(&AtomicBool::new(true)).unwrap_err();
+    assert!(matches!(stopped, MemoryError::Stopped), "{stopped}");
+    let mut written = pages.written(&AtomicBool::new(false)).unwrap();
+    let ranges = written.remove(&pid.unsigned_abs()).unwrap();
+    assert!(ranges.is_sorted_by(|one, next| one.end <= next.start));
+    let named: HashSet<u64> = ranges
+        .iter()
+        .flat_map(|range| range.clone().step_by(PAGE_BYTES))
+        .collect();
+    for seen in populated(pid) {
+        assert_eq!(
+            seen.clean,
+            clean_before.contains(&seen.vaddr) || named.contains(&seen.vaddr),
+            "{:#x}",
+            seen.vaddr
+        );
+    }
+    assert!(named.is_disjoint(&clean_before) && named.len() as u64 >= dirty / 2);
+    let again = pages.written(&AtomicBool::new(false)).unwrap();
+    assert!(again.values().all(Vec::is_empty), "{again:?}");
+
+    let direct = File::open(format!("/proc/{pid}/mem")).unwrap();
+    let memory = FrozenMemory::open([pid], &TaskRanges::new()).unwrap();
+    let mut buffer = BytesMut::new();
+    for ranges in ranges.chunks(32) {
+        assert!(ranges.iter().all(|range| memory.may_wait(owner, range)));
+        let content = memory.read(owner, ranges, &mut buffer).unwrap();
+        let mut wanted = Vec::new();
+        for range in ranges {
+            let mut part = vec![0; usize::try_from(range.end - range.start).unwrap()];
+            direct.read_exact_at(&mut part, range.start).unwrap();
+            wanted.extend(part);
+        }
+        assert!(content == wanted, "{ranges:x?}");
+    }
+    // Nobody's, half of it nobody's, another task's.
+    let first = ranges[0].clone();
+    for range in [0..PAGE, first.start..1 << 47] {
+        assert!(!memory.may_wait(owner, &range), "{range:x?}");
+    }
+    // What cannot wait.
+    let held = TaskRanges::from([(pid.unsigned_abs(), vec![first.clone()])]);
+    let pages = precopy.frozen_pages(Some(&held)).unwrap();
+    assert!(pages.written(&AtomicBool::new(false)).is_ok());
+    let held = FrozenMemory::open([pid], &held).unwrap();
+    assert!(!held.may_wait(owner, &first));
+    let another = PageOwner::Task(pid.unsigned_abs() + 1);
+    assert!(!memory.may_wait(another, &first));
+    let nobodys = std::slice::from_ref(&(0..PAGE)).to_owned();
+    memory.read(owner, &nobodys, &mut buffer).unwrap_err();
 }
 
 #[tokio::test]
@@ -696,7 +770,7 @@ async fn an_ended_root_is_an_error() {
     assert!(matches!(
         error,
         RoundError::Memory {
-            source: migrate_memory::MemoryError::Gone { .. }
+            source: MemoryError::Gone { .. }
         }
     ));
 }

@@ -10,7 +10,7 @@ use migrate_core::Flow;
 use migrate_core::late::LateRuns;
 use migrate_core::policy::Policy;
 use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageDigest, PageOwner, PageRun};
-use migrate_criu::{ImageDir, Notice, Session};
+use migrate_criu::{ImageDir, Notice, PARENT, Session};
 use migrate_memory::{Content, Listed, PageStore};
 use migrate_proc::Precedence;
 
@@ -42,6 +42,8 @@ pub(crate) struct Memory {
     room_bytes: u64,
     /// What comes after the commit, where that was agreed.
     late: Option<LateRuns>,
+    /// Those of the next run that is in store.
+    follows: Vec<PageRun>,
 }
 
 impl Memory {
@@ -64,6 +66,7 @@ impl Memory {
             listed: verify.then(Listed::default),
             hot: Vec::new(),
             late: None,
+            follows: Vec::new(),
         }
     }
 
@@ -83,8 +86,12 @@ impl Memory {
         run: PageRun,
         data: &[u8],
     ) -> Result<(), Error> {
+        if run.flags & PARENT == 0 && !self.follows.is_empty() {
+            return Err(misplaced());
+        }
         if run.flags & PageRun::LATE != 0 {
-            return self.take_late(images, run);
+            images.later(run)?;
+            return self.take_late(run);
         }
         if !self.frozen {
             return Ok(self.store.put(run, data)?);
@@ -96,7 +103,7 @@ impl Memory {
         self.room_bytes = self
             .room_bytes
             .checked_sub(data.len() as u64)
-            .ok_or_else(|| Error::Changed("more memory has come than the tree had".to_owned()))?;
+            .ok_or_else(too_much)?;
         let lazy = images.leaves_out(&run);
         if lazy && !data.is_empty() {
             let end = run.vaddr + run.pages * PAGE_BYTES as u64;
@@ -105,12 +112,14 @@ impl Memory {
         if (lazy || self.listed.is_some()) && !data.is_empty() {
             self.store.put(run, data)?;
         }
-        if let Some(listed) = &mut self.listed {
-            listed.add(run)?;
-        }
+        let follows = std::mem::take(&mut self.follows);
+        self.list(run, &follows)?;
         if !data.is_empty() {
             images.pages(run, data)?;
             return Ok(());
+        }
+        for late in follows {
+            self.take_late(late)?;
         }
         images.gap(run)?;
         // The source still compares and dumps; later everybody would wait.
@@ -120,17 +129,71 @@ impl Memory {
         Ok(())
     }
 
+    /// Notes what is listed, but for what follows of it.
+    fn list(&mut self, run: PageRun, follows: &[PageRun]) -> Result<(), Error> {
+        let page = PAGE_BYTES as u64;
+        // No address overflows: each run was checked when it was decoded.
+        let end = run.vaddr + run.pages * page;
+        let within = follows.iter().all(|late| {
+            late.owner == run.owner
+                && run.vaddr <= late.vaddr
+                && late.vaddr + late.pages * page <= end
+        });
+        if !within {
+            return Err(misplaced());
+        }
+        if let Some(listed) = &mut self.listed {
+            for part in run.without(follows) {
+                listed.add(part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in what follows of the next run that is in store.
+    fn follow(&mut self, owner: PageOwner, pages: Vec<(u64, u64)>) -> Result<(), Error> {
+        if !self.frozen || self.late.is_none() {
+            return Err(not_agreed());
+        }
+        let page = PAGE_BYTES as u64;
+        let before = self.follows.iter().map(|late| late.pages).sum::<u64>();
+        let mut room = (self.room_bytes / page).saturating_sub(before);
+        let mut at = self
+            .follows
+            .last()
+            .map_or(0, |last| last.vaddr + last.pages * page);
+        for (first, pages) in pages {
+            room = room.checked_sub(pages).ok_or_else(too_much)?;
+            let end = first
+                .checked_add(pages)
+                .and_then(|end| end.checked_mul(page));
+            let end = end.ok_or_else(misplaced)?;
+            let run = PageRun {
+                owner,
+                vaddr: first * page,
+                pages,
+                flags: PageRun::LATE,
+            };
+            if pages == 0 || run.vaddr < at {
+                return Err(misplaced());
+            }
+            at = end;
+            self.follows.push(run);
+        }
+        Ok(())
+    }
+
     /// Notes pages that come after the commit. What a round has sent of them is
     /// not what they hold now.
-    fn take_late(&mut self, images: &mut ImageDir, run: PageRun) -> Result<(), Error> {
-        let too_much = || Error::Changed("more memory has come than the tree had".to_owned());
-        let late = self.late.as_mut().filter(|_| self.frozen).ok_or_else(|| {
-            Error::Changed("pages are to come late that nobody has agreed to".to_owned())
-        })?;
+    fn take_late(&mut self, run: PageRun) -> Result<(), Error> {
+        let late = self
+            .late
+            .as_mut()
+            .filter(|_| self.frozen)
+            .ok_or_else(not_agreed)?;
         let bytes = run.pages.checked_mul(PAGE_BYTES as u64);
         let bytes = bytes.ok_or_else(too_much)?;
         self.room_bytes = self.room_bytes.checked_sub(bytes).ok_or_else(too_much)?;
-        images.later(run)?;
         late.add(&run)
             .map_err(|error| Error::Changed(error.to_string()))?;
         self.store
@@ -214,6 +277,18 @@ fn filler(
     }
 }
 
+fn too_much() -> Error {
+    Error::Changed("more memory has come than the tree had".to_owned())
+}
+
+fn not_agreed() -> Error {
+    Error::Changed("pages are to come late that nobody has agreed to".to_owned())
+}
+
+fn misplaced() -> Error {
+    Error::Changed("pages are to come late that the list has not in store".to_owned())
+}
+
 impl Destination {
     /// Takes frames until `Dumped`.
     pub(super) async fn receive(
@@ -237,6 +312,9 @@ impl Destination {
         let Some(images) = &mut self.images else {
             return Err(nothing("the image directory"));
         };
+        if !memory.follows.is_empty() {
+            return Err(misplaced());
+        }
         memory.fill(images)?;
         let memory = memory.verified(digests, expected.masks.clone()).await?;
         let stats = images.finish()?;
@@ -294,6 +372,9 @@ impl Destination {
                         got: "a packet".to_owned(),
                         awaited: AWAITED,
                     });
+                }
+                Frame::Control(Message::Follows { owner, pages }) => {
+                    memory.follow(owner, pages)?;
                 }
                 Frame::Control(Message::Frozen) => {
                     self.clock.frozen();
@@ -447,4 +528,83 @@ impl Destination {
 
 pub(super) fn nothing(what: &'static str) -> Error {
     Error::Changed(format!("{what} is not there"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TASK: PageOwner = PageOwner::Task(7);
+
+    /// What takes the pages of a frozen tree of 16 pages, some of which may follow.
+    fn frozen() -> Memory {
+        let mut memory = Memory::new(16 << 12, &Policy::default(), false);
+        memory.postcopy();
+        memory.freeze();
+        memory
+    }
+
+    fn said(taken: Result<(), Error>) -> String {
+        taken.err().map_or_else(String::new, |error| error.chain())
+    }
+
+    #[test]
+    fn pages_that_nobody_agreed_to_do_not_follow() {
+        for (may, frozen) in [(false, true), (true, false)] {
+            let mut memory = Memory::new(16 << 12, &Policy::default(), false);
+            if may {
+                memory.postcopy();
+            }
+            if frozen {
+                memory.freeze();
+            }
+            let taken = memory.follow(TASK, vec![(1, 1)]);
+            assert!(
+                said(taken).contains("nobody has agreed to"),
+                "{may}, {frozen}"
+            );
+        }
+    }
+
+    #[test]
+    fn pages_that_follow_ascend_and_are_within_their_run() {
+        for pages in [
+            vec![(3, 2), (4, 1)],
+            vec![(3, 0)],
+            vec![(u64::MAX, 1)],
+            vec![(1 << 60, 1)],
+        ] {
+            let taken = frozen().follow(TASK, pages.clone());
+            assert!(said(taken).contains("has not in store"), "{pages:?}");
+        }
+        let mut memory = frozen();
+        memory.follow(TASK, vec![(3, 1), (5, 2)]).unwrap();
+        // The next message goes on behind it.
+        assert!(said(memory.follow(TASK, vec![(6, 1)])).contains("has not in store"));
+        let run = |owner, page: u64, pages| PageRun {
+            owner,
+            vaddr: page << 12,
+            pages,
+            flags: PARENT,
+        };
+        let follows = memory.follows.clone();
+        for run in [
+            run(TASK, 4, 8),
+            run(TASK, 0, 6),
+            run(PageOwner::Task(8), 0, 8),
+        ] {
+            assert!(said(memory.list(run, &follows)).contains("has not in store"));
+        }
+        memory.list(run(TASK, 3, 4), &follows).unwrap();
+    }
+
+    #[test]
+    fn no_more_follows_than_the_tree_had() {
+        let mut memory = Memory::new(0, &Policy::default(), false);
+        memory.postcopy();
+        memory.freeze();
+        let room = memory.room_bytes >> 12;
+        memory.follow(TASK, vec![(1, room - 1)]).unwrap();
+        assert!(said(memory.follow(TASK, vec![(room, 2)])).contains("more memory"));
+    }
 }

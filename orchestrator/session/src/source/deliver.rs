@@ -1,19 +1,21 @@
-//! Pages that go over after the commit: kept by this side when CRIU has read them
-//! from the frozen tree, sent while the copy runs.
+//! Pages that go over after the commit: read from the fenced tree when their turn has
+//! come, sent while the copy runs.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use migrate_channel::{Frame, Receiver, Sender};
-use migrate_core::late::{Deliveries, LateRun, LateRuns};
+use migrate_core::late::{Deliveries, FOLLOWING_RANGES_MAX, LateRun, LateRuns, RUNS_MAX};
 use migrate_core::report::{Postcopy, counted};
 use migrate_core::stream::Bucket;
 use migrate_core::wire::{Message, PAGE_BYTES, PageOwner, PageRun};
-use migrate_memory::{LATE_LIMIT, Listed};
+use migrate_criu::PARENT;
+use migrate_memory::{FrozenMemory, FrozenPages, LATE_LIMIT, Listed, MemoryError, TaskRanges};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::dump::DumpSinkError;
+use super::dump::{DumpSinkError, Outgoing, Stop};
 use super::{Migration, micros, not_yet};
 use crate::error::Error;
 
@@ -31,63 +33,170 @@ const WINDOW_PAGES: u64 = 256;
 /// their own.
 const BEFORE_LIMIT: Duration = Duration::from_secs(3600);
 
-/// What CRIU has written and the destination has not.
-#[derive(Debug, Default)]
-pub(super) struct Kept {
+/// Which pages of the frozen tree follow after the commit.
+pub(super) struct Following {
     runs: LateRuns,
-    /// Content of each run.
-    content: Vec<Bytes>,
-    bytes: u64,
-    /// What is beyond goes over before the commit.
-    room_bytes: u64,
-    /// What was kept, when somebody wants to compare.
+    memory: FrozenMemory,
+    /// What is marked clean and follows.
+    changed: TaskRanges,
+    /// What follows, when somebody wants to compare.
     pub(super) listed: Option<Listed>,
 }
 
-impl Kept {
-    /// Nothing yet; never more than half of what this host has to spare, so that
-    /// nobody is killed for want of memory.
-    pub(super) fn within(available_bytes: u64, verify: bool) -> Self {
-        Self {
-            room_bytes: available_bytes / 2,
-            listed: verify.then(Listed::default),
-            ..Self::default()
+/// What the tree has written since the last round, looked for by another thread.
+pub(super) enum Changed {
+    Looking {
+        task: JoinHandle<Result<TaskRanges, MemoryError>>,
+        _stop: Stop,
+    },
+    Known(TaskRanges),
+}
+
+impl Default for Changed {
+    fn default() -> Self {
+        Self::Known(TaskRanges::new())
+    }
+}
+
+impl Changed {
+    fn look(pages: FrozenPages) -> Self {
+        let stop = Stop::default();
+        let flag = stop.flag();
+        Self::Looking {
+            task: tokio::task::spawn_blocking(move || pages.written(&flag)),
+            _stop: stop,
         }
     }
 
-    /// Keeps a run, if it may come late and there is room; its head, to be sent in
-    /// its place.
-    pub(super) fn keep(
-        &mut self,
-        run: &PageRun,
-        data: &Bytes,
-    ) -> Result<Option<PageRun>, DumpSinkError> {
-        let may_wait = run.flags & PageRun::LAZY != 0 && matches!(run.owner, PageOwner::Task(_));
-        let bytes = self.bytes.saturating_add(data.len() as u64);
-        if !may_wait || data.is_empty() || bytes > self.room_bytes {
+    /// What it is. CRIU must not look at the marks before.
+    pub(super) async fn known(self) -> Result<TaskRanges, MemoryError> {
+        match self {
+            Self::Known(changed) => Ok(changed),
+            Self::Looking { task, _stop } => task.await.unwrap_or(Err(MemoryError::Stopped)),
+        }
+    }
+}
+
+impl Following {
+    /// Nothing yet: pages of `memory`, of which `changed` is marked clean.
+    pub(super) fn of(memory: FrozenMemory, changed: TaskRanges, verify: bool) -> Self {
+        Self {
+            runs: LateRuns::default(),
+            memory,
+            changed,
+            listed: verify.then(Listed::default),
+        }
+    }
+
+    /// Notes a run that CRIU has read, if it may come late; its head, to be sent in its
+    /// place.
+    fn instead(&mut self, run: &PageRun) -> Result<Option<PageRun>, DumpSinkError> {
+        let range = run.vaddr..run.vaddr + run.pages * PAGE_BYTES as u64;
+        let may_wait = run.flags & PageRun::LAZY != 0
+            && run.flags & PageRun::PRESENT != 0
+            && self.runs.runs().len() < RUNS_MAX
+            && self.memory.may_wait(run.owner, &range);
+        if !may_wait {
             return Ok(None);
         }
-        self.runs.add(run)?;
-        if let Some(listed) = &mut self.listed {
-            listed.add(*run)?;
-        }
-        self.bytes = bytes;
-        self.content.push(data.clone());
+        self.add(*run)?;
         let flags = run.flags & !PageRun::PRESENT | PageRun::LATE;
         Ok(Some(PageRun { flags, ..*run }))
+    }
+
+    /// Notes what follows of a run that CRIU has listed as in store.
+    fn of_stored(&mut self, run: &PageRun) -> Result<Vec<PageRun>, DumpSinkError> {
+        let PageOwner::Task(pid) = run.owner else {
+            return Ok(Vec::new());
+        };
+        let page = PAGE_BYTES as u64;
+        let end = run.vaddr + run.pages * page;
+        let changed = self.changed.get(&pid);
+        let ranges = changed.map_or(&[][..], Vec::as_slice);
+        let from = ranges.partition_point(|range| range.end <= run.vaddr);
+        let parts: Vec<PageRun> = ranges[from..]
+            .iter()
+            .take_while(|range| range.start < end)
+            .map(|range| {
+                let (start, end) = (range.start.max(run.vaddr), range.end.min(end));
+                PageRun {
+                    vaddr: start,
+                    pages: (end - start) / page,
+                    ..*run
+                }
+            })
+            .collect();
+        for part in &parts {
+            self.add(*part)?;
+        }
+        Ok(parts)
+    }
+
+    fn add(&mut self, run: PageRun) -> Result<(), DumpSinkError> {
+        self.runs.add(&run)?;
+        if let Some(listed) = &mut self.listed {
+            listed.add(run)?;
+        }
+        Ok(())
     }
 
     pub(super) fn pages(&self) -> u64 {
         self.runs.pages()
     }
+}
 
-    /// The content of a part of one run.
-    fn content(&self, part: &LateRun) -> Option<&[u8]> {
-        let runs = self.runs.runs();
-        let place = runs.partition_point(|run| run.first + run.pages <= part.first);
-        let skipped = usize::try_from(part.first - runs.get(place)?.first).ok()? * PAGE_BYTES;
-        let bytes = usize::try_from(part.pages).ok()? * PAGE_BYTES;
-        self.content.get(place)?.get(skipped..skipped + bytes)
+impl Outgoing<'_> {
+    /// Sends a part of the list, or its head alone where its content follows.
+    pub(super) async fn send_or_follow(
+        &mut self,
+        run: PageRun,
+        data: &[u8],
+    ) -> Result<(), DumpSinkError> {
+        let Some(following) = &mut self.following else {
+            self.list(run)?;
+            return Ok(self.send(run, data).await?);
+        };
+        if let Some(head) = following.instead(&run)? {
+            self.pages += run.pages;
+            return Ok(self.sender.pages(&head, &[]).await?);
+        }
+        let parts = if run.flags & PARENT == 0 {
+            Vec::new()
+        } else {
+            following.of_stored(&run)?
+        };
+        for parts in parts.chunks(FOLLOWING_RANGES_MAX) {
+            let pages = parts
+                .iter()
+                .map(|part| (part.vaddr / PAGE_BYTES as u64, part.pages));
+            let follows = Message::Follows {
+                owner: run.owner,
+                pages: pages.collect(),
+            };
+            self.sender.control(&follows).await?;
+        }
+        self.following_pages += parts.iter().map(|part| part.pages).sum::<u64>();
+        for part in run.without(&parts) {
+            self.list(part)?;
+        }
+        Ok(self.send(run, data).await?)
+    }
+}
+
+impl Migration {
+    /// The tree stands still: begins to look for what follows, where something does.
+    pub(super) async fn look_for_changed(&mut self) -> Result<(), Error> {
+        if !self.postcopies {
+            return Ok(());
+        }
+        let tree = self.plan()?.tree.frozen()?;
+        let pids = tree.processes.iter().map(|one| one.pid.unsigned_abs());
+        let pids: Vec<u32> = pids.collect();
+        self.held_memory = migrate_criu::held(&pids).await;
+        if let Some(precopy) = &self.precopy {
+            self.changed = Changed::look(precopy.frozen_pages(self.held_memory.as_ref())?);
+        }
+        Ok(())
     }
 }
 
@@ -112,16 +221,17 @@ impl Delivery {
     /// Answers from now on for what is asked for, and sends the rest when told to.
     pub(super) fn start(
         peer: String,
-        kept: Kept,
+        following: Following,
         (sender, receiver): (Sender, Receiver),
         limit_bytes_per_s: Option<u64>,
     ) -> Self {
         let (begin, begun) = watch::channel(false);
-        let pages = kept.pages();
+        let pages = following.pages();
         let work = Work {
             peer,
             left: Deliveries::of(pages),
-            kept,
+            following,
+            buffer: BytesMut::new(),
             sender,
             receiver,
             sent_pages: 0,
@@ -170,7 +280,8 @@ impl Delivery {
 
 struct Work {
     peer: String,
-    kept: Kept,
+    following: Following,
+    buffer: BytesMut,
     left: Deliveries,
     sender: Sender,
     receiver: Receiver,
@@ -199,7 +310,7 @@ impl Work {
                 frame = self.receiver.next(limit) => {
                     if let Some(waited_faults) = self.hear(frame)? {
                         return Ok(Postcopy {
-                            pages: self.kept.pages(),
+                            pages: self.following.pages(),
                             bytes: self.sender.sent_bytes(),
                             waited_faults,
                             took_us: since.map_or(0, |since| micros(since.elapsed())),
@@ -271,21 +382,30 @@ impl Work {
             peer: self.peer.clone(),
             source,
         };
+        let parts: Vec<LateRun> = self.following.runs.numbered(numbers).collect();
         let mut bytes = 0;
-        for part in self.kept.runs.numbered(numbers) {
-            let data = self
-                .kept
-                .content(&part)
-                .ok_or_else(|| not_yet("a page that was kept"))?;
-            let run = PageRun {
-                owner: part.owner,
-                vaddr: part.vaddr,
-                pages: part.pages,
-                flags: PageRun::PRESENT | PageRun::LAZY,
-            };
-            self.sender.pages(&run, data).await.map_err(broken)?;
-            self.sent_pages += part.pages;
-            bytes += data.len();
+        for parts in parts.chunk_by(|one, next| one.owner == next.owner) {
+            let owner = parts[0].owner;
+            let pieces: Vec<Range<u64>> = parts.iter().map(LateRun::range).collect();
+            let memory = &self.following.memory;
+            let content = memory.read(owner, &pieces, &mut self.buffer)?;
+            let mut rest = &content[..];
+            for part in parts {
+                let length = usize::try_from(part.pages).unwrap_or(0) * PAGE_BYTES;
+                let (data, after) = rest
+                    .split_at_checked(length)
+                    .ok_or_else(|| not_yet("a page of the tree"))?;
+                rest = after;
+                let run = PageRun {
+                    owner,
+                    vaddr: part.vaddr,
+                    pages: part.pages,
+                    flags: PageRun::PRESENT | PageRun::LAZY,
+                };
+                self.sender.pages(&run, data).await.map_err(broken)?;
+                self.sent_pages += part.pages;
+                bytes += data.len();
+            }
         }
         self.sender.flush().await.map_err(broken)?;
         Ok(bytes)
@@ -306,6 +426,8 @@ impl Migration {
             return Ok(String::new());
         };
         delivery.begin();
+        // The destination need not wait for that to be done with its peers.
+        self.end_stream().await;
         let peer = self
             .link
             .as_ref()
@@ -345,21 +467,29 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(60);
 
+    #[repr(align(4096))]
+    struct Page([u8; PAGE_BYTES]);
+
+    static PAGE: Page = Page([7; PAGE_BYTES]);
+
     /// A delivery of one page, and the connection that it is to go over.
     fn one_page() -> (Delivery, Connection) {
         let hello = crate::hello("m1");
         let (source, destination) = Connection::pair(hello.clone(), hello);
-        let mut kept = Kept::within(u64::MAX, false);
+        let pid = std::process::id();
+        let memory = FrozenMemory::open([pid.cast_signed()], &TaskRanges::new()).unwrap();
+        let mut following = Following::of(memory, TaskRanges::new(), false);
+        // Of this very program, which stays where it is.
+        let at = std::ptr::from_ref(&PAGE).addr() as u64;
         let run = PageRun {
-            owner: PageOwner::Task(7),
-            vaddr: 0x7000,
+            owner: PageOwner::Task(pid),
+            vaddr: at,
             pages: 1,
             flags: PageRun::PRESENT | PageRun::LAZY,
         };
-        let data = Bytes::from(vec![7; PAGE_BYTES]);
-        assert!(kept.keep(&run, &data).unwrap().is_some());
+        assert!(following.instead(&run).unwrap().is_some());
         let lane = (source.sender, source.receiver);
-        let delivery = Delivery::start("host2".to_owned(), kept, lane, None);
+        let delivery = Delivery::start("host2".to_owned(), following, lane, None);
         (delivery, destination)
     }
 
@@ -382,7 +512,11 @@ mod tests {
         };
         destination.sender.control(&want).await.unwrap();
         let frame = destination.receiver.next(SOON).await.unwrap();
-        assert!(matches!(frame, Frame::Pages { run, .. } if run.pages == 1));
+        assert!(
+            matches!(&frame, Frame::Pages { run, data }
+            if run.pages == 1 && data[..] == PAGE.0),
+            "{frame:?}"
+        );
         let arrived = Message::Arrived { waited: 1 };
         destination.sender.control(&arrived).await.unwrap();
         destination.sender.close().await.unwrap();

@@ -14,10 +14,10 @@ use migrate_core::late::LateError;
 use migrate_core::report::counted;
 use migrate_core::wire::{ImagePiece, Message, PAGE_BYTES, PageDigest, PageOwner, PageRun};
 use migrate_criu::{CriuError, DumpOptions, Notice, PARENT, PageSink, PageStats, serve_pages};
-use migrate_memory::{ContentPrecopy, FrozenSegments, Listed, MemoryError};
+use migrate_memory::{ContentPrecopy, FrozenMemory, FrozenSegments, Listed, MemoryError};
 use migrate_proc::Precedence;
 
-use super::deliver::{Delivery, Kept};
+use super::deliver::{Delivery, Following};
 use super::pacer::Pacer;
 use super::preflight::{externals, survey};
 use super::segments::SegmentDump;
@@ -96,6 +96,7 @@ impl Migration {
         self.moments.frozen = Some(Instant::now());
         // CRIU has taken it by its PID alone, and now it cannot end any more.
         self.must_be_checked()?;
+        self.look_for_changed().await?;
         self.compare_segments()?;
         self.last_look().await
     }
@@ -195,7 +196,6 @@ impl Migration {
     /// images after them.
     pub(super) async fn dump(&mut self) -> Result<String, Error> {
         let version = self.criu()?.version;
-        let available_bytes = self.plan()?.host.memory_available_bytes;
         let Engine::Dumping(session) = &mut self.engine else {
             return Err(not_yet("CRIU's dump"));
         };
@@ -211,17 +211,26 @@ impl Migration {
             (None, Some(soft_dirty)) => soft_dirty.moved_vdsos()?,
             (None, None) => BTreeMap::new(),
         };
+        let verify = self.request.choices.verify;
+        let following = if self.postcopies {
+            let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
+            let pids = plan.tree.processes.iter().map(|process| process.pid);
+            let memory = FrozenMemory::open(pids, &self.held_memory.take().unwrap_or_default())?;
+            // What is marked clean by an attempt that failed is marked written again: nobody
+            // may have seen it.
+            let changed = std::mem::take(&mut self.changed).known().await?;
+            Some(Following::of(memory, changed, verify))
+        } else {
+            None
+        };
         session.answer(true).await.map_err(Error::DumpRefused)?;
 
         let mut sink = Outgoing::new(&mut link.sender);
         sink.content = self.content.as_ref();
         sink.segments = self.segments.as_mut();
         sink.moved_vdsos = moved_vdsos;
-        let verify = self.request.choices.verify;
         sink.listed = verify.then(Listed::default);
-        sink.kept = self
-            .postcopies
-            .then(|| Kept::within(available_bytes, verify));
+        sink.following = following;
         let dumped = {
             let pages = serve_pages(socket, version, &mut sink, DUMP_LIMIT);
             tokio::pin!(pages);
@@ -260,7 +269,8 @@ impl Migration {
         self.pages = sink.pages;
         self.in_store = sink.in_store;
         let listed = sink.listed.take();
-        let mut kept = sink.kept.take().filter(|kept| kept.pages() > 0);
+        self.following_pages = sink.following_pages;
+        let mut following = sink.following.take().filter(|late| late.pages() > 0);
         drop(sink);
         let segments = self.segments.take().map(|dump| dump.segments);
         dumped?;
@@ -270,7 +280,7 @@ impl Migration {
             Some(listed) => {
                 let masks = migrate_criu::rseq_areas(self.image_directory()?)?;
                 let segments = segments.unwrap_or_default();
-                let late = kept.as_mut().and_then(|kept| kept.listed.take());
+                let late = following.as_mut().and_then(|late| late.listed.take());
                 let late = late.unwrap_or_default();
                 Digests {
                     now: hashed(listed, masks.clone(), segments).await?,
@@ -280,14 +290,14 @@ impl Migration {
             }
             None => Digests::default(),
         };
-        let late = kept.as_ref().map_or(0, Kept::pages);
+        let late = following.as_ref().map_or(0, Following::pages);
         let detail = self.send_images(digests, late).await?;
         let lane = self.late_lane.take();
-        if let Some(kept) = kept {
+        if let Some(following) = following {
             let lane = lane.ok_or_else(|| not_yet("the connection for late memory"))?;
             let limit = self.request.choices.stream.limit_bytes_per_s;
             let peer = self.link()?.peer.clone();
-            self.delivery = Some(Delivery::start(peer, kept, lane, limit));
+            self.delivery = Some(Delivery::start(peer, following, lane, limit));
         }
         Ok(detail)
     }
@@ -352,8 +362,13 @@ impl Migration {
             0 => String::new(),
             late => format!(" of which {late} follow"),
         };
+        // CRIU has listed those as unchanged.
+        self.pages += self.following_pages;
+        self.in_store -= self.following_pages;
         Ok(format!(
-            "{pages} pages sent{to_follow}, {in_store} unchanged, {}",
+            "{} pages sent{to_follow}, {} unchanged, {}",
+            self.pages,
+            self.in_store,
             counted(images.len(), "image")
         ))
     }
@@ -453,8 +468,8 @@ struct Digests {
 
 /// Pages on their way to the destination.
 pub(super) struct Outgoing<'a> {
-    sender: &'a mut Sender,
-    pages: u64,
+    pub(super) sender: &'a mut Sender,
+    pub(super) pages: u64,
     in_store: u64,
     /// What rounds have sent, where CRIU cannot leave it out by itself.
     content: Option<&'a ContentPrecopy>,
@@ -463,7 +478,9 @@ pub(super) struct Outgoing<'a> {
     /// What CRIU has listed, when somebody wants to compare.
     listed: Option<Listed>,
     /// What goes over after the commit.
-    kept: Option<Kept>,
+    pub(super) following: Option<Following>,
+    /// Pages of that which CRIU has listed as in store.
+    pub(super) following_pages: u64,
     /// Where the vDSO is of tasks that have called exec since the last round: CRIU leaves
     /// it out, and no round has sent it.
     moved_vdsos: BTreeMap<u32, Range<u64>>,
@@ -511,7 +528,8 @@ impl<'a> Outgoing<'a> {
             content: None,
             segments: None,
             listed: None,
-            kept: None,
+            following: None,
+            following_pages: 0,
             moved_vdsos: BTreeMap::new(),
             code: BTreeMap::new(),
             awaited: Vec::new(),
@@ -641,7 +659,7 @@ impl<'a> Outgoing<'a> {
     /// without their content.
     async fn send_listed(&mut self, run: PageRun, data: &Bytes) -> Result<(), DumpSinkError> {
         let (Some(content), PageOwner::Task(pid)) = (self.content, run.owner) else {
-            return self.send_or_keep(run, data).await;
+            return self.send_or_follow(run, data).await;
         };
         let addresses = (run.vaddr..).step_by(PAGE_BYTES);
         let held: Vec<bool> = data
@@ -650,7 +668,7 @@ impl<'a> Outgoing<'a> {
             .map(|(page, vaddr)| content.holds(pid, vaddr, page))
             .collect();
         if held.is_empty() {
-            return self.send_or_keep(run, data).await;
+            return self.send_or_follow(run, data).await;
         }
         for (pages, held) in migrate_memory::alike(&held) {
             let part = PageRun {
@@ -660,28 +678,14 @@ impl<'a> Outgoing<'a> {
             };
             if held {
                 let flags = run.flags & !PageRun::PRESENT | PARENT;
-                self.send_or_keep(PageRun { flags, ..part }, &Bytes::new())
+                self.send_or_follow(PageRun { flags, ..part }, &Bytes::new())
                     .await?;
             } else {
                 let bytes = pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
-                self.send_or_keep(part, &data.slice(bytes)).await?;
+                self.send_or_follow(part, &data.slice(bytes)).await?;
             }
         }
         Ok(())
-    }
-}
-
-impl Outgoing<'_> {
-    /// Sends a part of the list, or its head alone where its content follows.
-    async fn send_or_keep(&mut self, run: PageRun, data: &Bytes) -> Result<(), DumpSinkError> {
-        if let Some(kept) = &mut self.kept
-            && let Some(head) = kept.keep(&run, data)?
-        {
-            self.pages += run.pages;
-            return Ok(self.sender.pages(&head, &[]).await?);
-        }
-        self.list(run)?;
-        Ok(self.send(run, data).await?)
     }
 }
 

@@ -248,6 +248,22 @@ impl Migration {
         })
     }
 
+    /// Peers have heard the announcement by now; what was under way to the old place is
+    /// the last that comes here. Done once.
+    pub(super) async fn end_stream(&mut self) {
+        if std::mem::replace(&mut self.stream_ended, true) {
+            return;
+        }
+        if let Err(error) = self.carry(Vec::new()).await {
+            tracing::warn!(error = %error.chain(), "stragglers were lost");
+        }
+        self.held = None;
+        if let Some(link) = &mut self.link {
+            // The destination waits for stragglers until this end.
+            let _ = link.sender.close().await;
+        }
+    }
+
     /// Removes what is left of the tree here. CRIU kills it with its sockets
     /// in repair mode, so that no FIN and no RST leaves.
     pub(super) async fn remove(&mut self) -> String {
@@ -273,16 +289,7 @@ impl Migration {
                 ));
             }
         }
-        // Peers have heard the announcement by now; what was under way to the
-        // old place is the last that comes here.
-        if let Err(error) = self.carry(Vec::new()).await {
-            tracing::warn!(error = %error.chain(), "stragglers were lost");
-        }
-        self.held = None;
-        if let Some(link) = &mut self.link {
-            // The destination waits for stragglers until this end.
-            let _ = link.sender.close().await;
-        }
+        self.end_stream().await;
         if let Some(fence) = self.fence.take()
             && let Err(error) = fence.release()
         {

@@ -385,6 +385,8 @@ struct Migration {
     pages: u64,
     round_pages: u64,
     rounds: u32,
+    /// Those that CRIU has listed as in store, and that follow.
+    following_pages: u64,
     /// Pages that CRIU left out, because they are in store.
     in_store: u64,
     link_bytes_per_s: u64,
@@ -447,6 +449,12 @@ struct Migration {
     /// A connection for what goes over after the commit.
     late_lane: Option<(Sender, Receiver)>,
     /// Its sending.
+    /// Nothing is sent any more to the destination's agent.
+    stream_ended: bool,
+    /// What of the frozen tree's memory cannot follow the commit, where that is known.
+    held_memory: Option<migrate_criu::Held>,
+    /// What the frozen tree has written since the last round.
+    changed: deliver::Changed,
     delivery: Option<deliver::Delivery>,
     /// Closes the fence when CRIU dies with the tree in its hands.
     watch: Option<FenceWatch>,
@@ -487,6 +495,7 @@ impl Migration {
             pages: 0,
             round_pages: 0,
             rounds: 0,
+            following_pages: 0,
             in_store: 0,
             link_bytes_per_s: 0,
             sent_bytes: 0,
@@ -524,6 +533,9 @@ impl Migration {
             engine: Engine::None,
             stub: park::Stub::default(),
             late_lane: None,
+            stream_ended: false,
+            held_memory: None,
+            changed: deliver::Changed::default(),
             delivery: None,
             watch: None,
             withdrawn: Vec::new(),
@@ -558,7 +570,7 @@ impl Migration {
                     .map(|event| (event, String::new()));
             }
             Step::Await => self.await_running().await?,
-            Step::Remove => self.remove().await,
+            Step::Remove | Step::RemoveLost => self.remove().await,
             Step::Deliver => self.deliver().await?,
             Step::TakeBack => {
                 self.leftovers = self.roll_back().await;
@@ -655,6 +667,7 @@ impl Migration {
     /// Undoes everything, newest first, and collects what could not be undone.
     async fn roll_back(&mut self) -> Vec<String> {
         let mut leftovers = Vec::new();
+        self.changed = deliver::Changed::default();
         self.delivery = None;
         self.late_lane = None;
         let mut note = |what: &str, result: Result<(), String>| {

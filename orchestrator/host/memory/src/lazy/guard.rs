@@ -68,7 +68,10 @@ impl Order {
             words.extend([pid(some.owner), some.base]);
             words.extend(some.pages.0);
         }
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut bytes = Vec::with_capacity(words.len() * 8);
+        for word in words {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
         let mut file = memory_file(c"migrate-plan")?;
         file.write_all(&bytes)?;
         Ok(file)

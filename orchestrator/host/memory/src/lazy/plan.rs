@@ -45,6 +45,23 @@ pub(super) struct Plan {
 }
 
 impl Lacks {
+    /// Of ranges that ascend. A map that is made of all its entries takes a tenth of the
+    /// time of one that they are put into.
+    fn ascending(ranges: Vec<(Range<u64>, u64)>) -> Self {
+        let mut joined: Vec<(u64, Lack)> = Vec::with_capacity(ranges.len());
+        for (Range { start, end }, from) in ranges {
+            match joined.last_mut() {
+                Some((before, lack))
+                    if lack.end == start && lack.from + (start - *before) == from =>
+                {
+                    lack.end = end;
+                }
+                _ => joined.push((start, Lack { end, from })),
+            }
+        }
+        Self(joined.into_iter().collect())
+    }
+
     fn bytes(&self) -> u64 {
         self.0.iter().map(|(at, lack)| lack.end - at).sum()
     }
@@ -127,6 +144,25 @@ impl Plan {
 
     pub(super) fn bytes(&self) -> u64 {
         self.lacks.bytes() + self.late.bytes()
+    }
+
+    /// What these pages lack, as [`insert`](Self::insert) says; many at once.
+    pub(super) fn of(lacking: Vec<(Range<u64>, u64)>) -> Self {
+        let ascends = lacking.is_sorted_by(|(one, _), (next, _)| one.end <= next.start);
+        let mut plan = Self::default();
+        if !ascends {
+            for (range, from) in lacking {
+                plan.insert(range, from);
+            }
+            return plan;
+        }
+        let (here, late) = lacking
+            .into_iter()
+            .filter(|(range, _)| !range.is_empty())
+            .partition(|&(_, from)| from < LATE_FROM);
+        plan.lacks = Lacks::ascending(here);
+        plan.late = Lacks::ascending(late);
+        plan
     }
 
     /// Adds pages that are in store at `from` and belong at `range`, in place
@@ -297,6 +333,38 @@ mod tests {
     }
 
     proptest! {
+        /// A plan that is made at once is the one that is made piece by piece.
+        #[test]
+        fn a_plan_of_many_is_one_of_each(
+            parts in prop::collection::vec((0u64..3, 0u64..4, 0u64..3, any::<bool>()), 0..30),
+            sorted: bool,
+        ) {
+            let mut at = 0;
+            let mut lacking: Vec<(Range<u64>, u64)> = parts
+                .into_iter()
+                .map(|(gap, count, shift, late)| {
+                    at += gap;
+                    let range = at..at + count;
+                    at = range.end;
+                    let from = range.start + shift;
+                    (range, if late { LATE_FROM + from } else { from })
+                })
+                .collect();
+            if !sorted {
+                lacking.reverse();
+            }
+            let mut each = Plan::default();
+            for (range, from) in lacking.clone() {
+                each.insert(range, from);
+            }
+            let many = Plan::of(lacking);
+            prop_assert_eq!(many.bytes(), each.bytes());
+            for unit in 0..at {
+                prop_assert_eq!(many.at(unit, 1), each.at(unit, 1));
+                prop_assert_eq!(many.late_at(unit, 1), each.late_at(unit, 1));
+            }
+        }
+
         /// The plan says what a table of single units says.
         #[test]
         fn a_plan_is_a_table(steps in prop::collection::vec(step(), 1..60)) {

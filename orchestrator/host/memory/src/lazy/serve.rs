@@ -328,10 +328,14 @@ pub(super) fn plans(
     first: impl IntoIterator<Item = (PageOwner, Range<u64>)>,
     then: impl IntoIterator<Item = SomePages>,
 ) -> BTreeMap<PageOwner, Plan> {
-    let mut plans: BTreeMap<PageOwner, Plan> = BTreeMap::new();
+    let mut parts: BTreeMap<PageOwner, Vec<(Range<u64>, u64)>> = BTreeMap::new();
     for (owner, range, from) in lacking {
-        plans.entry(owner).or_default().insert(range, from);
+        parts.entry(owner).or_default().push((range, from));
     }
+    let mut plans: BTreeMap<PageOwner, Plan> = parts
+        .into_iter()
+        .map(|(owner, lacking)| (owner, Plan::of(lacking)))
+        .collect();
     for (owner, range) in first {
         if let Some(plan) = plans.get_mut(&owner) {
             plan.hurry(range);
