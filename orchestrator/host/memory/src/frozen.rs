@@ -21,7 +21,7 @@ use migrate_core::wire::PageOwner;
 use crate::PAGE;
 use crate::code::code_pages;
 use crate::error::MemoryError;
-use crate::maps;
+use crate::maps::{self, Vma};
 use crate::process::{Memory, Watch};
 use crate::rounds::without;
 
@@ -51,10 +51,11 @@ impl FrozenPages {
                     guards,
                 });
             }
-            let readable = match readable(pid) {
+            let vmas = match maps::read(pid) {
                 Err(MemoryError::Gone { .. }) => continue,
-                readable => readable?,
+                vmas => vmas?,
             };
+            let readable = joined(vmas.iter().filter(|vma| vma.trackable()));
             // CRIU lets the task execute its own code there.
             let code: Vec<Range<u64>> = code_pages(pid.unsigned_abs())?
                 .into_iter()
@@ -118,31 +119,36 @@ impl FrozenPages {
 /// The memory of a tree that stands still, for reading.
 #[derive(Debug)]
 pub struct FrozenMemory {
-    /// With what of it may be read at any time.
-    tasks: BTreeMap<u32, (Memory, Vec<Range<u64>>)>,
+    tasks: BTreeMap<u32, FrozenTask>,
+}
+
+#[derive(Debug)]
+struct FrozenTask {
+    memory: Memory,
+    /// What may be read at any time and is not known to be needed at once.
+    readable: Vec<Range<u64>>,
+    /// What of that may wait, whatever CRIU thinks of it.
+    waits: Vec<Range<u64>>,
 }
 
 impl FrozenMemory {
-    /// Opens the memory of these processes; `held` is what of it cannot wait.
+    /// Opens the memory of these processes; `held` is what of it cannot wait, where that
+    /// is known.
     ///
     /// # Errors
     ///
     /// That of one of them cannot be opened.
     pub fn open(
         pids: impl IntoIterator<Item = i32>,
-        held: &TaskRanges,
+        held: Option<&TaskRanges>,
     ) -> Result<Self, MemoryError> {
         let mut tasks = BTreeMap::new();
         for pid in pids {
-            let opened = Memory::open(pid).and_then(|memory| Ok((memory, readable(pid)?)));
-            match opened {
+            match FrozenTask::open(pid, held) {
                 // One that has ended and was not waited for has no memory.
                 Err(MemoryError::Gone { .. }) => {}
                 opened => {
-                    let (memory, readable) = opened?;
-                    let pid = pid.unsigned_abs();
-                    let held = held.get(&pid).map_or(&[][..], Vec::as_slice);
-                    tasks.insert(pid, (memory, without(&readable, held)));
+                    tasks.insert(pid.unsigned_abs(), opened?);
                 }
             }
         }
@@ -154,15 +160,24 @@ impl FrozenMemory {
     /// (`CONFIG_PROC_MEM_FORCE_PTRACE`, Linux 6.12 and later).
     #[must_use]
     pub fn may_wait(&self, owner: PageOwner, range: &Range<u64>) -> bool {
-        let PageOwner::Task(pid) = owner else {
-            return false;
-        };
-        self.tasks.get(&pid).is_some_and(|(_, readable)| {
-            let at = readable.partition_point(|part| part.end <= range.start);
-            readable
-                .get(at)
-                .is_some_and(|part| part.start <= range.start && range.end <= part.end)
-        })
+        self.task(owner)
+            .is_some_and(|task| is_within(&task.readable, range))
+    }
+
+    /// The same of memory of which CRIU has not said that it may wait. It does not say so
+    /// of a process one of whose stack pointers is a multiple of 4 KiB (`is_stack` in
+    /// `criu/mem.c` of 4.2 then takes all pages for stack).
+    #[must_use]
+    pub fn waits(&self, owner: PageOwner, range: &Range<u64>) -> bool {
+        self.task(owner)
+            .is_some_and(|task| is_within(&task.waits, range))
+    }
+
+    fn task(&self, owner: PageOwner) -> Option<&FrozenTask> {
+        match owner {
+            PageOwner::Task(pid) => self.tasks.get(&pid),
+            PageOwner::Shared(_) => None,
+        }
     }
 
     /// Reads pieces of a task's memory, whole pages, all of them.
@@ -176,18 +191,14 @@ impl FrozenMemory {
         pieces: &[Range<u64>],
         buffer: &mut BytesMut,
     ) -> Result<BytesMut, MemoryError> {
-        let task = match owner {
-            PageOwner::Task(pid) => self.tasks.get(&pid).map(|(memory, _)| (pid, memory)),
-            PageOwner::Shared(_) => None,
-        };
-        let Some((pid, memory)) = task else {
+        let (Some(task), PageOwner::Task(pid)) = (self.task(owner), owner) else {
             return Err(MemoryError::Stopped);
         };
         let gone = MemoryError::Gone {
             pid: pid.cast_signed(),
         };
         let wanted: u64 = pieces.iter().map(|piece| piece.end - piece.start).sum();
-        let data = memory.read(pieces, buffer)?.ok_or(gone)?;
+        let data = task.memory.read(pieces, buffer)?.ok_or(gone)?;
         if data.len() as u64 == wanted {
             return Ok(data);
         }
@@ -198,6 +209,35 @@ impl FrozenMemory {
             source: std::io::Error::from_raw_os_error(libc::EFAULT),
         })
     }
+}
+
+impl FrozenTask {
+    fn open(pid: i32, held: Option<&TaskRanges>) -> Result<Self, MemoryError> {
+        let memory = Memory::open(pid)?;
+        let vmas = maps::read(pid)?;
+        let free = |ranges: &[Range<u64>]| {
+            let held = held.and_then(|held| held.get(&pid.unsigned_abs()));
+            without(ranges, held.map_or(&[], Vec::as_slice))
+        };
+        let readable = joined(vmas.iter().filter(|vma| vma.readable && vma.private()));
+        let waits = match held {
+            Some(_) => joined(vmas.iter().filter(|vma| vma.trackable())),
+            None => Vec::new(),
+        };
+        Ok(Self {
+            memory,
+            readable: free(&readable),
+            waits: free(&waits),
+        })
+    }
+}
+
+/// Whether one of these parts, which ascend, has all of it.
+fn is_within(parts: &[Range<u64>], range: &Range<u64>) -> bool {
+    let at = parts.partition_point(|part| part.end <= range.start);
+    parts
+        .get(at)
+        .is_some_and(|part| part.start <= range.start && range.end <= part.end)
 }
 
 /// Memory that the process has locked in, in KiB; none when it cannot be told.
@@ -221,17 +261,14 @@ fn nth(pieces: &[Range<u64>], mut bytes: u64) -> u64 {
     0
 }
 
-/// Private memory that the task may read itself, merged, ascending.
-fn readable(pid: i32) -> Result<Vec<Range<u64>>, MemoryError> {
-    let mut readable: Vec<Range<u64>> = Vec::new();
-    for vma in maps::read(pid)? {
-        if !vma.readable || !vma.private() {
-            continue;
-        }
-        match readable.last_mut() {
+/// Where these mappings are, those that touch as one.
+fn joined<'v>(vmas: impl Iterator<Item = &'v Vma>) -> Vec<Range<u64>> {
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for vma in vmas {
+        match joined.last_mut() {
             Some(last) if last.end == vma.range.start => last.end = vma.range.end,
-            _ => readable.push(vma.range),
+            _ => joined.push(vma.range.clone()),
         }
     }
-    Ok(readable)
+    joined
 }

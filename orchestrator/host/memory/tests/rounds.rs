@@ -363,7 +363,7 @@ async fn what_changed_before_the_end_is_named() {
     assert!(again.values().all(Vec::is_empty), "{again:?}");
 
     let direct = File::open(format!("/proc/{pid}/mem")).unwrap();
-    let memory = FrozenMemory::open([pid], &TaskRanges::new()).unwrap();
+    let memory = FrozenMemory::open([pid], None).unwrap();
     let mut buffer = BytesMut::new();
     for ranges in ranges.chunks(32) {
         assert!(ranges.iter().all(|range| memory.may_wait(owner, range)));
@@ -376,6 +376,10 @@ async fn what_changed_before_the_end_is_named() {
         }
         assert!(content == wanted, "{ranges:x?}");
     }
+    let code = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let code = code.lines().find(|line| line.contains(" r-xp ")).unwrap();
+    let code = u64::from_str_radix(code.split_once('-').unwrap().0, 16).unwrap();
+    let code = code..code + PAGE;
     // Nobody's, half of it nobody's, another task's.
     let first = ranges[0].clone();
     for range in [0..PAGE, first.start..1 << 47] {
@@ -385,8 +389,14 @@ async fn what_changed_before_the_end_is_named() {
     let held = TaskRanges::from([(pid.unsigned_abs(), vec![first.clone()])]);
     let pages = precopy.frozen_pages(Some(&held)).unwrap();
     assert!(pages.written(&AtomicBool::new(false)).is_ok());
-    let held = FrozenMemory::open([pid], &held).unwrap();
-    assert!(!held.may_wait(owner, &first));
+    assert!(!memory.waits(owner, &first));
+    let all = FrozenMemory::open([pid], Some(&TaskRanges::new())).unwrap();
+    assert!(ranges.iter().all(|range| all.waits(owner, range)));
+    for range in [0..PAGE, first.start..1 << 47, code] {
+        assert!(!all.waits(owner, &range), "{range:x?}");
+    }
+    let held = FrozenMemory::open([pid], Some(&held)).unwrap();
+    assert!(!held.may_wait(owner, &first) && !held.waits(owner, &first));
     let another = PageOwner::Task(pid.unsigned_abs() + 1);
     assert!(!memory.may_wait(another, &first));
     let nobodys = std::slice::from_ref(&(0..PAGE)).to_owned();

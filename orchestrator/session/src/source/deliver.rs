@@ -104,6 +104,17 @@ impl Following {
         Ok(Some(PageRun { flags, ..*run }))
     }
 
+    /// A run that CRIU has read and does not call lazy, listed as in store instead, if
+    /// all of it may follow all the same.
+    fn as_stored(&self, run: &PageRun) -> Option<PageRun> {
+        let range = run.vaddr..run.vaddr + run.pages * PAGE_BYTES as u64;
+        let waits = run.flags & (PageRun::LAZY | PageRun::PRESENT) == PageRun::PRESENT
+            && self.runs.runs().len() < RUNS_MAX
+            && self.memory.waits(run.owner, &range);
+        let flags = run.flags & !PageRun::PRESENT | PARENT;
+        waits.then_some(PageRun { flags, ..*run })
+    }
+
     /// Notes what follows of a run that CRIU has listed as in store.
     fn of_stored(&mut self, run: &PageRun) -> Result<Vec<PageRun>, DumpSinkError> {
         let PageOwner::Task(pid) = run.owner else {
@@ -160,10 +171,13 @@ impl Outgoing<'_> {
             self.pages += run.pages;
             return Ok(self.sender.pages(&head, &[]).await?);
         }
-        let parts = if run.flags & PARENT == 0 {
-            Vec::new()
+        let (run, data, parts) = if run.flags & PARENT != 0 {
+            (run, data, following.of_stored(&run)?)
+        } else if let Some(stored) = following.as_stored(&run) {
+            following.add(stored)?;
+            (stored, &[][..], vec![stored])
         } else {
-            following.of_stored(&run)?
+            (run, data, Vec::new())
         };
         for parts in parts.chunks(FOLLOWING_RANGES_MAX) {
             let pages = parts
@@ -477,7 +491,7 @@ mod tests {
         let hello = crate::hello("m1");
         let (source, destination) = Connection::pair(hello.clone(), hello);
         let pid = std::process::id();
-        let memory = FrozenMemory::open([pid.cast_signed()], &TaskRanges::new()).unwrap();
+        let memory = FrozenMemory::open([pid.cast_signed()], None).unwrap();
         let mut following = Following::of(memory, TaskRanges::new(), false);
         // Of this very program, which stays where it is.
         let at = std::ptr::from_ref(&PAGE).addr() as u64;

@@ -215,7 +215,7 @@ impl Migration {
         let following = if self.postcopies {
             let plan = self.plan.as_ref().ok_or_else(|| not_yet("the plan"))?;
             let pids = plan.tree.processes.iter().map(|process| process.pid);
-            let memory = FrozenMemory::open(pids, &self.held_memory.take().unwrap_or_default())?;
+            let memory = FrozenMemory::open(pids, self.held_memory.take().as_ref())?;
             // What is marked clean by an attempt that failed is marked written again: nobody
             // may have seen it.
             let changed = std::mem::take(&mut self.changed).known().await?;

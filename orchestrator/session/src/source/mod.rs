@@ -448,13 +448,13 @@ struct Migration {
     stub: park::Stub,
     /// A connection for what goes over after the commit.
     late_lane: Option<(Sender, Receiver)>,
-    /// Its sending.
     /// Nothing is sent any more to the destination's agent.
     stream_ended: bool,
     /// What of the frozen tree's memory cannot follow the commit, where that is known.
     held_memory: Option<migrate_criu::Held>,
     /// What the frozen tree has written since the last round.
     changed: deliver::Changed,
+    /// The sending of what goes over after the commit.
     delivery: Option<deliver::Delivery>,
     /// Closes the fence when CRIU dies with the tree in its hands.
     watch: Option<FenceWatch>,
