@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use migrate_core::report::Report;
-use migrate_test_hosts::{HostName, WORKLOAD_V4};
+use migrate_test_hosts::{Authority, HostName, WORKLOAD_V4};
 use migrate_test_vms::{DISK, Kernel, Machine, Machines, Order, Program, Way, scratch};
 use migrate_tests::client::{StrictClient, program};
 use migrate_tests::hosts::unit_tests;
@@ -163,7 +163,12 @@ fn reached<T>(attempt: impl Fn() -> T, code: impl Fn(&T) -> Option<i32>) -> T {
 
 /// Moves a process between machines, which has to succeed.
 fn moved(from: &Machine, to: &Machine, pid: &str, options: &[&str]) -> Migration {
-    let argv = ["migrate", "--json", "--to", to.host().as_str()];
+    moved_by(from, to, to.host().as_str(), pid, options)
+}
+
+/// The same to an agent that is reached by this name.
+fn moved_by(from: &Machine, to: &Machine, at: &str, pid: &str, options: &[&str]) -> Migration {
+    let argv = ["migrate", "--json", "--to", at];
     // Every page is compared, and no machine is quick here.
     let always = ["--verify", "--max-blackout", "300", pid];
     let attempt = || {
@@ -942,8 +947,105 @@ fn furnish(machine: &Machine, scratch: &Path, package: &Path) {
     );
 }
 
-/// The package is installed, a service moves to another machine's own unit and back, is stopped
-/// and started there as ever, and then moves to a machine that has no such unit.
+/// The standing agent of the package.
+const AGENT: &str = "migrate-agent.service";
+/// Where its unit has it listen.
+const AGENT_AT: &str = "host2:7700";
+/// What a source shows to it.
+const SHOWS: [&str; 6] = [
+    "--ca",
+    "/etc/migrate/ca.pem",
+    "--cert",
+    "/etc/migrate/host.pem",
+    "--key",
+    "/etc/migrate/host.key",
+];
+
+/// Gives machines certificates of one authority, and one of them an agent as the package has it.
+fn stands(machines: [&Machine; 2], stands_on: &Machine, scratch: &Path) {
+    let directory = scratch.join("authority");
+    fs::create_dir(&directory).unwrap();
+    let authority = Authority::in_dir(&directory).unwrap();
+    for machine in machines {
+        let (cert, key) = authority.certify(machine.host().as_str()).unwrap();
+        for (file, name, mode) in [
+            (authority.ca(), "ca.pem", 0o644),
+            (cert, "host.pem", 0o644),
+            (key, "host.key", 0o600),
+        ] {
+            let to = format!("/etc/migrate/{name}");
+            machine.put(&file, &to, mode).unwrap();
+        }
+    }
+    // Without a policy the unit starts nothing.
+    shell(stands_on, &format!("systemctl start {AGENT}"));
+    assert_eq!(property(stands_on, AGENT, "ActiveState"), "inactive");
+    let policy = format!("peers = [\"host1\"]\nunits = [\"{REDIS}\"]\n");
+    put(stands_on, scratch, &policy, "/etc/migrate/agent.toml");
+    shell(stands_on, &format!("systemctl start {AGENT}"));
+    listens(stands_on, 7700);
+}
+
+/// A start of the unit is under way around the tree that has come when the agent dies. The unit
+/// gets the tree all the same, and its own settings from the next agent.
+fn loses_its_agent(from: &Machine, to: &Machine, scratch: &Path, pid: &str) {
+    const SLOW: &str = "\
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'until test -e /run/go; do sleep 0.1; done'
+";
+    let slow = format!("/etc/systemd/system/{REDIS}.d/slow.conf");
+    put(to, scratch, SLOW, "/etc/systemd/system/slow.service");
+    let after = "[Unit]\nWants=slow.service\nAfter=slow.service\n";
+    put(to, scratch, after, &slow);
+    shell(to, "systemctl daemon-reload");
+    let agent = property(to, AGENT, "MainPID");
+    let is = |unit: &str, name: &str, value: &str| {
+        format!("test \"$(systemctl show --value -p {name} {unit})\" {value}")
+    };
+    std::thread::scope(|scope| {
+        let options = [&SHOWS[..], &["--stdio", "journal"]].concat();
+        let moving = scope.spawn(move || moved_by(from, to, AGENT_AT, pid, &options));
+        let begins = is("slow.service", "ActiveState", "= activating");
+        until(to, &begins);
+        assert!(property(to, REDIS, "DropInPaths").contains("zzz-migrate-adopt"));
+        shell(
+            to,
+            &format!("systemctl kill --signal=KILL --kill-whom=main {AGENT}"),
+        );
+        let migration = moving.join().unwrap();
+        assert_eq!(migration.expect_committed().unit, None);
+        let warned = migration.events.iter().any(|event| {
+            let event = event.to_string();
+            event.contains("has not said in which unit")
+        });
+        assert!(warned, "{:#?}", migration.events);
+    });
+    until(
+        to,
+        &format!(
+            "{} && {}",
+            is(AGENT, "MainPID", &format!("!= {agent}")),
+            is(AGENT, "SubState", "= running")
+        ),
+    );
+    // The one that came has looked, and the start is still under way.
+    listens(to, 7700);
+    assert!(property(to, REDIS, "DropInPaths").contains("zzz-migrate-adopt"));
+    shell(to, "touch /run/go");
+    until(to, &is(REDIS, "ActiveState", "= active"));
+    until(
+        to,
+        &format!("! ls /run/systemd/system/{REDIS}.d/*migrate* 2>/dev/null"),
+    );
+    shell(to, &format!("rm {slow} && systemctl daemon-reload"));
+    is_left(from);
+    has_the_tree(to, pid);
+}
+
+/// The package is installed, a service moves to another machine's own unit by a standing agent and
+/// back by SSH, is stopped and started there as ever, gets its unit also when the agent dies
+/// meanwhile, and then moves to a machine that has no such unit.
 #[test]
 fn a_service_moves_into_the_unit_of_the_other_machine() {
     require!(
@@ -983,8 +1085,13 @@ fn a_service_moves_into_the_unit_of_the_other_machine() {
     let pid = property(one, REDIS, "MainPID");
     let mut client = client_on(peer, &workload());
 
-    for (from, to) in [(one, two), (two, one)] {
-        let migration = moved(from, to, &pid, &["--stdio", "journal"]);
+    stands([one, two], two, dir.path());
+    for (from, to, at, shows) in [
+        (one, two, AGENT_AT, &SHOWS[..]),
+        (two, one, one.host().as_str(), &[]),
+    ] {
+        let options = [shows, &["--stdio", "journal"]].concat();
+        let migration = moved_by(from, to, at, &pid, &options);
         let planned = said_of(&migration, &format!("unit {REDIS}"));
         assert!(planned.contains("kept down meanwhile"), "{planned}");
         let report = migration.expect_committed();
@@ -1008,39 +1115,46 @@ fn a_service_moves_into_the_unit_of_the_other_machine() {
         "redis-server"
     );
 
+    let mut client = client_on(peer, &workload());
+    loses_its_agent(one, two, dir.path(), &anew);
+    serves_old_connections(&mut client);
+    let verdict = client.stop().unwrap();
+    assert!(verdict.is_clean(), "{verdict}");
+    println!("without its agent after {} s", begun.elapsed().as_secs());
+
     // One has no such unit, and the other's has a condition that does not hold.
     shell(
-        two,
+        one,
         &format!(
             "rm -r /etc/systemd/system/{REDIS}* /usr/lib/systemd/system/redis* && \
              systemctl daemon-reload"
         ),
     );
-    let migration = moved(one, two, &anew, &["--stdio", "journal"]);
+    let migration = moved(two, one, &anew, &["--stdio", "journal"]);
     assert!(said_of(&migration, &format!("unit {SCOPE}")).contains("there is no"));
     assert_eq!(migration.expect_committed().unit.as_deref(), Some(SCOPE));
-    is_left(one);
-    is_in_scope(two, &anew);
+    is_left(two);
+    is_in_scope(one, &anew);
     println!("in a scope after {} s", begun.elapsed().as_secs());
 
     put(
-        one,
+        two,
         dir.path(),
         "[Unit]\nConditionPathExists=/nonexistent\n",
         &format!("/etc/systemd/system/{REDIS}.d/never.conf"),
     );
-    shell(one, "systemctl daemon-reload");
-    let migration = moved(two, one, &anew, &["--stdio", "journal"]);
+    shell(two, "systemctl daemon-reload");
+    let migration = moved(one, two, &anew, &["--stdio", "journal"]);
     assert_eq!(migration.expect_committed().unit.as_deref(), Some(SCOPE));
     let warned = migration.events.iter().any(|event| {
         let event = event.to_string();
         event.contains("redis-server.service could not take it")
     });
     assert!(warned, "{:#?}", migration.events);
-    is_in_scope(one, &anew);
-    is_down(one);
-    assert!(!property(one, REDIS, "DropInPaths").contains("migrate"));
-    shell(one, &format!("systemctl stop {SCOPE}"));
-    shell(one, &format!("test ! -e /proc/{anew}"));
+    is_in_scope(two, &anew);
+    is_down(two);
+    assert!(!property(two, REDIS, "DropInPaths").contains("migrate"));
+    shell(two, &format!("systemctl stop {SCOPE}"));
+    shell(two, &format!("test ! -e /proc/{anew}"));
     println!("done after {} s", begun.elapsed().as_secs());
 }

@@ -1,6 +1,8 @@
 //! Clearing what a dead orchestrator or agent has left, where that needs
 //! nobody else's word. [`crate::recover`] does what is left.
 
+use std::time::Duration;
+
 use migrate_core::journal::{Record, Side, Stage};
 
 use crate::journal;
@@ -10,6 +12,29 @@ use crate::state::State;
 /// Destination records are kept for a late question; more than this many ended
 /// ones are not, the oldest first.
 const ENDED_RECORDS_MAX: usize = 64;
+
+/// How long a standing agent waits for starts of units that another one has begun. What
+/// takes longer is left to the next migration and to `migrate recover`.
+const ADOPTIONS_LIMIT: Duration = Duration::from_secs(600);
+
+/// Between two looks at them.
+const LOOK_FOR_ADOPTIONS: Duration = Duration::from_secs(1);
+
+/// Gives units that an agent has died over their own settings back, as soon as they have
+/// started around their trees: a stop would end nothing until then.
+pub async fn adoptions() {
+    let settled = async {
+        while let Ok(true) = tokio::task::spawn_blocking(migrate_proc::clear_adoptions).await {
+            tokio::time::sleep(LOOK_FOR_ADOPTIONS).await;
+        }
+    };
+    if tokio::time::timeout(ADOPTIONS_LIMIT, settled)
+        .await
+        .is_err()
+    {
+        tracing::warn!("a unit is still being started around a tree; `migrate recover` clears up");
+    }
+}
 
 /// Clears this host; problems are logged, never fatal.
 pub async fn sweep(state: &State) {

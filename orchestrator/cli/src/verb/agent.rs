@@ -119,6 +119,7 @@ async fn stand(
         }
     };
     println!("listening on {}", agent.local_addr());
+    tokio::spawn(migrate_session::sweep::adoptions());
     let mut tasks = tokio::task::JoinSet::new();
     let mut served = HashMap::new();
     loop {

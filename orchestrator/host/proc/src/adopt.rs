@@ -666,9 +666,10 @@ fn notify(root: i32) -> Result<(), ProcError> {
 }
 
 /// Takes back what a process that was killed has left of an adoption, once nothing of
-/// it is under way any more. What it was about stays as it is: a unit that has its
-/// tree keeps it.
-pub fn clear_adoptions() {
+/// it is under way any more; whether something still is. What it was about stays as it
+/// is: a unit that has its tree keeps it.
+pub fn clear_adoptions() -> bool {
+    let mut under_way = false;
     for (unit, drop_in) in left_behind() {
         let text = read::text(&drop_in).unwrap_or_default();
         let owner = text.lines().next().and_then(|line| {
@@ -686,10 +687,25 @@ pub fn clear_adoptions() {
             let state = shown.get("ActiveState").map_or("", String::as_str);
             idle && matches!(state, "active" | "inactive" | "failed")
         });
-        if settled && let Err(error) = systemd::withdraw(&drop_in) {
+        if !settled {
+            under_way = true;
+        } else if let Err(error) = systemd::withdraw(&drop_in) {
             tracing::warn!(error = %chain(&error), unit, "could not give the unit its settings back");
+        } else if let Some(home) = home_in(&text)
+            && let Some(home) = Hierarchy::v2().and_then(|v2| v2.directory(home))
+        {
+            cgroup::remove_empty_home(&home);
         }
     }
+    under_way
+}
+
+/// The cgroup that the tree was restored in which a drop-in is about.
+fn home_in(drop_in: &str) -> Option<&str> {
+    let command = drop_in
+        .lines()
+        .find_map(|line| line.strip_prefix("ExecStart=+"))?;
+    command.split_once(" --home ")?.1.split(' ').next()
 }
 
 /// Units with a drop-in of an adoption.
@@ -763,6 +779,11 @@ mod tests {
                 .collect()
         };
         assert_eq!(set("ExecStart"), ["", &format!("+{command}")]);
+        assert_eq!(home_in(&text), Some("/migrate/redis-server-9"));
+        assert_eq!(
+            home_in(&drop_in_text("/usr/bin/migrate adopt --ticks 7 9")),
+            None
+        );
         for reset in [
             "ExecCondition",
             "ExecStartPre",
