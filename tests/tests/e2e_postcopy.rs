@@ -121,6 +121,12 @@ fn memory_under_heavy_writing_follows_the_handover() {
             "busy-churn",
             &["--on-timeout", "postcopy", "--engine", "full"],
         ),
+        // CRIU takes all of its memory for stack.
+        (
+            5,
+            "busy-aligned",
+            &["--postcopy", "--engine", "full", "--verify"],
+        ),
     ] {
         let busy = Busy::start(&lab, mode, if seed == 1 { 256 } else { 96 }, seed);
         // What changes while all of it goes over once: on a busy machine the program may

@@ -6,7 +6,8 @@
 //! writes with four threads, `churn` maps, moves, gives back and forks at
 //! random, `fork` forks four times at once, `family` has a child from before that has changed a part, `hang`
 //! reads on for good, `idle` touches nothing for good, `wait` ends at once,
-//! `patient` touches nothing until GO-now exists and then reads. `busy-MODE` writes to all of its memory
+//! `patient` touches nothing until GO-now exists and then reads, `aligned` does what `check` does and
+//! has a thread whose stack pointer is at the start of a page. `busy-MODE` writes to all of its memory
 //! again and again while it waits. Every byte is checked.
 
 use std::path::Path;
@@ -30,6 +31,9 @@ fn main() -> io::Result<()> {
         "family" => Some(model.family()?),
         _ => None,
     };
+    if mode.ends_with("aligned") {
+        thread::spawn(wait_aligned);
+    }
     if child != Some(0) {
         fs::write(file, "ready")?;
     }
@@ -45,7 +49,7 @@ fn main() -> io::Result<()> {
         }
     }
     let result = match mode {
-        "check" => (0..3).try_for_each(|_| model.check()),
+        "check" | "aligned" => (0..3).try_for_each(|_| model.check()),
         "threads" => model.threads(),
         "churn" => model.churn(4000),
         "fork" => (0..4)
@@ -92,6 +96,26 @@ struct Region {
     at: usize,
     pages: Vec<Pattern>,
 }
+
+/// Waits for good, with a stack pointer that is a multiple of the page size.
+#[cfg(target_arch = "x86_64")]
+fn wait_aligned() {
+    // SAFETY: what is on the stack is never used again, and pause(2), the 34th call, uses
+    // none of it. The place is within the stack, which is larger than a page.
+    unsafe {
+        std::arch::asm!(
+            "and rsp, -4096",
+            "2:",
+            "mov eax, 34",
+            "syscall",
+            "jmp 2b",
+            options(noreturn)
+        )
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn wait_aligned() {}
 
 struct Model {
     regions: Vec<Region>,
