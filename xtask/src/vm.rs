@@ -141,6 +141,18 @@ pub(crate) fn run(verb: Verb) -> anyhow::Result<()> {
             results,
             options,
         } => {
+            for own in ["--results", "--docs"] {
+                let told = options.iter().any(|option| {
+                    let option = option.to_string_lossy();
+                    option == own || option.starts_with(&format!("{own}="))
+                });
+                ensure!(
+                    !told,
+                    "{own} is not for the benchmark in the machine: --results DIR goes before {kernel}, \
+                     and `cargo xtask bench --show --results DIR --docs DIR` writes docs afterwards",
+                    kernel = kernel.series()
+                );
+            }
             let directory = program::build(&BENCH_PACKAGES)?;
             let from = |path: PathBuf, name: &str| Program {
                 path,
