@@ -387,7 +387,12 @@ impl World<'_> {
             | SourceOp::OpenFence
             | SourceOp::DetachGate
             | SourceOp::Discard => self.touch_source(op),
-            SourceOp::AwaitCriu | SourceOp::Decide | SourceOp::Told | SourceOp::WriteDone => {}
+            SourceOp::WriteDone => {
+                if !matches!(self.late, Late::None) {
+                    self.driver_writes(Stage::Done);
+                }
+            }
+            SourceOp::AwaitCriu | SourceOp::Decide | SourceOp::Told => {}
         }
         Came::Next
     }

@@ -42,6 +42,7 @@ pub(crate) enum SourceOp {
     Decide,
     /// Recovery: decides by the answer.
     Told,
+    /// The driver's, too, where pages are still to go over.
     WriteDone,
 }
 
@@ -64,7 +65,7 @@ pub(crate) fn of_source(step: source::Step) -> &'static [SourceOp] {
         Step::Go => &[S::SendGo, S::AwaitOwned],
         Step::AskOwner | Step::AskRunner => &[S::CloseLink, S::Ask, S::AwaitVerdict],
         Step::Await => &[S::AwaitRunning],
-        Step::Deliver => &[S::Deliver],
+        Step::Deliver => &[S::WriteDone, S::Deliver],
         Step::Remove | Step::RemoveLost => &[S::KillTree, S::CloseLink, S::DetachGate, S::Discard],
         Step::TakeBack => &[
             S::WriteUndone,

@@ -61,7 +61,7 @@ fn a_wrong_arrow_of_the_source_is_found_out() {
         (Step::AskOwner, Event::SaysRuns, Step::Remove),
         (Step::AskRunner, Event::SaysRuns, Step::Remove),
         (Step::Deliver, Event::Failed, Step::Remove),
-        (Step::Deliver, Event::Failed, Step::Lost),
+        (Step::Deliver, Event::Failed, Step::Committed),
         (Step::RemoveLost, Event::Done, Step::Committed),
         (Step::Deliver, Event::Failed, Step::TakeBack),
     ] {

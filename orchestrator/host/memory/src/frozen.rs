@@ -43,6 +43,14 @@ impl FrozenPages {
     ) -> Result<Self, MemoryError> {
         let mut processes = Vec::new();
         for (pid, watch) in watched {
+            let vmas = match maps::read(pid) {
+                Err(MemoryError::Gone { .. }) => continue,
+                vmas => vmas?,
+            };
+            // It has ended and was not waited for.
+            if vmas.is_empty() {
+                continue;
+            }
             // It cannot wait, nor can what other tasks have at such addresses: CRIU says
             // of some which pages these are.
             if held.is_none() && locked_kb(pid) != Some(0) {
@@ -51,10 +59,6 @@ impl FrozenPages {
                     guards,
                 });
             }
-            let vmas = match maps::read(pid) {
-                Err(MemoryError::Gone { .. }) => continue,
-                vmas => vmas?,
-            };
             let readable = joined(vmas.iter().filter(|vma| vma.trackable()));
             // CRIU lets the task execute its own code there.
             let code: Vec<Range<u64>> = code_pages(pid.unsigned_abs())?

@@ -44,6 +44,8 @@ pub(crate) struct Memory {
     late: Option<LateRuns>,
     /// Those of the next run that is in store.
     follows: Vec<PageRun>,
+    /// Pages of these.
+    follows_pages: u64,
 }
 
 impl Memory {
@@ -67,6 +69,7 @@ impl Memory {
             hot: Vec::new(),
             late: None,
             follows: Vec::new(),
+            follows_pages: 0,
         }
     }
 
@@ -113,6 +116,7 @@ impl Memory {
             self.store.put(run, data)?;
         }
         let follows = std::mem::take(&mut self.follows);
+        self.follows_pages = 0;
         self.list(run, &follows)?;
         if !data.is_empty() {
             images.pages(run, data)?;
@@ -156,8 +160,7 @@ impl Memory {
             return Err(not_agreed());
         }
         let page = PAGE_BYTES as u64;
-        let before = self.follows.iter().map(|late| late.pages).sum::<u64>();
-        let mut room = (self.room_bytes / page).saturating_sub(before);
+        let mut room = (self.room_bytes / page).saturating_sub(self.follows_pages);
         let mut at = self
             .follows
             .last()
@@ -178,6 +181,7 @@ impl Memory {
                 return Err(misplaced());
             }
             at = end;
+            self.follows_pages += pages;
             self.follows.push(run);
         }
         Ok(())

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use migrate_channel::{Frame, Receiver, Sender};
+use migrate_core::journal::Stage;
 use migrate_core::late::{Deliveries, FOLLOWING_RANGES_MAX, LateRun, LateRuns, RUNS_MAX};
 use migrate_core::report::{Postcopy, counted};
 use migrate_core::stream::Bucket;
@@ -431,6 +432,18 @@ impl Migration {
     pub(super) fn begin_delivery(&self) {
         if let Some(delivery) = &self.delivery {
             delivery.begin();
+        }
+    }
+
+    /// The copy has run, and something of it is still here. Whoever settles this record
+    /// when this process has died removes the tree unasked: the destination may not be
+    /// reached by then or, after a reset, know of nothing.
+    pub(super) fn note_gone(&mut self) {
+        if self.delivery.is_some()
+            && let Some(journal) = &mut self.journal
+            && let Err(error) = journal.stage(Stage::Done)
+        {
+            tracing::warn!(error = %error.chain(), "could not note that the tree has gone");
         }
     }
 
