@@ -144,11 +144,25 @@ fn differences(told: &HashMap<Place, u64>, said: &HashMap<Place, u64>) -> Result
     }
 }
 
-/// What `smaps` tells of this process's mappings.
-fn told() -> Result<HashMap<Place, u64>, String> {
-    let text = fs::read_to_string("/proc/self/smaps").map_err(|error| format!("smaps: {error}"))?;
-    let mut told = HashMap::new();
+/// What `smaps` tells of a mapping.
+struct Told {
+    place: Place,
+    flags: u64,
+    /// The kernel may take pages of it at any moment, for its program may have given them
+    /// back (`MADV_FREE`).
+    given_back: bool,
+}
+
+/// What `smaps` tells of a process's mappings. The kernel looks at every page for that.
+fn smaps(pid: u32) -> Result<Vec<Told>, String> {
+    let path = format!("/proc/{pid}/smaps");
+    let text = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
+    // Memory that was given back is told under its own name only once it has come off a
+    // list of the kernel's, some pages later (`folio_mark_lazyfree`); clean it is at once.
+    let clean = ["LazyFree:", "Private_Clean:", "Shared_Clean:"];
+    let mut told = Vec::new();
     let mut place = None;
+    let mut given_back = false;
     for line in text.lines() {
         if let Some(names) = line.strip_prefix("VmFlags:") {
             let of = |name: &str| {
@@ -156,46 +170,81 @@ fn told() -> Result<HashMap<Place, u64>, String> {
                 known.map_or(0, |(bit, _)| *bit)
             };
             let flags = names.split_whitespace().fold(0, |all, name| all | of(name));
-            if let Some(place) = place {
-                told.insert(place, flags);
-            }
+            told.extend(place.take().map(|place| Told {
+                place,
+                flags,
+                given_back,
+            }));
+        } else if let Some((_, kib)) = clean.iter().find_map(|name| line.split_once(name)) {
+            given_back |= kib.trim() != "0 kB";
         } else {
             let mut addresses = Addresses::default();
             line.bytes().for_each(|byte| addresses.feed(byte));
-            place = addresses.get().or(place);
+            if let Some(next) = addresses.get() {
+                (place, given_back) = (Some(next), false);
+            }
         }
     }
     Ok(told)
+}
+
+/// What `smaps` tells of this process's mappings.
+fn told() -> Result<HashMap<Place, u64>, String> {
+    let told = smaps(std::process::id())?.into_iter();
+    Ok(told.map(|told| (told.place, told.flags)).collect())
 }
 
 /// Memory that a copy has to have before it runs, by task, ascending.
 pub type Held = BTreeMap<u32, Vec<Range<u64>>>;
 
 /// What of these processes' memory cannot wait until their copies run, though CRIU may think
-/// it can: what one of them has locked, and what others have there; and what their children
-/// find zeros in. `None` where that cannot be told without a look at every page.
+/// it can: what one of them has locked, and what others have there; what their children find
+/// zeros in; and if it is to be `compared` later, what may be zeros by then, for its program
+/// has given it back. `None` where that cannot be told without a look at every page, which
+/// only what is compared is worth.
 ///
 /// They stand still: what they change meanwhile is not seen.
-pub async fn held(pids: &[u32]) -> Option<Held> {
+pub async fn held(pids: &[u32], compared: bool) -> Option<Held> {
+    let program = if compared {
+        None
+    } else {
+        Some(program().await?)
+    };
+    let of = move |pid| match program {
+        Some(program) => Ok(records(program, pid)?
+            .into_iter()
+            .map(|[start, end, flags]| Told {
+                place: (start, end),
+                flags,
+                given_back: false,
+            })
+            .collect()),
+        None => smaps(pid),
+    };
+    let pids = pids.to_vec();
+    let look = move || -> Result<Vec<(u32, Vec<Told>)>, String> {
+        let mappings = pids.into_iter().map(|pid| Ok((pid, of(pid)?)));
+        mappings.collect()
+    };
+    let looked = tokio::task::spawn_blocking(look).await;
+    match looked.unwrap_or_else(|error| Err(error.to_string())) {
+        Ok(mappings) => Some(held_of(mappings)),
+        Err(why) => {
+            tracing::debug!(why, "the flags of mappings are not known");
+            None
+        }
+    }
+}
+
+fn held_of(mappings: Vec<(u32, Vec<Told>)>) -> Held {
     /// `VM_LOCKED` and `VM_WIPEONFORK` of `include/linux/mm.h`.
     const LOCKED: u64 = 0x2000;
     const WIPED: u64 = 0x200_0000;
-    let program = program().await?;
-    let mut mappings = Vec::new();
-    for &pid in pids {
-        match records(program, pid) {
-            Ok(records) => mappings.push((pid, records)),
-            Err(why) => {
-                tracing::debug!(why, pid, "the flags of its mappings are not known");
-                return None;
-            }
-        }
-    }
     let mut all: Vec<Range<u64>> = mappings
         .iter()
-        .flat_map(|(_, records)| records)
-        .filter(|[_, _, flags]| flags & LOCKED != 0)
-        .map(|&[start, end, _]| start..end)
+        .flat_map(|(_, told)| told)
+        .filter(|told| told.flags & LOCKED != 0)
+        .map(|told| told.place.0..told.place.1)
         .collect();
     all.sort_by_key(|range| range.start);
     let mut locked: Vec<Range<u64>> = Vec::new();
@@ -205,14 +254,18 @@ pub async fn held(pids: &[u32]) -> Option<Held> {
             _ => locked.push(range),
         }
     }
-    let held = mappings.into_iter().map(|(pid, records)| {
-        let ranges = records.into_iter().filter(|&[start, end, flags]| {
+    let held = mappings.into_iter().map(|(pid, told)| {
+        let cannot_wait = told.into_iter().filter(|told| {
+            let (start, end) = told.place;
             let at = locked.partition_point(|range| range.end <= start);
-            flags & WIPED != 0 || locked.get(at).is_some_and(|range| range.start < end)
+            told.given_back
+                || told.flags & WIPED != 0
+                || locked.get(at).is_some_and(|range| range.start < end)
         });
-        (pid, ranges.map(|[start, end, _]| start..end).collect())
+        let ranges = cannot_wait.map(|told| told.place.0..told.place.1);
+        (pid, ranges.collect())
     });
-    Some(held.collect())
+    held.collect()
 }
 
 /// All records that a program writes about a process.
@@ -414,14 +467,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_locked_or_wiped_is_held() {
+    async fn what_is_locked_wiped_or_given_back_is_held() {
         let Some(_) = program().await else {
-            println!("SKIP what_is_locked_or_wiped_is_held: the program cannot be relied on");
+            println!(
+                "SKIP what_is_locked_wiped_or_given_back_is_held: the program cannot be relied on"
+            );
             return;
         };
         let page = migrate_core::wire::PAGE_BYTES;
-        let length = std::num::NonZeroUsize::new(4 * page).unwrap();
-        // SAFETY: a new mapping; what is locked and advised is within it.
+        let length = std::num::NonZeroUsize::new(6 * page).unwrap();
+        // SAFETY: a new mapping; what is locked, advised, changed and written to is within it.
         let at = unsafe {
             let at = mmap_anonymous(
                 None,
@@ -432,17 +487,30 @@ mod tests {
             .unwrap();
             mlock(at.byte_add(page), page).unwrap();
             madvise(at.byte_add(3 * page), page, MmapAdvise::MADV_WIPEONFORK).unwrap();
+            // A mapping of its own.
+            let last = at.byte_add(5 * page);
+            let all = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE | ProtFlags::PROT_EXEC;
+            nix::sys::mman::mprotect(last, page, all).unwrap();
+            last.cast::<u8>().write(1);
+            madvise(last, page, MmapAdvise::MADV_FREE).unwrap();
             at
         };
         let pid = std::process::id();
-        let held = held(&[pid]).await.unwrap().remove(&pid).unwrap();
         let first = at.addr().get() as u64;
-        let is_held: Vec<bool> = (first..)
-            .step_by(page)
-            .take(4)
-            .map(|page| held.iter().any(|range| range.contains(&page)))
-            .collect();
-        assert_eq!(is_held, [false, true, false, true], "{held:x?}");
+        for (compared, last) in [(false, false), (true, true)] {
+            let held = held(&[pid], compared).await.unwrap().remove(&pid).unwrap();
+            assert!(held.is_sorted_by(|one, next| one.end <= next.start));
+            let is_held: Vec<bool> = (first..)
+                .step_by(page)
+                .take(6)
+                .map(|page| held.iter().any(|range| range.contains(&page)))
+                .collect();
+            assert_eq!(
+                is_held,
+                [false, true, false, true, false, last],
+                "{compared}: {held:x?}"
+            );
+        }
         // SAFETY: made above, and used by nobody.
         unsafe { munmap(at, length.get()) }.unwrap();
     }

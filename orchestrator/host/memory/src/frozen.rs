@@ -24,6 +24,7 @@ use crate::error::MemoryError;
 use crate::maps::{self, Vma};
 use crate::process::{Memory, Watch};
 use crate::rounds::without;
+use crate::sys::ScanMode;
 
 /// Parts of tasks' memory, by task, ascending.
 pub type TaskRanges = BTreeMap<u32, Vec<Range<u64>>>;
@@ -39,26 +40,24 @@ impl FrozenPages {
     pub(crate) fn of<'w>(
         watched: impl Iterator<Item = (i32, &'w Watch)>,
         guards: bool,
+        tree: &[u32],
         held: Option<&TaskRanges>,
     ) -> Result<Self, MemoryError> {
         let mut processes = Vec::new();
+        // It cannot wait, nor can what other tasks have at such addresses: CRIU says
+        // of some which pages these are.
+        if held.is_none() {
+            for pid in tree {
+                if has_locked(pid.cast_signed())? {
+                    return Ok(Self { processes, guards });
+                }
+            }
+        }
         for (pid, watch) in watched {
             let vmas = match maps::read(pid) {
                 Err(MemoryError::Gone { .. }) => continue,
                 vmas => vmas?,
             };
-            // It has ended and was not waited for.
-            if vmas.is_empty() {
-                continue;
-            }
-            // It cannot wait, nor can what other tasks have at such addresses: CRIU says
-            // of some which pages these are.
-            if held.is_none() && locked_kb(pid) != Some(0) {
-                return Ok(Self {
-                    processes: Vec::new(),
-                    guards,
-                });
-            }
             let readable = joined(vmas.iter().filter(|vma| vma.trackable()));
             // CRIU lets the task execute its own code there.
             let code: Vec<Range<u64>> = code_pages(pid.unsigned_abs())?
@@ -81,8 +80,9 @@ impl FrozenPages {
     /// the marks before this has returned: what could not be looked at whole is marked
     /// written again.
     ///
-    /// What is beyond [`RUNS_MAX`] ranges, and memory of another program than the one that
-    /// is tracked, stays as it is: CRIU lists it with its content.
+    /// What is beyond [`RUNS_MAX`] ranges, what is not in memory just now, and memory of
+    /// another program than the one that is tracked, stays as it is: CRIU lists it with its
+    /// content, and a page that cannot be read ends the dump and not the copy.
     ///
     /// # Errors
     ///
@@ -103,8 +103,10 @@ impl FrozenPages {
                     if stop.load(Ordering::Relaxed) {
                         return Err(MemoryError::Stopped);
                     }
+                    let mode = ScanMode::ProtectPresent;
                     // Another program's memory, or another shape.
-                    let Ok(scan) = watch.scan_once(memory.pagemap(), &left, self.guards) else {
+                    let Ok(scan) = watch.scan_once(memory.pagemap(), &left, mode, self.guards)
+                    else {
                         break;
                     };
                     left.start = scan.next.max(left.start + PAGE);
@@ -242,6 +244,15 @@ fn is_within(parts: &[Range<u64>], range: &Range<u64>) -> bool {
     parts
         .get(at)
         .is_some_and(|part| part.start <= range.start && range.end <= part.end)
+}
+
+/// Whether a process has memory locked in, as far as that can be told. One that has ended
+/// and was not waited for has none.
+fn has_locked(pid: i32) -> Result<bool, MemoryError> {
+    match maps::read(pid) {
+        Err(MemoryError::Gone { .. }) => Ok(false),
+        vmas => Ok(!vmas?.is_empty() && locked_kb(pid) != Some(0)),
+    }
 }
 
 /// Memory that the process has locked in, in KiB; none when it cannot be told.

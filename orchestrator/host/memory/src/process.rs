@@ -131,12 +131,13 @@ impl Watch {
         range: &Range<u64>,
         guards: bool,
     ) -> Result<Scan<'_>, Unwatched> {
-        match self.scan_once(pagemap, range, guards) {
+        match self.scan_once(pagemap, range, ScanMode::Protect, guards) {
             Ok(scan) => Ok(scan),
             Err(_) => {
                 // A new mapping, or one that has changed its shape.
                 self.register(range)?;
-                self.scan_once(pagemap, range, guards).map_err(|error| {
+                let again = self.scan_once(pagemap, range, ScanMode::Protect, guards);
+                again.map_err(|error| {
                     if error.raw_os_error() == Some(libc::EPERM) {
                         Unwatched::OtherMemory
                     } else {
@@ -152,11 +153,12 @@ impl Watch {
         &self,
         pagemap: &File,
         range: &Range<u64>,
+        mode: ScanMode,
         guards: bool,
     ) -> io::Result<Scan<'_>> {
         let mut regions = vec![Region::default(); REGIONS_PER_SCAN];
-        let (found, next) = sys::scan(pagemap, range, ScanMode::Protect, guards, &mut regions)
-            .inspect_err(|_| {
+        let (found, next) =
+            sys::scan(pagemap, range, mode, guards, &mut regions).inspect_err(|_| {
                 // Pages before the one that failed may be marked clean, and
                 // which ones is not known.
                 self.mark_written(range);

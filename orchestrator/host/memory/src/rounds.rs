@@ -248,18 +248,22 @@ impl Precopy {
     }
 
     /// What has changed since the last round, of the tree that stands still now and that
-    /// CRIU is about to dump. `held` is what of it cannot wait; where that is not known, no
-    /// memory of a tree that has locked some.
+    /// CRIU is about to dump. `held` is what of it cannot wait; where that is not known,
+    /// nothing, if one of these processes, all of the tree's, has locked memory in.
     ///
     /// # Errors
     ///
     /// A process cannot be looked at.
-    pub fn frozen_pages(&self, held: Option<&TaskRanges>) -> Result<FrozenPages, MemoryError> {
+    pub fn frozen_pages(
+        &self,
+        tree: &[u32],
+        held: Option<&TaskRanges>,
+    ) -> Result<FrozenPages, MemoryError> {
         let watched = self.processes.iter().filter_map(|(&pid, process)| {
             let watch = process.watch.as_ref()?;
             Some((pid, watch))
         });
-        FrozenPages::of(watched, self.support.guard_pages, held)
+        FrozenPages::of(watched, self.support.guard_pages, tree, held)
     }
 
     /// Hands on what has changed since the last round; everything in the first.

@@ -181,6 +181,10 @@ pub(crate) enum ScanMode {
     /// Protect written pages again, in the same step; `EPERM` when the range is
     /// not watched.
     Protect,
+    /// The same, only of pages that are in memory. What is not there is swapped out, as a
+    /// rule, and some of that cannot be read: guard pages, where the kernel does not tell
+    /// them apart (6.13 and 6.14), and pages whose memory has failed.
+    ProtectPresent,
     /// Only look.
     Look,
 }
@@ -202,14 +206,20 @@ pub(crate) fn scan(
     // What is watched is anonymous, and asking whether a page belongs to a file
     // costs a cache miss for each of them: 20 ms for a GiB.
     let file = match mode {
-        ScanMode::Protect => 0,
+        ScanMode::Protect | ScanMode::ProtectPresent => 0,
         ScanMode::Look => PAGE_IS_FILE,
+    };
+    let any_of = match mode {
+        ScanMode::Protect | ScanMode::Look => PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        ScanMode::ProtectPresent => PAGE_IS_PRESENT,
     };
     let not = PAGE_IS_PFNZERO | file | guard;
     let mut argument = PmScanArg {
         size: size_of::<PmScanArg>() as u64,
         flags: match mode {
-            ScanMode::Protect => PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+            ScanMode::Protect | ScanMode::ProtectPresent => {
+                PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC
+            }
             ScanMode::Look => 0,
         },
         start: range.start,
@@ -220,7 +230,7 @@ pub(crate) fn scan(
         max_pages: 0,
         category_inverted: not,
         category_mask: not,
-        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        category_anyof_mask: any_of,
         return_mask: PAGE_IS_WRITTEN,
     };
     // SAFETY: the request reads and writes one `PmScanArg`, which lives here,
@@ -404,5 +414,44 @@ fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
         // SAFETY: the kernel has just made this descriptor for us alone.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `MADV_GUARD_INSTALL` of `include/uapi/asm-generic/mman-common.h`, Linux 6.13.
+    const GUARD_INSTALL: libc::c_int = 102;
+
+    #[test]
+    fn what_cannot_be_read_is_not_taken_for_memory_that_can() {
+        if let Err(reason) = crate::probe::probe() {
+            println!("SKIP what_cannot_be_read_is_not_taken_for_memory_that_can: {reason}");
+            return;
+        }
+        let uffd = Uffd::set_up(Uffd::own().unwrap()).unwrap();
+        let mut page = TrialPage::new().unwrap();
+        uffd.register(&page.range()).unwrap();
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let found = |page: &TrialPage, mode| {
+            let mut regions = [Region::default()];
+            // As where a kernel cannot tell guard pages apart.
+            let (found, _) = scan(&pagemap, &page.range(), mode, false, &mut regions).unwrap();
+            (found == 1).then(|| regions[0].written())
+        };
+        page.write(1);
+        assert_eq!(found(&page, ScanMode::ProtectPresent), Some(true));
+        assert_eq!(found(&page, ScanMode::ProtectPresent), Some(false));
+        // SAFETY: the page lives, and nobody reads it or writes to it from here on.
+        if unsafe { libc::madvise(page.0, PAGE_BYTES, GUARD_INSTALL) } != 0 {
+            println!("this kernel has no guard pages");
+            return;
+        }
+        assert!(
+            found(&page, ScanMode::Look).is_some(),
+            "it looks swapped out"
+        );
+        assert_eq!(found(&page, ScanMode::ProtectPresent), None);
     }
 }

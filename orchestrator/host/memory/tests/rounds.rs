@@ -340,7 +340,8 @@ async fn what_changed_before_the_end_is_named() {
     let was_clean = |seen: &Seen| seen.clean.then_some(seen.vaddr);
     let clean_before: HashSet<u64> = populated(pid).iter().filter_map(was_clean).collect();
 
-    let pages = precopy.frozen_pages(None).unwrap();
+    let tree = [pid.unsigned_abs()];
+    let pages = precopy.frozen_pages(&tree, None).unwrap();
     let stopped = pages.written(&AtomicBool::new(true)).unwrap_err();
     assert!(matches!(stopped, MemoryError::Stopped), "{stopped}");
     let mut written = pages.written(&AtomicBool::new(false)).unwrap();
@@ -387,7 +388,7 @@ async fn what_changed_before_the_end_is_named() {
     }
     // What cannot wait.
     let held = TaskRanges::from([(pid.unsigned_abs(), vec![first.clone()])]);
-    let pages = precopy.frozen_pages(Some(&held)).unwrap();
+    let pages = precopy.frozen_pages(&tree, Some(&held)).unwrap();
     assert!(pages.written(&AtomicBool::new(false)).is_ok());
     assert!(!memory.waits(owner, &first));
     let all = FrozenMemory::open([pid], Some(&TaskRanges::new())).unwrap();

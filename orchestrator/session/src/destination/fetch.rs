@@ -23,6 +23,10 @@ const TOLD_EVERY_PAGES: u64 = 64;
 /// their own.
 const BEFORE_LIMIT: Duration = Duration::from_secs(3600);
 
+/// How often the source hears of this side while nothing is wanted: well within what it
+/// waits for ([`LATE_LIMIT`]).
+const SIGN_EVERY: Duration = Duration::from_secs(LATE_LIMIT.as_secs() / 6);
+
 /// How often a thread that listens for a bell looks whether anybody still wants to
 /// know.
 const LISTEN_AT_ONCE: Duration = Duration::from_millis(500);
@@ -105,10 +109,13 @@ impl Fetch {
             }
         }
         let waited = self.pages.waited_faults();
-        let mut this = self.compared().await?;
-        this.say(&Message::Arrived { waited }).await?;
+        self.compared(came).await?;
+        // The copy has all it needs, whether the source hears of it or not.
+        if let Err(error) = self.say(&Message::Arrived { waited }).await {
+            tracing::warn!(error = %error.chain(), "the source was not told that all memory has arrived");
+        }
         // What is in the connection gets there before it ends.
-        let _ = this.link.0.close().await;
+        let _ = self.link.0.close().await;
         Ok(())
     }
 
@@ -144,33 +151,109 @@ impl Fetch {
     }
 
     /// Compares with what the frozen tree's memory amounted to, where somebody
-    /// has asked for that.
-    async fn compared(self) -> Result<Self, Error> {
-        let comparing = tokio::task::spawn_blocking(move || {
-            for expected in &self.expected.digests {
-                let masks = [&self.expected.masks[..], &expected.taken].concat();
-                let mut digest = MemoryDigest::without(&masks);
-                for run in self.runs.within(expected.owner, 0..u64::MAX) {
-                    let content = self.pages.content(run.first..run.first + run.pages);
-                    digest.add(
-                        run.vaddr,
-                        content.ok_or_else(|| super::receive::nothing("a page that has come"))?,
-                    );
-                }
-                if digest.finish() != expected.sha256 {
-                    return Err(Error::NotTheSame {
-                        owner: expected.owner,
-                    });
-                }
-            }
-            if !self.expected.digests.is_empty() {
-                tracing::info!("the memory that came late is the tree's");
-            }
-            Ok(self)
-        });
-        match comparing.await {
-            Ok(compared) => compared,
-            Err(error) => Err(Error::Changed(format!("hashing memory failed: {error}"))),
+    /// has asked for that. The source hears meanwhile that somebody is there.
+    async fn compared(&mut self, came: u64) -> Result<(), Error> {
+        let expected = std::mem::take(&mut self.expected);
+        if expected.digests.is_empty() {
+            return Ok(());
         }
+        let (pages, runs) = (Arc::clone(&self.pages), std::mem::take(&mut self.runs));
+        let compare = move || expected.compare(&pages, &runs);
+        let mut comparing = tokio::task::spawn_blocking(compare);
+        loop {
+            match tokio::time::timeout(SIGN_EVERY, &mut comparing).await {
+                Ok(Ok(compared)) => return compared,
+                Ok(Err(error)) => {
+                    return Err(Error::Changed(format!("hashing memory failed: {error}")));
+                }
+                Err(_) => {
+                    let pages = Vec::new();
+                    // Nothing more is needed of the source.
+                    let _ = self.say(&Message::Want { pages, came }).await;
+                }
+            }
+        }
+    }
+}
+
+impl Expected {
+    fn compare(&self, pages: &LatePages, runs: &LateRuns) -> Result<(), Error> {
+        for expected in &self.digests {
+            let masks = [&self.masks[..], &expected.taken].concat();
+            let mut digest = MemoryDigest::without(&masks);
+            for run in runs.within(expected.owner, 0..u64::MAX) {
+                let content = pages.content(run.first..run.first + run.pages);
+                digest.add(
+                    run.vaddr,
+                    content.ok_or_else(|| super::receive::nothing("a page that has come"))?,
+                );
+            }
+            if digest.finish() != expected.sha256 {
+                return Err(Error::NotTheSame {
+                    owner: expected.owner,
+                });
+            }
+        }
+        tracing::info!("the memory that came late is the tree's");
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migrate_channel::Connection;
+    use migrate_core::wire::{PAGE_BYTES, PageOwner, PageRun};
+
+    use super::*;
+
+    /// One page, which comes, and then nobody is there any more.
+    async fn the_last_that_came(expected: Expected) -> Result<(), Error> {
+        let run = PageRun {
+            owner: PageOwner::Task(7),
+            vaddr: 1 << 20,
+            pages: 1,
+            flags: PageRun::PRESENT | PageRun::LAZY,
+        };
+        let mut runs = LateRuns::default();
+        runs.add(&run).unwrap();
+        let hello = crate::hello("m1");
+        let (destination, mut source) = Connection::pair(hello.clone(), hello);
+        let (_owned, owned) = watch::channel(true);
+        let fetch = Fetch {
+            peer: "host1".to_owned(),
+            pages: Arc::new(LatePages::new(1).unwrap()),
+            runs,
+            link: (destination.sender, destination.receiver),
+            expected,
+            owned,
+        };
+        source.sender.pages(&run, &[7; PAGE_BYTES]).await.unwrap();
+        source.sender.flush().await.unwrap();
+        drop(source);
+        fetch.run().await
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_has_everything_outlives_its_source() {
+        the_last_that_came(Expected::default()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn another_content_is_told() {
+        let expected = |byte| {
+            let mut digest = MemoryDigest::without(&[]);
+            digest.add(1 << 20, &[byte; PAGE_BYTES]);
+            Expected {
+                digests: vec![PageDigest {
+                    owner: PageOwner::Task(7),
+                    sha256: digest.finish(),
+                    taken: Vec::new(),
+                }],
+                masks: Vec::new(),
+            }
+        };
+        the_last_that_came(expected(7)).await.unwrap();
+        let other = the_last_that_came(expected(8)).await.unwrap_err();
+        assert!(matches!(other, Error::NotTheSame { .. }), "{other:?}");
     }
 }

@@ -207,9 +207,10 @@ impl Migration {
         let tree = self.plan()?.tree.frozen()?;
         let pids = tree.processes.iter().map(|one| one.pid.unsigned_abs());
         let pids: Vec<u32> = pids.collect();
-        self.held_memory = migrate_criu::held(&pids).await;
+        self.held_memory = migrate_criu::held(&pids, self.request.choices.verify).await;
         if let Some(precopy) = &self.precopy {
-            self.changed = Changed::look(precopy.frozen_pages(self.held_memory.as_ref())?);
+            let held = self.held_memory.as_ref();
+            self.changed = Changed::look(precopy.frozen_pages(&pids, held)?);
         }
         Ok(())
     }
