@@ -1043,6 +1043,72 @@ ExecStart=/bin/sh -c 'until test -e /run/go; do sleep 0.1; done'
     has_the_tree(to, pid);
 }
 
+/// A service whose memory follows it, with a unit that would end what stands still meanwhile.
+const BUSY: &str = "busy.service";
+
+/// Nothing ends what is left of a tree while its copy lacks memory: no operator who takes it
+/// for over, no watchdog, no age, no lack of memory.
+fn is_kept_meanwhile(from: &Machine, to: &Machine, scratch: &Path) {
+    let program = shell(from, "command -v lazy-memory");
+    let unit = format!(
+        "[Service]\nExecStart={} busy-idle 4 1 /srv/busy /srv/go\nRestart=always\n\
+         WatchdogSec=1h\nRuntimeMaxSec=1h\n",
+        program.trim()
+    );
+    put(from, scratch, &unit, &format!("/etc/systemd/system/{BUSY}"));
+    shell(from, "mkdir -p /srv");
+    // There it comes to rest.
+    shell(to, "mkdir -p /srv && touch /srv/go");
+    shell(
+        from,
+        &format!("{PIDS_ABOVE} && systemctl daemon-reload && systemctl start {BUSY}"),
+    );
+    until(from, "grep -q ready /srv/busy");
+    let is = |name| property(from, BUSY, name);
+    let pid = is("MainPID");
+    assert_eq!(
+        (is("WatchdogUSec"), is("RuntimeMaxUSec")),
+        ("1h".to_owned(), "1h".to_owned())
+    );
+    std::thread::scope(|scope| {
+        let moving = scope.spawn(|| {
+            let few = ["--postcopy", "--engine", "uffd", "--max-iterations", "1"];
+            // 20 s for all of its memory.
+            let slow = ["--bandwidth", "200K", "--stdio", "journal"];
+            moved(from, to, &pid, &[&few[..], &slow].concat())
+        });
+        while is("WatchdogUSec") != "0" {
+            assert!(
+                !moving.is_finished(),
+                "{:#?}",
+                moving.join().unwrap().events
+            );
+        }
+        let refused = format!("systemctl stop {BUSY} 2>&1 || true");
+        let said = shell(from, &refused);
+        assert!(said.contains("refused"), "{said}");
+        assert_eq!(is("RuntimeMaxUSec"), "infinity");
+        let spared = shell(from, &format!("cat /proc/{pid}/oom_score_adj"));
+        assert_eq!(spared.trim(), "-1000");
+        let migration = moving.join().unwrap();
+        let report = migration.expect_committed();
+        assert!(
+            report.postcopy.is_some_and(|late| late.pages > 256),
+            "{report:#?}"
+        );
+    });
+    assert!(!property(from, BUSY, "DropInPaths").contains("migrate"));
+    assert_eq!(
+        (is("RefuseManualStop"), is("MainPID")),
+        ("no".to_owned(), "0".to_owned())
+    );
+    shell(from, &format!("test ! -e /proc/{pid}"));
+    let adjusted = shell(to, &format!("cat /proc/{pid}/oom_score_adj"));
+    assert_eq!(adjusted.trim(), "0");
+    shell(to, "systemctl stop busy.migrated.scope");
+    shell(to, &format!("test ! -e /proc/{pid}"));
+}
+
 /// The package is installed, a service moves to another machine's own unit by a standing agent and
 /// back by SSH, is stopped and started there as ever, gets its unit also when the agent dies
 /// meanwhile, and then moves to a machine that has no such unit.
@@ -1061,11 +1127,11 @@ fn a_service_moves_into_the_unit_of_the_other_machine() {
         Order::new(HostName::Host2, Kernel::Newest).under_systemd(),
         Order::new(HostName::Client, Kernel::V6_12),
     ];
-    let client = Program {
-        path: program("strict-client"),
-        name: "strict-client".to_owned(),
-    };
-    let machines = Machines::boot(dir.path(), &orders, &[client]).unwrap();
+    let programs = ["strict-client", "lazy-memory"].map(|name| Program {
+        path: program(name),
+        name: name.to_owned(),
+    });
+    let machines = Machines::boot(dir.path(), &orders, &programs).unwrap();
     let [one, two, peer] = orders.map(|order| machines.get(order.host).unwrap());
     println!("up after {} s", begun.elapsed().as_secs());
     std::thread::scope(|scope| {
@@ -1156,5 +1222,8 @@ fn a_service_moves_into_the_unit_of_the_other_machine() {
     assert!(!property(two, REDIS, "DropInPaths").contains("migrate"));
     shell(two, &format!("systemctl stop {SCOPE}"));
     shell(two, &format!("test ! -e /proc/{anew}"));
+    println!("in another scope after {} s", begun.elapsed().as_secs());
+
+    is_kept_meanwhile(one, two, dir.path());
     println!("done after {} s", begun.elapsed().as_secs());
 }

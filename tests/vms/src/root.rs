@@ -106,7 +106,7 @@ const SYSTEMD_PROGRAMS: [&str; 12] = [
     "/usr/bin/udevadm",
 ];
 /// What installs a package there, and puts processes into scopes; a guest comes up without.
-const SYSTEMD_TOOLS: [&str; 9] = [
+const SYSTEMD_TOOLS: [&str; 10] = [
     "diff",
     "dpkg",
     "dpkg-deb",
@@ -114,6 +114,7 @@ const SYSTEMD_TOOLS: [&str; 9] = [
     "dpkg-split",
     "ldconfig",
     "start-stop-daemon",
+    "systemd-notify",
     "systemd-run",
     "tar",
 ];

@@ -4,7 +4,12 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::process::{Pid, getpriority_process, setpriority_process};
 
+use crate::error::ProcError;
 use crate::read;
+
+/// Processes with this adjustment are never killed for memory (`OOM_SCORE_ADJ_MIN` of
+/// `include/uapi/linux/oom.h`).
+const NEVER_KILLED: &str = "-1000";
 
 /// The highest of the priorities that `nice` knows.
 const FIRST: i32 = -20;
@@ -58,6 +63,31 @@ impl Drop for Precedence {
             None => {}
         }
     }
+}
+
+/// Whatever else runs short of memory, neither these processes nor this one are killed
+/// for it, until they end.
+///
+/// # Errors
+/// The first one with which that cannot be done; the others are tried all the same. Those
+/// that have ended are no error.
+pub fn never_killed_for_memory(pids: &[i32]) -> Result<(), ProcError> {
+    let own = std::process::id().cast_signed();
+    let mut done = Ok(());
+    for &pid in pids.iter().chain([&own]) {
+        let path = read::of(pid, "oom_score_adj");
+        match std::fs::write(&path, NEVER_KILLED) {
+            Err(source) if !read::is_gone(&source) => {
+                done = done.and(Err(ProcError::Write {
+                    attempt: "write",
+                    path,
+                    source,
+                }));
+            }
+            _ => {}
+        }
+    }
+    done
 }
 
 /// For all threads of a process: Linux knows priorities of threads alone.

@@ -41,6 +41,10 @@ const UNIT_WAIT_MAX: Duration = Duration::from_secs(10);
 /// their names, whatever directory they are in, and the last one wins: an
 /// `override.conf` of `systemctl edit` must not give back its `Restart=`.
 const DROP_IN: &str = "zzz-migrate-hold-down.conf";
+/// And of the one beside it that keeps systemd from ending what is left of the tree.
+const KEEP: &str = "zzz-migrate-keep.conf";
+/// `RuntimeMaxSec=` counts for a unit that is active already, too.
+const KEEP_TEXT: &str = "[Unit]\nRefuseManualStop=yes\n[Service]\nRuntimeMaxSec=infinity\n";
 
 /// Something that may start the workload again when it ends on the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -374,6 +378,11 @@ impl HoldDown {
         let Some(record) = &self.record else {
             return Ok(());
         };
+        // Whatever systemd makes of the end, an operator may act on the unit again.
+        let kept = record.drop_in.with_file_name(KEEP);
+        if kept.exists() {
+            systemd::withdraw(&kept)?;
+        }
         let deadline = Instant::now() + UNIT_WAIT_MAX;
         loop {
             let state = systemd::show(&record.unit, "ActiveState")?
@@ -392,10 +401,26 @@ impl HoldDown {
         }
     }
 
+    /// Keeps systemd from ending the tree, which still has memory that its copy lacks: by
+    /// `systemctl stop` or `restart`, for its age, or because it no longer says that it is
+    /// well. Lasts until the unit is released.
+    ///
+    /// # Errors
+    /// When a drop-in cannot be written or systemd does not take something; the rest holds.
+    pub fn keep(&self) -> Result<(), ProcError> {
+        let Some(record) = &self.record else {
+            return Ok(());
+        };
+        systemd::drop_in(&record.drop_in.with_file_name(KEEP), KEEP_TEXT)?;
+        systemd::stop_watchdog(&record.unit)
+    }
+
     fn remove(&self) -> Result<(), ProcError> {
         let Some(record) = &self.record else {
             return Ok(());
         };
+        let kept = record.drop_in.with_file_name(KEEP);
+        read::removed(std::fs::remove_file(&kept), &kept)?;
         systemd::withdraw(&record.drop_in)
     }
 }

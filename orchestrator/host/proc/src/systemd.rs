@@ -115,3 +115,39 @@ pub(crate) fn withdraw(path: &Path) -> Result<(), ProcError> {
     }
     systemctl(&["daemon-reload"]).map(drop)
 }
+
+/// Where services tell systemd how they are (sd_notify(3)).
+const NOTIFY_SOCKET: &str = "/run/systemd/notify";
+/// systemd answers within 5 s, or `systemd-notify` gives up.
+const NOTIFY_LIMIT: Duration = Duration::from_secs(10);
+
+/// Has systemd wait no more for a unit's signs of life, until the unit ends. It takes that
+/// from the unit's own main process only, in whose name root may speak; a drop-in counts
+/// from the next start on.
+pub(crate) fn stop_watchdog(unit: &str) -> Result<(), ProcError> {
+    let watchdog = || show(unit, "MainPID,WatchdogUSec");
+    let is_off = |shown: &BTreeMap<String, String>| {
+        let value = shown.get("WatchdogUSec").map_or("0", String::as_str);
+        matches!(value, "0" | "infinity")
+    };
+    let shown = watchdog()?;
+    if is_off(&shown) {
+        return Ok(());
+    }
+    let pid = shown.get("MainPID").map_or("0", String::as_str);
+    let mut command = Command::new("systemd-notify");
+    command
+        .env("NOTIFY_SOCKET", NOTIFY_SOCKET)
+        .arg(format!("--pid={pid}"))
+        .arg("WATCHDOG_USEC=0");
+    output(command, Some(NOTIFY_LIMIT))?;
+    // What counts is what systemd makes of it.
+    let shown = watchdog()?;
+    if is_off(&shown) {
+        return Ok(());
+    }
+    Err(ProcError::Command {
+        command: format!("systemd-notify --pid={pid} WATCHDOG_USEC=0"),
+        reason: format!("{unit} still has a watchdog"),
+    })
+}

@@ -13,6 +13,7 @@ use migrate_core::stream::Bucket;
 use migrate_core::wire::{Message, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::PARENT;
 use migrate_memory::{FrozenMemory, FrozenPages, LATE_LIMIT, Listed, MemoryError, TaskRanges};
+use migrate_proc::HoldDown;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -29,6 +30,9 @@ const FRAME_PAGES: u64 = 32;
 /// Pages on their way at most: 1 MiB, which is 8 ms of a gigabit network, the time
 /// that a page which is wanted queues behind others.
 const WINDOW_PAGES: u64 = 256;
+
+/// What goes over sooner is over before systemd has been told anything.
+const KEEP_AFTER: Duration = Duration::from_secs(1);
 
 /// Before the copy runs nothing is due; the steps of the migration have limits of
 /// their own.
@@ -460,7 +464,29 @@ impl Migration {
             .link
             .as_ref()
             .map_or_else(|| "the destination".to_owned(), |link| link.peer.clone());
-        match delivery.end().await {
+        let pids: Vec<i32> = self.plan.iter().flat_map(|plan| plan.tree.pids()).collect();
+        if let Err(error) = migrate_proc::never_killed_for_memory(&pids) {
+            let error = crate::error::chain(&error);
+            tracing::warn!(
+                error,
+                "the kernel may kill what is left of the tree for memory"
+            );
+        }
+        let soon = tokio::time::timeout(KEEP_AFTER, delivery.end()).await;
+        let end = match soon {
+            Ok(end) => end,
+            Err(_) => {
+                let kept = self.keep_from_systemd();
+                let end = delivery.end().await;
+                if let Err(why) = kept.await.unwrap_or_else(|error| Err(error.to_string())) {
+                    self.reporter.warn(format!(
+                        "systemd may end what is left of the tree here, and the copy with it: {why}"
+                    ));
+                }
+                end
+            }
+        };
+        match end {
             Ok(postcopy) => {
                 let waited = usize::try_from(postcopy.waited_faults).unwrap_or(usize::MAX);
                 self.postcopy = Some(postcopy);
@@ -476,6 +502,13 @@ impl Migration {
                 source: Box::new(error),
             }),
         }
+    }
+
+    /// The tree's unit is not to end it while its copy lacks memory.
+    fn keep_from_systemd(&self) -> JoinHandle<Result<(), String>> {
+        let held = self.supervisor.as_ref().and_then(HoldDown::record);
+        let keep = move || HoldDown::from_record(held).keep();
+        tokio::task::spawn_blocking(move || keep().map_err(|error| crate::error::chain(&error)))
     }
 
     /// An end without an answer must not be that of a copy which may run: what it

@@ -234,31 +234,37 @@ impl Keeper {
         let socket = self.socket.try_clone().map_err(failed)?;
         let other = self.socket.try_clone().map_err(failed)?;
         let pidfd = self.pidfd.try_clone().map_err(failed)?;
-        let guard = Guard {
-            socket,
-            keeper: self.pidfd.try_clone().map_err(failed)?,
-            holder: None,
-            heard: 0,
-            slate,
-            file,
-            late_places: late_places(&order.lacking),
-            late,
-            _hold: hold,
-            threads: order.threads,
-            piece_bytes: order.piece_bytes,
-            limit: order.limit,
-            plans: plans(order.lacking, order.first, order.then),
-            replicas: BTreeMap::new(),
-            complete: BTreeMap::new(),
-            criu: None,
-            handed_over: false,
-            runs: false,
-            held: Vec::new(),
-            child: self.child.take(),
+        let keeper = self.pidfd.try_clone().map_err(failed)?;
+        let child = self.child.take();
+        // The keeper works out the same meanwhile, and CRIU needs neither to begin.
+        let backup = move || {
+            let guard = Guard {
+                socket,
+                keeper,
+                holder: None,
+                heard: 0,
+                slate,
+                file,
+                late_places: late_places(&order.lacking),
+                late,
+                _hold: hold,
+                threads: order.threads,
+                piece_bytes: order.piece_bytes,
+                limit: order.limit,
+                plans: plans(order.lacking, order.first, order.then),
+                replicas: BTreeMap::new(),
+                complete: BTreeMap::new(),
+                criu: None,
+                handed_over: false,
+                runs: false,
+                held: Vec::new(),
+                child,
+            };
+            guard.run(&teller);
         };
         thread::Builder::new()
             .name("lazy-guard".to_owned())
-            .spawn(move || guard.run(&teller))
+            .spawn(backup)
             .map_err(failed)?;
         Ok(LazyServing {
             told: Mutex::new(told),
