@@ -1077,7 +1077,7 @@ fn is_kept_meanwhile(from: &Machine, to: &Machine, scratch: &Path) {
             let slow = ["--bandwidth", "200K", "--stdio", "journal"];
             moved(from, to, &pid, &[&few[..], &slow].concat())
         });
-        while is("WatchdogUSec") != "0" {
+        while is("RefuseManualStop") != "yes" {
             assert!(
                 !moving.is_finished(),
                 "{:#?}",
@@ -1088,6 +1088,7 @@ fn is_kept_meanwhile(from: &Machine, to: &Machine, scratch: &Path) {
         let said = shell(from, &refused);
         assert!(said.contains("refused"), "{said}");
         assert_eq!(is("RuntimeMaxUSec"), "infinity");
+        assert_eq!(is("WatchdogUSec"), "0");
         let spared = shell(from, &format!("cat /proc/{pid}/oom_score_adj"));
         assert_eq!(spared.trim(), "-1000");
         let migration = moving.join().unwrap();

@@ -156,7 +156,9 @@ struct Told {
 /// What `smaps` tells of a process's mappings. The kernel looks at every page for that.
 fn smaps(pid: u32) -> Result<Vec<Told>, String> {
     let path = format!("/proc/{pid}/smaps");
-    let text = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
+    // File names may be any bytes.
+    let text = fs::read(&path).map_err(|error| format!("{path}: {error}"))?;
+    let text = String::from_utf8_lossy(&text);
     // Memory that was given back is told under its own name only once it has come off a
     // list of the kernel's, some pages later (`folio_mark_lazyfree`); clean it is at once.
     let clean = ["LazyFree:", "Private_Clean:", "Shared_Clean:"];
@@ -175,7 +177,7 @@ fn smaps(pid: u32) -> Result<Vec<Told>, String> {
                 flags,
                 given_back,
             }));
-        } else if let Some((_, kib)) = clean.iter().find_map(|name| line.split_once(name)) {
+        } else if let Some(kib) = clean.iter().find_map(|name| line.strip_prefix(name)) {
             given_back |= kib.trim() != "0 kB";
         } else {
             let mut addresses = Addresses::default();
@@ -475,6 +477,24 @@ mod tests {
             return;
         };
         let page = migrate_core::wire::PAGE_BYTES;
+        // Names of files may be any bytes.
+        let name = c"\xffPrivate_Clean: 4 kB";
+        // SAFETY: a new descriptor that nobody else owns.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(name.as_ptr(), 0)) };
+        file.set_len(page as u64).unwrap();
+        // SAFETY: a new mapping, which nobody uses.
+        let named = unsafe {
+            let one = std::num::NonZeroUsize::new(page).unwrap();
+            nix::sys::mman::mmap(
+                None,
+                one,
+                ProtFlags::PROT_NONE,
+                MapFlags::MAP_SHARED,
+                &file,
+                0,
+            )
+        };
+        let named = named.unwrap();
         let length = std::num::NonZeroUsize::new(6 * page).unwrap();
         // SAFETY: a new mapping; what is locked, advised, changed and written to is within it.
         let at = unsafe {
@@ -512,6 +532,6 @@ mod tests {
             );
         }
         // SAFETY: made above, and used by nobody.
-        unsafe { munmap(at, length.get()) }.unwrap();
+        unsafe { munmap(at, length.get()).and(munmap(named, page)) }.unwrap();
     }
 }

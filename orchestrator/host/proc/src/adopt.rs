@@ -687,7 +687,8 @@ pub fn clear_adoptions() -> bool {
             let state = shown.get("ActiveState").map_or("", String::as_str);
             idle && matches!(state, "active" | "inactive" | "failed")
         });
-        if !settled {
+        if !settled || read::text(&drop_in).unwrap_or_default() != text {
+            // Under way, or another one's by now.
             under_way = true;
         } else if let Err(error) = systemd::withdraw(&drop_in) {
             tracing::warn!(error = %chain(&error), unit, "could not give the unit its settings back");

@@ -66,7 +66,7 @@ impl Drop for Precedence {
 }
 
 /// Whatever else runs short of memory, neither these processes nor this one are killed
-/// for it, until they end.
+/// for it, until they end: not for processes that may run again.
 ///
 /// # Errors
 /// The first one with which that cannot be done; the others are tried all the same. Those

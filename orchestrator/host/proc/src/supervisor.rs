@@ -402,16 +402,26 @@ impl HoldDown {
     }
 
     /// Keeps systemd from ending the tree, which still has memory that its copy lacks: by
-    /// `systemctl stop` or `restart`, for its age, or because it no longer says that it is
-    /// well. Lasts until the unit is released.
+    /// `systemctl stop` or `restart`, or for its age. Lasts until the unit is released.
     ///
     /// # Errors
-    /// When a drop-in cannot be written or systemd does not take something; the rest holds.
+    /// When a drop-in cannot be written or systemd does not take it.
     pub fn keep(&self) -> Result<(), ProcError> {
         let Some(record) = &self.record else {
             return Ok(());
         };
-        systemd::drop_in(&record.drop_in.with_file_name(KEEP), KEEP_TEXT)?;
+        systemd::drop_in(&record.drop_in.with_file_name(KEEP), KEEP_TEXT)
+    }
+
+    /// Has systemd no longer wait for signs of life of a tree that gives none. Lasts until
+    /// the unit ends: not for a tree that may run here again.
+    ///
+    /// # Errors
+    /// When systemd does not take it, or is about to end the tree already.
+    pub fn stop_watchdog(&self) -> Result<(), ProcError> {
+        let Some(record) = &self.record else {
+            return Ok(());
+        };
         systemd::stop_watchdog(&record.unit)
     }
 

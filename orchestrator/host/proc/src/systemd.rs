@@ -95,7 +95,13 @@ pub(crate) fn drop_in(path: &Path, text: &str) -> Result<(), ProcError> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory).map_err(|e| failed("create", directory, e))?;
     }
-    std::fs::write(path, text).map_err(|e| failed("write", path, e))?;
+    // Whole at once, for whoever reads it meanwhile. systemd looks at no such name.
+    let part = path.with_extension("part");
+    std::fs::write(&part, text).map_err(|e| failed("write", &part, e))?;
+    if let Err(error) = std::fs::rename(&part, path) {
+        let _ = std::fs::remove_file(&part);
+        return Err(failed("write", path, error));
+    }
     match systemctl(&["daemon-reload"]) {
         Ok(_) => Ok(()),
         Err(error) => {
@@ -125,29 +131,36 @@ const NOTIFY_LIMIT: Duration = Duration::from_secs(10);
 /// from the unit's own main process only, in whose name root may speak; a drop-in counts
 /// from the next start on.
 pub(crate) fn stop_watchdog(unit: &str) -> Result<(), ProcError> {
-    let watchdog = || show(unit, "MainPID,WatchdogUSec");
-    let is_off = |shown: &BTreeMap<String, String>| {
-        let value = shown.get("WatchdogUSec").map_or("0", String::as_str);
-        matches!(value, "0" | "infinity")
+    let look = || show(unit, "MainPID,WatchdogUSec,SubState");
+    let value = |shown: &BTreeMap<String, String>, name| -> String {
+        shown.get(name).cloned().unwrap_or_default()
     };
-    let shown = watchdog()?;
+    let is_off = |shown: &BTreeMap<String, String>| {
+        matches!(value(shown, "WatchdogUSec").as_str(), "" | "0" | "infinity")
+    };
+    let mut shown = look()?;
     if is_off(&shown) {
         return Ok(());
     }
-    let pid = shown.get("MainPID").map_or("0", String::as_str);
+    let pid = format!("--pid={}", value(&shown, "MainPID"));
     let mut command = Command::new("systemd-notify");
     command
         .env("NOTIFY_SOCKET", NOTIFY_SOCKET)
-        .arg(format!("--pid={pid}"))
-        .arg("WATCHDOG_USEC=0");
-    output(command, Some(NOTIFY_LIMIT))?;
+        .args([pid.as_str(), "WATCHDOG_USEC=0"]);
+    let said = output(command, Some(NOTIFY_LIMIT));
     // What counts is what systemd makes of it.
-    let shown = watchdog()?;
-    if is_off(&shown) {
+    shown = look()?;
+    let state = value(&shown, "SubState");
+    let ends = state.starts_with("stop") || state.starts_with("final");
+    if is_off(&shown) && !ends {
         return Ok(());
     }
+    said?;
     Err(ProcError::Command {
-        command: format!("systemd-notify --pid={pid} WATCHDOG_USEC=0"),
-        reason: format!("{unit} still has a watchdog"),
+        command: format!("systemd-notify {pid} WATCHDOG_USEC=0"),
+        reason: format!(
+            "{unit} has WatchdogUSec={} and is {state}",
+            value(&shown, "WatchdogUSec")
+        ),
     })
 }

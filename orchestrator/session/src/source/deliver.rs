@@ -211,7 +211,14 @@ impl Migration {
         let tree = self.plan()?.tree.frozen()?;
         let pids = tree.processes.iter().map(|one| one.pid.unsigned_abs());
         let pids: Vec<u32> = pids.collect();
-        self.held_memory = migrate_criu::held(&pids, self.request.choices.verify).await;
+        let verify = self.request.choices.verify;
+        self.held_memory = migrate_criu::held(&pids, verify).await;
+        if verify && self.held_memory.is_none() {
+            return Err(Error::Changed(
+                "the tree's mappings cannot be read, to tell which may be compared later"
+                    .to_owned(),
+            ));
+        }
         if let Some(precopy) = &self.precopy {
             let held = self.held_memory.as_ref();
             self.changed = Changed::look(precopy.frozen_pages(&pids, held)?);
@@ -454,6 +461,16 @@ impl Migration {
 
     /// Waits until the copy has all its memory.
     pub(super) async fn deliver(&mut self) -> Result<String, Error> {
+        if self.delivery.is_none() {
+            return Ok(String::new());
+        }
+        let watchdog = self.never_to_run_again();
+        let delivered = self.deliver_all().await;
+        self.note_kept(watchdog).await;
+        delivered
+    }
+
+    async fn deliver_all(&mut self) -> Result<String, Error> {
         let Some(mut delivery) = self.delivery.take() else {
             return Ok(String::new());
         };
@@ -464,25 +481,13 @@ impl Migration {
             .link
             .as_ref()
             .map_or_else(|| "the destination".to_owned(), |link| link.peer.clone());
-        let pids: Vec<i32> = self.plan.iter().flat_map(|plan| plan.tree.pids()).collect();
-        if let Err(error) = migrate_proc::never_killed_for_memory(&pids) {
-            let error = crate::error::chain(&error);
-            tracing::warn!(
-                error,
-                "the kernel may kill what is left of the tree for memory"
-            );
-        }
         let soon = tokio::time::timeout(KEEP_AFTER, delivery.end()).await;
         let end = match soon {
             Ok(end) => end,
             Err(_) => {
-                let kept = self.keep_from_systemd();
+                let kept = self.of_the_unit(|unit| unit.keep());
                 let end = delivery.end().await;
-                if let Err(why) = kept.await.unwrap_or_else(|error| Err(error.to_string())) {
-                    self.reporter.warn(format!(
-                        "systemd may end what is left of the tree here, and the copy with it: {why}"
-                    ));
-                }
+                self.note_kept(kept).await;
                 end
             }
         };
@@ -504,17 +509,44 @@ impl Migration {
         }
     }
 
-    /// The tree's unit is not to end it while its copy lacks memory.
-    fn keep_from_systemd(&self) -> JoinHandle<Result<(), String>> {
+    /// The tree has run for the last time, and its copy still lacks memory of it: the kernel
+    /// is not to end it for want of memory, nor the unit for want of signs of life.
+    fn never_to_run_again(&self) -> JoinHandle<Result<(), String>> {
+        let pids: Vec<i32> = self.plan.iter().flat_map(|plan| plan.tree.pids()).collect();
+        if let Err(error) = migrate_proc::never_killed_for_memory(&pids) {
+            let error = crate::error::chain(&error);
+            tracing::warn!(
+                error,
+                "the kernel may kill what is left of the tree for memory"
+            );
+        }
+        self.of_the_unit(|unit| unit.stop_watchdog())
+    }
+
+    /// Does something about the tree's unit, which may take a while.
+    fn of_the_unit(
+        &self,
+        tell: impl FnOnce(HoldDown) -> Result<(), migrate_proc::ProcError> + Send + 'static,
+    ) -> JoinHandle<Result<(), String>> {
         let held = self.supervisor.as_ref().and_then(HoldDown::record);
-        let keep = move || HoldDown::from_record(held).keep();
-        tokio::task::spawn_blocking(move || keep().map_err(|error| crate::error::chain(&error)))
+        tokio::task::spawn_blocking(move || {
+            tell(HoldDown::from_record(held)).map_err(|error| crate::error::chain(&error))
+        })
+    }
+
+    async fn note_kept(&mut self, kept: JoinHandle<Result<(), String>>) {
+        if let Err(why) = kept.await.unwrap_or_else(|error| Err(error.to_string())) {
+            self.reporter.warn(format!(
+                "systemd may end what is left of the tree here before its copy has all memory: {why}"
+            ));
+        }
     }
 
     /// An end without an answer must not be that of a copy which may run: what it
     /// lacks goes over all the same.
     pub(super) async fn deliver_in_doubt(&mut self) {
-        if let Err(error) = self.deliver().await {
+        // It may yet run here again.
+        if let Err(error) = self.deliver_all().await {
             self.reporter.warn(error.chain());
         }
     }
