@@ -288,6 +288,8 @@ fn begin(lab: &Lab, busy: &Busy) -> Child {
     assert!(eventually(SOON, || !running_records(&destination).is_empty()));
     assert!(runs(&destination, busy.pid) && runs(&source, busy.pid));
     assert!(arrives(&destination), "all memory had arrived before");
+    let told = || shell(&source, "migrate status");
+    assert!(eventually(SOON, || told().contains("when all of its memory is there")));
     child
 }
 

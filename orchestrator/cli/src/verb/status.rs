@@ -175,7 +175,10 @@ fn sentence(record: &Record, alive: bool) -> String {
                 "{tree}: handed over to {peer}, fenced here; `migrate status` there says whether it runs{driver}"
             )
         }
-        (Side::Source, _) => format!("{tree}: moved to {peer}"),
+        (Side::Source, _) if alive => format!(
+            "{tree}: moved to {peer}; what is left here goes when all of its memory is there"
+        ),
+        (Side::Source, _) => format!("{tree}: moved to {peer}{driver}"),
         (Side::Destination, Stage::Preparing) => {
             format!("{tree}: coming from {peer}, runs there{driver}")
         }
