@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use migrate_core::wire::PAGE_BYTES;
 
 use crate::error::MemoryError;
-use crate::maps;
+use crate::maps::{self, Vma};
 
 /// Pages of a task in which CRIU lets it execute system calls, ascending: it puts
 /// an instruction over what is there, and puts that back afterwards, many times in
@@ -22,12 +22,13 @@ use crate::maps;
 ///
 /// The mappings cannot be read.
 pub fn code_pages(pid: u32) -> Result<Vec<u64>, MemoryError> {
-    let vmas = maps::read(pid.cast_signed())?;
-    Ok(vmas
-        .into_iter()
-        .filter(|vma| vma.executable)
-        .map(|vma| vma.range.start)
-        .collect())
+    Ok(code_pages_in(&maps::read(pid.cast_signed())?).collect())
+}
+
+/// The same of mappings that were read.
+pub(crate) fn code_pages_in(vmas: &[Vma]) -> impl Iterator<Item = u64> {
+    let programs = vmas.iter().filter(|vma| vma.executable);
+    programs.map(|vma| vma.range.start)
 }
 
 /// Content of one page of a task that stands still.

@@ -19,7 +19,7 @@ use migrate_core::late::RUNS_MAX;
 use migrate_core::wire::PageOwner;
 
 use crate::PAGE;
-use crate::code::code_pages;
+use crate::code::code_pages_in;
 use crate::error::MemoryError;
 use crate::maps::{self, Vma};
 use crate::process::{Memory, Watch};
@@ -60,10 +60,8 @@ impl FrozenPages {
             };
             let readable = joined(vmas.iter().filter(|vma| vma.trackable()));
             // CRIU lets the task execute its own code there.
-            let code: Vec<Range<u64>> = code_pages(pid.unsigned_abs())?
-                .into_iter()
-                .map(|page| page..page + PAGE)
-                .collect();
+            let code: Vec<Range<u64>> =
+                code_pages_in(&vmas).map(|page| page..page + PAGE).collect();
             let unreadable = without(watch.registered(), &readable);
             let ranges = without(&without(watch.registered(), &unreadable), &code);
             let held = held.and_then(|held| held.get(&pid.unsigned_abs()));

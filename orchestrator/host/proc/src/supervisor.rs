@@ -292,6 +292,13 @@ pub struct HoldDownRecord {
     pub drop_in: PathBuf,
 }
 
+impl HoldDownRecord {
+    /// The drop-in of [`HoldDown::keep`], if there is one.
+    fn keeping(&self) -> PathBuf {
+        self.drop_in.with_file_name(KEEP)
+    }
+}
+
 /// A supervisor that was told not to start the tree again.
 #[derive(Debug)]
 #[must_use = "a unit stays held down until it is released"]
@@ -379,7 +386,7 @@ impl HoldDown {
             return Ok(());
         };
         // Whatever systemd makes of the end, an operator may act on the unit again.
-        let kept = record.drop_in.with_file_name(KEEP);
+        let kept = record.keeping();
         if kept.exists() {
             systemd::withdraw(&kept)?;
         }
@@ -410,7 +417,7 @@ impl HoldDown {
         let Some(record) = &self.record else {
             return Ok(());
         };
-        systemd::drop_in(&record.drop_in.with_file_name(KEEP), KEEP_TEXT)
+        systemd::drop_in(&record.keeping(), KEEP_TEXT)
     }
 
     /// Has systemd no longer wait for signs of life of a tree that gives none. Lasts until
@@ -429,7 +436,7 @@ impl HoldDown {
         let Some(record) = &self.record else {
             return Ok(());
         };
-        let kept = record.drop_in.with_file_name(KEEP);
+        let kept = record.keeping();
         read::removed(std::fs::remove_file(&kept), &kept)?;
         systemd::withdraw(&record.drop_in)
     }

@@ -450,20 +450,20 @@ impl Migration {
     /// The copy has run, and something of it is still here. Whoever settles this record
     /// when this process has died removes the tree unasked: the destination may not be
     /// reached by then or, after a reset, know of nothing.
-    pub(super) fn note_gone(&mut self) {
-        if self.delivery.is_some()
-            && let Some(journal) = &mut self.journal
+    fn note_gone(&mut self) {
+        if let Some(journal) = &mut self.journal
             && let Err(error) = journal.stage(Stage::Done)
         {
             tracing::warn!(error = %error.chain(), "could not note that the tree has gone");
         }
     }
 
-    /// Waits until the copy has all its memory.
+    /// The copy has run: waits until it has all its memory.
     pub(super) async fn deliver(&mut self) -> Result<String, Error> {
         if self.delivery.is_none() {
             return Ok(String::new());
         }
+        self.note_gone();
         let watchdog = self.never_to_run_again();
         let delivered = self.deliver_all().await;
         self.note_kept(watchdog).await;

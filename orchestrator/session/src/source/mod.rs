@@ -571,10 +571,7 @@ impl Migration {
             }
             Step::Await => self.await_running().await?,
             Step::Remove | Step::RemoveLost => self.remove().await,
-            Step::Deliver => {
-                self.note_gone();
-                self.deliver().await?
-            }
+            Step::Deliver => self.deliver().await?,
             Step::TakeBack => {
                 self.leftovers = self.roll_back().await;
                 String::new()
