@@ -1045,15 +1045,16 @@ ExecStart=/bin/sh -c 'until test -e /run/go; do sleep 0.1; done'
 
 /// A service whose memory follows it, with a unit that would end what stands still meanwhile.
 const BUSY: &str = "busy.service";
+/// The same in a scope.
+const BARE: &str = "bare.scope";
 
 /// Nothing ends what is left of a tree while its copy lacks memory: no operator who takes it
 /// for over, no watchdog, no age, no lack of memory.
 fn is_kept_meanwhile(from: &Machine, to: &Machine, scratch: &Path) {
     let program = shell(from, "command -v lazy-memory");
+    let program = format!("{} busy-idle 4 1 /srv/busy /srv/go", program.trim());
     let unit = format!(
-        "[Service]\nExecStart={} busy-idle 4 1 /srv/busy /srv/go\nRestart=always\n\
-         WatchdogSec=1h\nRuntimeMaxSec=1h\n",
-        program.trim()
+        "[Service]\nExecStart={program}\nRestart=always\nWatchdogSec=1h\nRuntimeMaxSec=1h\n"
     );
     put(from, scratch, &unit, &format!("/etc/systemd/system/{BUSY}"));
     shell(from, "mkdir -p /srv");
@@ -1066,16 +1067,72 @@ fn is_kept_meanwhile(from: &Machine, to: &Machine, scratch: &Path) {
     until(from, "grep -q ready /srv/busy");
     let is = |name| property(from, BUSY, name);
     let pid = is("MainPID");
+    is_watched_again(from, to, &pid);
+    moves_kept(from, to, BUSY, &pid, || assert_eq!(is("WatchdogUSec"), "0"));
+    assert!(!is("DropInPaths").contains("migrate"));
     assert_eq!(
-        (is("WatchdogUSec"), is("RuntimeMaxUSec")),
-        ("1h".to_owned(), "1h".to_owned())
+        (is("RefuseManualStop"), is("MainPID")),
+        ("no".to_owned(), "0".to_owned())
     );
+    shell(to, "systemctl stop busy.migrated.scope");
+    shell(to, &format!("test ! -e /proc/{pid}"));
+
+    let run = format!("systemd-run --scope --unit={BARE} -p RuntimeMaxSec=1h setsid {program}");
+    shell(
+        from,
+        &format!("rm /srv/busy && {PIDS_ABOVE} && {run} </dev/null >/dev/null 2>&1 &"),
+    );
+    until(from, "grep -q ready /srv/busy 2>/dev/null");
+    let pid = shell(
+        from,
+        &format!("cat /sys/fs/cgroup/system.slice/{BARE}/cgroup.procs"),
+    );
+    moves_kept(from, to, BARE, pid.trim(), || ());
+    shell(from, &format!("! ls /run/systemd/system/{BARE}.d"));
+    shell(
+        to,
+        &format!("systemctl stop lazy-memory-{}.migrated.scope", pid.trim()),
+    );
+}
+
+/// The unit's watchdog does not count while the tree may stand still, and does again when a
+/// migration has ended before the commit.
+fn is_watched_again(from: &Machine, to: &Machine, pid: &str) {
+    let is = |name| property(from, BUSY, name);
+    let settings = || ["WatchdogUSec", "Restart", "MainPID"].map(is);
+    assert_eq!(settings(), ["1h", "always", pid]);
+    let argv = ["migrate", "--json", "--to", to.host().as_str()];
+    // A goal that no round can reach, and 20 s for the one that is made.
+    let vain = ["--engine", "uffd", "--goal", "101", "--max-iterations", "1"];
+    let slow = ["--bandwidth", "200K", "--on-timeout", "cancel"];
+    let attempt = || {
+        let options = argv.iter().chain(&vain).chain(&slow);
+        from.exec(options.chain(&["--stdio", "journal", pid]), MOVES_WITHIN)
+            .unwrap()
+    };
+    std::thread::scope(|scope| {
+        let trying = scope.spawn(|| reached(attempt, |finished| finished.code));
+        while settings() != ["0", "no", pid] {
+            assert!(!trying.is_finished(), "{}", trying.join().unwrap().said());
+        }
+        let tried = trying.join().unwrap();
+        assert_eq!(tried.code, Some(5), "{}", tried.said());
+    });
+    assert_eq!(settings(), ["1h", "always", pid]);
+    assert!(!is("DropInPaths").contains("migrate"));
+}
+
+/// Moves a tree that is followed by memory for a while, in which its unit is kept; `meanwhile`
+/// looks as well.
+fn moves_kept(from: &Machine, to: &Machine, unit: &str, pid: &str, meanwhile: impl FnOnce()) {
+    let is = |name| property(from, unit, name);
+    assert_eq!(is("RuntimeMaxUSec"), "1h");
     std::thread::scope(|scope| {
         let moving = scope.spawn(|| {
             let few = ["--postcopy", "--engine", "uffd", "--max-iterations", "1"];
             // 20 s for all of its memory.
             let slow = ["--bandwidth", "200K", "--stdio", "journal"];
-            moved(from, to, &pid, &[&few[..], &slow].concat())
+            moved(from, to, pid, &[&few[..], &slow].concat())
         });
         while is("RefuseManualStop") != "yes" {
             assert!(
@@ -1084,11 +1141,11 @@ fn is_kept_meanwhile(from: &Machine, to: &Machine, scratch: &Path) {
                 moving.join().unwrap().events
             );
         }
-        let refused = format!("systemctl stop {BUSY} 2>&1 || true");
+        let refused = format!("systemctl stop {unit} 2>&1 || true");
         let said = shell(from, &refused);
         assert!(said.contains("refused"), "{said}");
         assert_eq!(is("RuntimeMaxUSec"), "infinity");
-        assert_eq!(is("WatchdogUSec"), "0");
+        meanwhile();
         let spared = shell(from, &format!("cat /proc/{pid}/oom_score_adj"));
         assert_eq!(spared.trim(), "-1000");
         let migration = moving.join().unwrap();
@@ -1098,16 +1155,9 @@ fn is_kept_meanwhile(from: &Machine, to: &Machine, scratch: &Path) {
             "{report:#?}"
         );
     });
-    assert!(!property(from, BUSY, "DropInPaths").contains("migrate"));
-    assert_eq!(
-        (is("RefuseManualStop"), is("MainPID")),
-        ("no".to_owned(), "0".to_owned())
-    );
     shell(from, &format!("test ! -e /proc/{pid}"));
     let adjusted = shell(to, &format!("cat /proc/{pid}/oom_score_adj"));
     assert_eq!(adjusted.trim(), "0");
-    shell(to, "systemctl stop busy.migrated.scope");
-    shell(to, &format!("test ! -e /proc/{pid}"));
 }
 
 /// The package is installed, a service moves to another machine's own unit by a standing agent and

@@ -212,6 +212,7 @@ mod tests {
         let held = HoldDownRecord {
             unit: "unit".to_owned(),
             drop_in: drop_in.clone(),
+            watchdog_us: None,
         };
         let record = Record {
             hold_down: Some(serde_json::to_string(&held).unwrap()),

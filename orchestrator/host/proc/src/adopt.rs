@@ -687,15 +687,23 @@ pub fn clear_adoptions() -> bool {
             let state = shown.get("ActiveState").map_or("", String::as_str);
             idle && matches!(state, "active" | "inactive" | "failed")
         });
-        if !settled || read::text(&drop_in).unwrap_or_default() != text {
-            // Under way, or another one's by now.
+        if !settled {
             under_way = true;
-        } else if let Err(error) = systemd::withdraw(&drop_in) {
-            tracing::warn!(error = %chain(&error), unit, "could not give the unit its settings back");
-        } else if let Some(home) = home_in(&text)
-            && let Some(home) = Hierarchy::v2().and_then(|v2| v2.directory(home))
-        {
-            cgroup::remove_empty_home(&home);
+            continue;
+        }
+        match systemd::withdraw_same(&drop_in, &text) {
+            Ok(true) => {
+                if let Some(home) = home_in(&text)
+                    && let Some(home) = Hierarchy::v2().and_then(|v2| v2.directory(home))
+                {
+                    cgroup::remove_empty_home(&home);
+                }
+            }
+            // Another one's by now.
+            Ok(false) => under_way = true,
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), unit, "could not give the unit its settings back");
+            }
         }
     }
     under_way

@@ -93,7 +93,7 @@ pub enum ProcError {
     /// A cgroup or drop-in could not be made, written or removed.
     #[error("could not {attempt} {path}")]
     Write {
-        /// The attempt: `create`, `write`, `remove`.
+        /// The attempt: `create`, `write`, `remove`, `lock`.
         attempt: &'static str,
         /// The file or directory.
         path: PathBuf,

@@ -43,8 +43,6 @@ const UNIT_WAIT_MAX: Duration = Duration::from_secs(10);
 const DROP_IN: &str = "zzz-migrate-hold-down.conf";
 /// And of the one beside it that keeps systemd from ending what is left of the tree.
 const KEEP: &str = "zzz-migrate-keep.conf";
-/// `RuntimeMaxSec=` counts for a unit that is active already, too.
-const KEEP_TEXT: &str = "[Unit]\nRefuseManualStop=yes\n[Service]\nRuntimeMaxSec=infinity\n";
 
 /// Something that may start the workload again when it ends on the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +53,13 @@ pub enum Supervisor {
         unit: String,
         /// Its `Restart=`, `no` included.
         restart: String,
+        /// How long it may give systemd no sign of life; `None` where nobody waits for one.
+        watchdog_us: Option<u64>,
+    },
+    /// A scope of the system's systemd: it starts nothing, but can be stopped.
+    SystemdScope {
+        /// Its name, such as `redis-server.migrated.scope`.
+        unit: String,
     },
     /// A runit service.
     Runit {
@@ -81,11 +86,20 @@ pub enum Supervisor {
 
 /// Looks for what would start a second copy of the tree: the unit it is the
 /// main process of, or a parent that supervises. An interactive shell, an
-/// init and a login do not.
+/// init and a login do not. Where there is none, the scope that the tree is in.
 ///
 /// # Errors
-/// When /proc cannot be read.
+/// When /proc cannot be read, or systemd does not answer.
 pub fn supervisor(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
+    if let Some(found) = starts_again(tree)? {
+        return Ok(Some(found));
+    }
+    let path = unit_path(tree)?;
+    let scope = path.as_deref().and_then(|path| unit_of(path, ".scope"));
+    Ok(scope.map(|unit| Supervisor::SystemdScope { unit: unit.into() }))
+}
+
+fn starts_again(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
     if let Some(unit) = systemd_unit(tree)? {
         return Ok(Some(unit));
     }
@@ -209,8 +223,8 @@ fn has_loop(text: &str) -> bool {
         .any(|word| matches!(word, "while" | "until" | "for"))
 }
 
-/// The unit whose main process the tree has, where systemd is init.
-fn systemd_unit(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
+/// The cgroup by which systemd, where it is init, knows the tree's unit.
+fn unit_path(tree: &Tree) -> Result<Option<String>, ProcError> {
     if read::name(1) != "systemd" {
         return Ok(None);
     }
@@ -218,12 +232,17 @@ fn systemd_unit(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
     let path = paths
         .iter()
         .find(|(controllers, _)| controllers == "name=systemd")
-        .or_else(|| paths.iter().find(|(controllers, _)| controllers.is_empty()))
-        .map(|(_, path)| cgroup::without_fence(path));
-    let Some(unit) = path.and_then(unit_of) else {
+        .or_else(|| paths.iter().find(|(controllers, _)| controllers.is_empty()));
+    Ok(path.map(|(_, path)| cgroup::without_fence(path).to_owned()))
+}
+
+/// The unit whose main process the tree has.
+fn systemd_unit(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
+    let path = unit_path(tree)?;
+    let Some(unit) = path.as_deref().and_then(|path| unit_of(path, ".service")) else {
         return Ok(None);
     };
-    let mut shown = systemd::show(unit, "Id,Restart,MainPID")?;
+    let mut shown = systemd::show(unit, "Id,Restart,MainPID,WatchdogUSec")?;
     let main: i32 = shown
         .get("MainPID")
         .and_then(|pid| pid.parse().ok())
@@ -235,15 +254,16 @@ fn systemd_unit(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
     Ok(Some(Supervisor::SystemdUnit {
         unit: shown.remove("Id").unwrap_or_else(|| unit.to_owned()),
         restart: shown.remove("Restart").unwrap_or_else(|| "no".to_owned()),
+        watchdog_us: systemd::watchdog_us(unit, &shown)?,
     }))
 }
 
-/// The system service a cgroup path belongs to; a login has none.
-fn unit_of(path: &str) -> Option<&str> {
+/// The system's unit of a kind that a cgroup path belongs to; a login has none.
+fn unit_of<'a>(path: &'a str, kind: &str) -> Option<&'a str> {
     if cgroup::is_login(path) {
         return None;
     }
-    path.split('/').rfind(|part| part.ends_with(".service"))
+    path.split('/').rfind(|part| part.ends_with(kind))
 }
 
 /// The line for the preflight table: a note where the tool itself keeps the
@@ -252,12 +272,16 @@ fn unit_of(path: &str) -> Option<&str> {
 pub fn supervisor_finding(supervisor: &Supervisor) -> Finding {
     let ignore = "or go on with --supervisor ignore";
     match supervisor {
-        Supervisor::SystemdUnit { unit, restart } if restart == "no" => Finding::note(
+        Supervisor::SystemdUnit { unit, restart, .. } if restart == "no" => Finding::note(
             format!("unit {unit}"),
             "runs the tree and will show it as ended on this host",
             "",
         ),
-        Supervisor::SystemdUnit { unit, restart } => Finding::note(
+        Supervisor::SystemdScope { unit } => Finding::ok(
+            format!("unit {unit}"),
+            "holds the tree and ends with it on this host",
+        ),
+        Supervisor::SystemdUnit { unit, restart, .. } => Finding::note(
             format!("unit {unit}"),
             format!("would start a second copy (Restart={restart}); it is kept down meanwhile"),
             format!("to keep it down after a reboot as well: systemctl disable {unit}"),
@@ -290,9 +314,16 @@ pub struct HoldDownRecord {
     pub unit: String,
     /// The drop-in that was written.
     pub drop_in: PathBuf,
+    /// The watchdog that the unit gets back when it goes on, if it has one.
+    #[serde(default)]
+    pub watchdog_us: Option<u64>,
 }
 
 impl HoldDownRecord {
+    fn is_scope(&self) -> bool {
+        self.unit.ends_with(".scope")
+    }
+
     /// The drop-in of [`HoldDown::keep`], if there is one.
     fn keeping(&self) -> PathBuf {
         self.drop_in.with_file_name(KEEP)
@@ -307,7 +338,8 @@ pub struct HoldDown {
 }
 
 /// Keeps a systemd unit from restarting the tree, by a drop-in that lasts
-/// until [`HoldDown::release`] or the next boot. Other supervisors cannot be
+/// until [`HoldDown::release`] or the next boot, and its watchdog from ending the tree,
+/// which cannot give signs of life while it stands still. Other supervisors cannot be
 /// told, and nothing is done.
 ///
 /// # Errors
@@ -317,27 +349,38 @@ pub fn hold_down(supervisor: &Supervisor) -> Result<HoldDown, ProcError> {
     let held = HoldDown {
         record: HoldDown::plan(supervisor),
     };
-    let Some(HoldDownRecord { unit, drop_in }) = &held.record else {
-        return Ok(held);
-    };
+    match &held.record {
+        Some(record) if !record.is_scope() => match restarts_no_more(record) {
+            Ok(()) => Ok(held),
+            Err(error) => {
+                // The first failure is the one to tell.
+                let _ = held.release();
+                Err(error)
+            }
+        },
+        _ => Ok(held),
+    }
+}
+
+fn restarts_no_more(record: &HoldDownRecord) -> Result<(), ProcError> {
+    let HoldDownRecord { unit, drop_in, .. } = record;
     systemd::drop_in(drop_in, "[Service]\nRestart=no\n")?;
     // What counts is what systemd makes of it.
-    let restart = systemd::show(unit, "Restart").map(|mut shown| shown.remove("Restart"));
-    let error = match restart {
-        Ok(Some(restart)) if restart == "no" => return Ok(held),
-        Ok(restart) => ProcError::Command {
+    let restart = systemd::show(unit, "Restart")?.remove("Restart");
+    if restart.as_deref() != Some("no") {
+        return Err(ProcError::Command {
             command: format!("systemctl show {unit}"),
             reason: format!(
                 "Restart={} in spite of {}",
                 restart.unwrap_or_default(),
                 drop_in.display()
             ),
-        },
-        Err(error) => error,
-    };
-    // The first failure is the one to tell.
-    let _ = held.remove();
-    Err(error)
+        });
+    }
+    match record.watchdog_us {
+        Some(_) => systemd::set_watchdog(unit, None),
+        None => Ok(()),
+    }
 }
 
 impl HoldDown {
@@ -345,12 +388,17 @@ impl HoldDown {
     /// first; changes nothing. What was never made can be released by it.
     #[must_use]
     pub fn plan(supervisor: &Supervisor) -> Option<HoldDownRecord> {
-        let Supervisor::SystemdUnit { unit, .. } = supervisor else {
-            return None;
+        let (unit, watchdog_us) = match supervisor {
+            Supervisor::SystemdUnit {
+                unit, watchdog_us, ..
+            } => (unit, *watchdog_us),
+            Supervisor::SystemdScope { unit } => (unit, None),
+            _ => return None,
         };
         Some(HoldDownRecord {
             unit: unit.clone(),
             drop_in: systemd::runtime_drop_ins(unit).join(DROP_IN),
+            watchdog_us,
         })
     }
 
@@ -365,13 +413,20 @@ impl HoldDown {
         Self { record }
     }
 
-    /// Gives the supervisor back its own setting after a rollback: the tree
+    /// Gives the supervisor back its own settings after a rollback: the tree
     /// still runs here.
     ///
     /// # Errors
     /// When the drop-in cannot be removed or systemd does not answer.
     pub fn release(self) -> Result<(), ProcError> {
-        self.remove()
+        let removed = self.remove();
+        match &self.record {
+            Some(record) if record.watchdog_us.is_some() => {
+                let watched = systemd::set_watchdog(&record.unit, record.watchdog_us);
+                removed.and(watched)
+            }
+            _ => removed,
+        }
     }
 
     /// Gives the supervisor back its own setting after the tree has gone, not
@@ -417,19 +472,14 @@ impl HoldDown {
         let Some(record) = &self.record else {
             return Ok(());
         };
-        systemd::drop_in(&record.keeping(), KEEP_TEXT)
-    }
-
-    /// Has systemd no longer wait for signs of life of a tree that gives none. Lasts until
-    /// the unit ends: not for a tree that may run here again.
-    ///
-    /// # Errors
-    /// When systemd does not take it, or is about to end the tree already.
-    pub fn stop_watchdog(&self) -> Result<(), ProcError> {
-        let Some(record) = &self.record else {
-            return Ok(());
+        // That one counts for a unit that is active already, too.
+        let kind = if record.is_scope() {
+            "Scope"
+        } else {
+            "Service"
         };
-        systemd::stop_watchdog(&record.unit)
+        let text = format!("[Unit]\nRefuseManualStop=yes\n[{kind}]\nRuntimeMaxSec=infinity\n");
+        systemd::drop_in(&record.keeping(), &text)
     }
 
     fn remove(&self) -> Result<(), ProcError> {
@@ -492,14 +542,21 @@ mod tests {
 
     #[test]
     fn units_of_paths() {
+        let service = |path| unit_of(path, ".service");
         assert_eq!(
-            unit_of("/system.slice/redis-server.service"),
+            service("/system.slice/redis-server.service"),
             Some("redis-server.service")
         );
-        assert_eq!(unit_of("/system.slice/x.service/sub"), Some("x.service"));
-        assert_eq!(unit_of("/user.slice/user-0.slice/session-1.scope"), None);
-        assert_eq!(unit_of("/system.slice/ssh.service"), None);
-        assert_eq!(unit_of("/"), None);
+        assert_eq!(service("/system.slice/x.service/sub"), Some("x.service"));
+        assert_eq!(service("/system.slice/ssh.service"), None);
+        assert_eq!(service("/system.slice/x.scope"), None);
+        assert_eq!(service("/"), None);
+        let scope = |path| unit_of(path, ".scope");
+        assert_eq!(scope("/user.slice/user-0.slice/session-1.scope"), None);
+        assert_eq!(
+            scope("/system.slice/x.migrated.scope"),
+            Some("x.migrated.scope")
+        );
     }
 
     #[test]
@@ -507,6 +564,7 @@ mod tests {
         let unit = Supervisor::SystemdUnit {
             unit: "x.service".into(),
             restart: "always".into(),
+            watchdog_us: None,
         };
         let finding = supervisor_finding(&unit);
         assert_eq!(finding.severity, migrate_core::preflight::Severity::Note);

@@ -464,10 +464,8 @@ impl Migration {
             return Ok(String::new());
         }
         self.note_gone();
-        let watchdog = self.never_to_run_again();
-        let delivered = self.deliver_all().await;
-        self.note_kept(watchdog).await;
-        delivered
+        self.never_to_run_again();
+        self.deliver_all().await
     }
 
     async fn deliver_all(&mut self) -> Result<String, Error> {
@@ -485,7 +483,7 @@ impl Migration {
         let end = match soon {
             Ok(end) => end,
             Err(_) => {
-                let kept = self.of_the_unit(|unit| unit.keep());
+                let kept = self.keep_unit();
                 let end = delivery.end().await;
                 self.note_kept(kept).await;
                 end
@@ -510,8 +508,8 @@ impl Migration {
     }
 
     /// The tree has run for the last time, and its copy still lacks memory of it: the kernel
-    /// is not to end it for want of memory, nor the unit for want of signs of life.
-    fn never_to_run_again(&self) -> JoinHandle<Result<(), String>> {
+    /// is not to end it for want of memory.
+    fn never_to_run_again(&self) {
         let pids: Vec<i32> = self.plan.iter().flat_map(|plan| plan.tree.pids()).collect();
         if let Err(error) = migrate_proc::never_killed_for_memory(&pids) {
             let error = crate::error::chain(&error);
@@ -520,17 +518,14 @@ impl Migration {
                 "the kernel may kill what is left of the tree for memory"
             );
         }
-        self.of_the_unit(|unit| unit.stop_watchdog())
     }
 
-    /// Does something about the tree's unit, which may take a while.
-    fn of_the_unit(
-        &self,
-        tell: impl FnOnce(HoldDown) -> Result<(), migrate_proc::ProcError> + Send + 'static,
-    ) -> JoinHandle<Result<(), String>> {
+    /// Has systemd keep what is left of the tree, which may take a while.
+    fn keep_unit(&self) -> JoinHandle<Result<(), String>> {
         let held = self.supervisor.as_ref().and_then(HoldDown::record);
         tokio::task::spawn_blocking(move || {
-            tell(HoldDown::from_record(held)).map_err(|error| crate::error::chain(&error))
+            let kept = HoldDown::from_record(held).keep();
+            kept.map_err(|error| crate::error::chain(&error))
         })
     }
 
