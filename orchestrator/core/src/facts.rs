@@ -30,6 +30,21 @@ impl CriuVersion {
         minor: 2,
         sublevel: 0,
     };
+
+    /// The newest release that this was tested with; sublevels have changed nothing
+    /// that matters here.
+    pub const NEWEST_TESTED: Self = Self {
+        major: 4,
+        minor: 2,
+        sublevel: 0,
+    };
+
+    /// Whether nobody has tried such a release.
+    #[must_use]
+    pub fn is_untested(self) -> bool {
+        let release = |version: Self| (version.major, version.minor);
+        release(self) > release(Self::NEWEST_TESTED)
+    }
 }
 
 impl std::fmt::Display for CriuVersion {
@@ -103,7 +118,8 @@ pub struct TreeFacts {
     /// The tunnel device that it serves.
     #[serde(default)]
     pub tunnel: Option<TunnelFacts>,
-    /// Resident memory of all processes, in bytes.
+    /// Memory that is to be carried, in bytes: pages that processes have in common
+    /// since a fork count for each of them, those of shared segments once.
     pub resident_bytes: u64,
     /// The tree has a controlling terminal or a session leader outside itself,
     /// so that CRIU needs `shell_job`.
@@ -276,6 +292,24 @@ pub enum StdioKind {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_release_that_is_newer_than_all_that_were_tested() {
+        for (major, minor, sublevel, untested) in [
+            (4, 1, 1, false),
+            (4, 2, 0, false),
+            (4, 2, 9, false),
+            (4, 3, 0, true),
+            (5, 0, 0, true),
+        ] {
+            let version = CriuVersion {
+                major,
+                minor,
+                sublevel,
+            };
+            assert_eq!(version.is_untested(), untested, "{version}");
+        }
+    }
 
     #[test]
     fn what_is_held_follows_the_windows_within_bounds() {

@@ -108,6 +108,14 @@ pub enum Error {
         /// The task or segment.
         owner: PageOwner,
     },
+    /// With `--verify`, memory that the source has sent no digest of.
+    #[error(
+        "the copy's memory of {owner} could not be compared: the source has sent no digest of it"
+    )]
+    NotCompared {
+        /// The task or segment.
+        owner: PageOwner,
+    },
     /// The store of pages that came in rounds.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -251,8 +259,8 @@ impl Error {
             Self::Lazy(error) => error.help().map(str::to_owned),
             Self::NotLazy { .. } => Some("leave --restore lazy out".to_owned()),
             Self::Arriving { .. } => Some("wait until it is complete, then try again".to_owned()),
-            Self::NotConverged { .. } => Some("lower --goal, raise --max-iterations, or allow the freeze with --on-timeout freeze".to_owned()),
-            Self::NotTheSame { .. } => Some("this is a defect of migrate: please report it; `--engine full` moves the tree without pre-copy".to_owned()),
+            Self::NotConverged { .. } => Some("lower --goal, raise --downtime-limit, --max-iterations or --timeout, or allow the freeze with --on-timeout freeze".to_owned()),
+            Self::NotTheSame { .. } | Self::NotCompared { .. } => Some("this is a defect of migrate: please report it; `--engine full` moves the tree without pre-copy".to_owned()),
             Self::Park(error) => Some(error.help()),
             Self::Connect(error) => error.help(),
             Self::Channel { peer, source } => source.help().or_else(|| Some(check(peer))),

@@ -106,6 +106,7 @@ async fn examine_criu(
                 &subject,
                 format!("{} at {}", criu.version, criu.path.display()),
             )];
+            findings.extend(untested(&subject, criu.version));
             // Its check asks for more than every tree needs.
             if let Err(error) = criu.warm().await {
                 findings.push(Finding::note(
@@ -124,5 +125,46 @@ async fn examine_criu(
             );
             (vec![refused], None)
         }
+    }
+}
+
+/// Of a CRIU that may do otherwise than those that are known.
+fn untested(
+    subject: &str,
+    version: migrate_core::facts::CriuVersion,
+) -> Option<migrate_core::preflight::Finding> {
+    use migrate_core::facts::CriuVersion;
+    version.is_untested().then(|| {
+        migrate_core::preflight::Finding::note(
+            subject,
+            format!(
+                "CRIU {version} is newer than what this was tested with ({})",
+                CriuVersion::NEWEST_TESTED
+            ),
+            "a page stream that is not as it was ends the dump, and the tree runs on; --verify \
+             compares the copy's memory",
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use migrate_core::facts::CriuVersion;
+
+    #[test]
+    fn a_criu_that_nobody_has_tried_is_told() {
+        let told = |minor| {
+            let version = CriuVersion {
+                major: 4,
+                minor,
+                sublevel: 1,
+            };
+            super::untested("criu on the source", version).map(|finding| finding.finding)
+        };
+        assert_eq!(told(2), None);
+        assert_eq!(
+            told(3).unwrap(),
+            "CRIU 4.3.1 is newer than what this was tested with (4.2)"
+        );
     }
 }

@@ -363,6 +363,12 @@ fn owner_of_map(name: &str) -> Option<PageOwner> {
     }
 }
 
+/// Whether pages of a map are what CRIU 4.2 knows and have content, which is where those
+/// before them end.
+fn has_content(flags: u32) -> bool {
+    flags & !LAZY == PageRun::PRESENT
+}
+
 /// Reads a page map: the number of its file, and its runs.
 fn decode_pagemap(image: &[u8]) -> Option<(u32, Vec<Run>)> {
     let mut rest = image;
@@ -391,7 +397,7 @@ fn decode_pagemap(image: &[u8]) -> Option<(u32, Vec<Run>)> {
         runs.push(Run {
             vaddr: entry.vaddr,
             pages: entry.nr_pages?,
-            flags: entry.flags?,
+            flags: entry.flags.filter(|&flags| has_content(flags))?,
         });
     }
     Some((head.pages_id, runs))
@@ -632,7 +638,7 @@ impl ImageDir {
         if run.flags & PageRun::PRESENT == 0 {
             return Err(malformed("a run of pages without data", run));
         }
-        if run.data_bytes() != data.len() as u64 {
+        if !has_content(run.flags) || run.data_bytes() != data.len() as u64 {
             return Err(malformed("a malformed run of pages", run));
         }
         let leave_out = self.leaves_out(&run);
@@ -655,10 +661,10 @@ impl ImageDir {
     /// The run cannot wait, or is not above the last one of its owner.
     pub fn later(&mut self, run: PageRun) -> Result<(), CriuError> {
         self.still_open()?;
-        if !self.leaves_out(&run) || run.flags & (PageRun::PRESENT | PARENT) != 0 {
+        if !self.leaves_out(&run) || run.flags & !LAZY != PageRun::LATE {
             return Err(malformed("a run of pages that cannot wait", run));
         }
-        let flags = run.flags & !PageRun::LATE | PageRun::PRESENT;
+        let flags = LAZY | PageRun::PRESENT;
         self.append(PageRun { flags, ..run })?;
         self.stats.pages += run.pages;
         Ok(())
@@ -672,12 +678,12 @@ impl ImageDir {
     /// The run is not above the last one of its owner, or has not that flag.
     pub fn gap(&mut self, run: PageRun) -> Result<(), CriuError> {
         self.still_open()?;
-        if run.flags & PARENT == 0 || run.flags & PageRun::PRESENT != 0 {
+        if run.flags & !LAZY != PARENT {
             return Err(malformed("a run of pages that are nowhere", run));
         }
         // To CRIU they are pages like all others; whether they can wait is seen
         // when the mappings have come.
-        let flags = (run.flags & !(PARENT | LAZY)) | PageRun::PRESENT;
+        let flags = PageRun::PRESENT;
         let at = self.append(PageRun { flags, ..run })?;
         if let Some(memory) = self.owners.get_mut(&run.owner) {
             memory.gap(at, run);
@@ -1342,6 +1348,17 @@ mod tests {
         }
         let image = memory.encode();
         assert_eq!(decode_pagemap(&image), Some((3, memory.runs.clone())));
+        // What no CRIU writes, and what it would look for elsewhere.
+        for flags in [0, LAZY, PARENT, PageRun::PRESENT | 1 << 3] {
+            let mut other = Memory {
+                pages_id: memory.pages_id,
+                runs: memory.runs.clone(),
+                pages: memory.pages,
+                gaps: Vec::new(),
+            };
+            other.runs[1].flags = flags;
+            assert_eq!(decode_pagemap(&other.encode()), None, "{flags:#x}");
+        }
         // Cut anywhere, it is refused or is a map with fewer runs.
         for end in 0..image.len() {
             if let Some((_, runs)) = decode_pagemap(&image[..end]) {

@@ -66,6 +66,10 @@ mod command {
     pub(super) const FORCE_CLOSE: u32 = 0x1024;
 }
 
+/// All flags that CRIU's `include/pagemap.h` has, up to 4.2. With another one the
+/// pages may have a form that is not known here, as compressed ones.
+const KNOWN_FLAGS: u32 = PARENT | PageRun::LAZY | PageRun::PRESENT;
+
 /// Flag of a run whose pages are where an earlier copy is and carry no data
 /// (`PE_PARENT`, CRIU's `include/pagemap.h`).
 pub const PARENT: u32 = 1;
@@ -126,7 +130,7 @@ pub trait PageSink: Send {
 pub struct PageStats {
     /// Pages with data.
     pub pages: u64,
-    /// Pages without data: in the parent image, or left for later.
+    /// Pages without data: in the parent image.
     pub pages_without_data: u64,
     /// Runs as CRIU sent them.
     pub runs: u64,
@@ -268,6 +272,7 @@ pub async fn serve_pages<S: PageSink>(
             });
         }
         let command = layout.decode(stream.buffer.split_to(layout.bytes()));
+        check_flags(&command)?;
         match command.code {
             command::OPEN2 | command::OPEN => {
                 kept.open(owner(command.owner)?, sink, &mut stats).await?;
@@ -428,6 +433,27 @@ fn refused(source: impl StdError + Send + Sync + 'static) -> CriuError {
     }
 }
 
+/// Whether a command has no flags but what CRIU gives it, of which [`ADD_F`](command::ADD_F)
+/// alone has any: pages are behind it, or where the earlier copy is. Pages that are neither
+/// would be nowhere; only a dump that nobody orders leaves them for later.
+fn check_flags(command: &Command) -> Result<(), CriuError> {
+    let flags = command.flags;
+    let known = match command.code {
+        command::ADD_F => {
+            flags & !KNOWN_FLAGS == 0 && (flags & PARENT == 0) != (flags & PageRun::PRESENT == 0)
+        }
+        _ => flags == 0,
+    };
+    if known {
+        Ok(())
+    } else {
+        Err(CriuError::PageProtocol {
+            what: "flags",
+            value: u64::from(flags),
+        })
+    }
+}
+
 /// Hands one run on, in pieces.
 async fn run<S: PageSink>(
     stream: &mut Stream,
@@ -446,7 +472,7 @@ async fn run<S: PageSink>(
     if !vaddr.is_multiple_of(PAGE_BYTES as u64) || vaddr.checked_add(bytes).is_none() {
         return Err(protocol("address", vaddr));
     }
-    if flags & PARENT != 0 && (flags & PageRun::PRESENT != 0 || !stream.socket.has(owner)) {
+    if flags & PARENT != 0 && !stream.socket.has(owner) {
         // Nobody has these pages.
         return Err(protocol("flags", u64::from(flags)));
     }
@@ -784,6 +810,16 @@ mod tests {
             encode(NEW, 6, 1, 1, 0x1000, 8 << 8 | 1),
             encode(NEW, 2, 0, 1, 0x1000, 7 << 8 | 2),
             encode(NEW, 6, 5, 1, 0x1000, PID_7),
+            // Neither left out nor sent; left for later.
+            encode(NEW, 6, 0, 1, 0x1000, PID_7),
+            encode(NEW, 6, 2, 1, 0x1000, PID_7),
+            // Flags that no CRIU has, and such as this command has not.
+            encode(NEW, 6, 4 | 1 << 3, 1, 0x1000, PID_7),
+            encode(NEW, 6, 1 | 1 << 3, 1, 0x1000, PID_7),
+            encode(NEW, 6, 4 | 1 << 15, 1, 0x1000, PID_7),
+            encode(NEW, 4, 4, 0, 0, PID_7),
+            encode(NEW, 1, 4, 1, 0x1000, PID_7),
+            encode(NEW, 0x1024, 1, 0, 0, 0),
             // The other layout.
             encode(OLD, 6, 4, 1, 0x1000, PID_7)
                 .into_iter()

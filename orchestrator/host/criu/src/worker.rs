@@ -33,10 +33,6 @@ use crate::rpc::{
 use crate::session::Session;
 use crate::shim::{self, CleanPages, SegmentTable};
 
-/// The newest CRIU of which it is known what it reads of a process's `smaps`
-/// (`parse_smaps` of `criu/proc_parse.c`), major and minor number.
-const SMAPS_READER: (u32, u32) = (4, 2);
-
 /// Limit for a new worker's first answer: loading it takes 5-10 ms.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
@@ -332,8 +328,9 @@ impl Criu {
     /// It cannot be started, does not answer as CRIU does, or has not loaded
     /// the shim.
     pub async fn worker(&self, options: WorkerOptions) -> Result<Worker, CriuError> {
-        let reads = (self.version.major, self.version.minor);
-        let mappings = if options.shim && reads <= SMAPS_READER {
+        // Of others it is not known what they read of `smaps` (`parse_smaps` of
+        // `criu/proc_parse.c`).
+        let mappings = if options.shim && !self.version.is_untested() {
             mappings::program().await
         } else {
             None

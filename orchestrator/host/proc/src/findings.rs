@@ -22,6 +22,10 @@ const MEMORY_FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
+/// What to do about a ring, by its descriptor or its memory.
+const WITHOUT_IO_URING: &str = "start the program without io_uring: its own setting, or `sysctl -w \
+                                kernel.io_uring_disabled=2` before it starts";
+
 /// How the kernel names a mapped System V segment.
 const SYSTEM_V: &str = "/SYSV";
 
@@ -310,8 +314,7 @@ fn judge_anonymous(
         "io_uring" => Some(Finding::refused(
             subject,
             "is an io_uring, which CRIU cannot carry over",
-            "start the program without io_uring: its own setting, or `sysctl -w \
-             kernel.io_uring_disabled=2` before it starts",
+            WITHOUT_IO_URING,
         )),
         "userfaultfd" => Some(Finding::refused(
             subject,
@@ -482,10 +485,14 @@ fn judge_mapping(subject: &str, file: &MappedFile) -> Option<Finding> {
     }
     if let Some(kind) = parse::anonymous(path) {
         // Such mappings come with a descriptor, unless that was closed.
+        let way_out = match kind {
+            "io_uring" => WITHOUT_IO_URING,
+            _ => "start the program without that feature",
+        };
         return Some(Finding::refused(
             subject,
             format!("has memory of a kind mapped that CRIU cannot carry over ({kind})"),
-            "start the program without that feature",
+            way_out,
         ));
     }
     if path.starts_with("/dev/") && !path.starts_with("/dev/zero") && !path.starts_with("/dev/shm/")
@@ -585,4 +592,20 @@ fn look_for_locked_guard(pid: i32) -> Result<Option<u64>, ProcError> {
 fn is_in_memory(path: &str) -> bool {
     nix::sys::statfs::statfs(path)
         .is_ok_and(|stat| MEMORY_FILE_SYSTEMS.contains(&stat.filesystem_type().0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_is_seen_by_its_memory() {
+        let line = "7f0000000000-7f0000001000 rw-s 00000000 00:10 1063   anon_inode:[io_uring]";
+        let mapping = parse::mapping(line).unwrap();
+        let found = judge_mapping("server (PID 7)", &MappedFile { pid: 7, mapping }).unwrap();
+        assert_eq!(found.severity, Severity::Refused);
+        assert_eq!(found.subject, "server (PID 7)");
+        assert!(found.finding.contains("(io_uring)"), "{found:?}");
+        assert_eq!(found.way_out, WITHOUT_IO_URING);
+    }
 }

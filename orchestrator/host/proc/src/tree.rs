@@ -226,6 +226,41 @@ fn look(root: i32) -> Result<Option<(Sight, BTreeSet<i32>)>, ProcError> {
     Ok(Some((sight, stopped)))
 }
 
+/// What one process adds to the memory of its tree.
+#[derive(Debug, PartialEq, Eq)]
+struct Carried {
+    bytes: u64,
+    /// Of these, its part of shared segments.
+    shared_bytes: u64,
+}
+
+impl Carried {
+    /// By its `/proc/PID/smaps_rollup`. A kernel that does not tell the kinds of memory
+    /// apart has all of it counted, for too much is refused and too little is not.
+    fn of(rollup: &str) -> Self {
+        let field = |name| parse::kilobytes(rollup, name);
+        // `Pss` splits a page among all who have it mapped. Pages of its own that are huge
+        // or in swap are sent as well, and are in none of the others.
+        let fields = [
+            "Pss_Shmem",
+            "Anonymous",
+            "Pss_File",
+            "Private_Hugetlb",
+            "SwapPss",
+        ];
+        let Some(fields) = fields.map(field).into_iter().collect::<Option<Vec<u64>>>() else {
+            return Self {
+                bytes: field("Rss").unwrap_or(0),
+                shared_bytes: 0,
+            };
+        };
+        Self {
+            bytes: fields.iter().copied().fold(0, u64::saturating_add),
+            shared_bytes: fields.first().copied().unwrap_or(0),
+        }
+    }
+}
+
 /// Notes the memory of the shared segments that a process has mapped, in bytes
 /// by inode.
 fn add_segments(pid: i32, segments: &mut BTreeMap<u64, u64>) -> Result<(), ProcError> {
@@ -295,8 +330,10 @@ impl Tree {
             .collect()
     }
 
-    /// Memory of all processes that is in RAM now, in bytes: what has to be
-    /// carried. A page that several processes share counts once.
+    /// Memory of all processes, in bytes: what has to be carried, at most. A page
+    /// that processes have in common since a fork counts for each of them, since
+    /// each process's pages go over on their own; one of a shared segment counts
+    /// once, and so does one of a file, which the destination reads from its own.
     ///
     /// The kernel looks at every page to count them, which takes 15 ms a GiB: not
     /// for when peers wait.
@@ -308,18 +345,18 @@ impl Tree {
         let mut mapped_shared = 0_u64;
         let mut segments = BTreeMap::new();
         for process in self.living() {
-            // `Pss` splits a shared page among its holders.
             let rollup = read::text_if_there(read::of(process.pid, "smaps_rollup"));
-            let bytes = match rollup.ok().flatten() {
-                Some(text) => {
-                    let shared = parse::kilobytes(&text, "Pss_Shmem").unwrap_or(0);
-                    mapped_shared = mapped_shared.saturating_add(shared);
-                    parse::kilobytes(&text, "Pss")
-                }
-                None => read::text_if_there(read::of(process.pid, "status"))?
-                    .and_then(|text| parse::kilobytes(&text, "VmRSS")),
+            let carried = match rollup.ok().flatten() {
+                Some(text) => Carried::of(&text),
+                None => Carried {
+                    bytes: read::text_if_there(read::of(process.pid, "status"))?
+                        .and_then(|text| parse::kilobytes(&text, "VmRSS"))
+                        .unwrap_or(0),
+                    shared_bytes: 0,
+                },
             };
-            sum = sum.saturating_add(bytes.unwrap_or(0));
+            sum = sum.saturating_add(carried.bytes);
+            mapped_shared = mapped_shared.saturating_add(carried.shared_bytes);
             add_segments(process.pid, &mut segments)?;
         }
         // What no living process has touched is in nobody's share.
@@ -439,4 +476,32 @@ pub fn tracer(pids: &[i32]) -> Result<Option<(i32, String)>, ProcError> {
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_process_adds_by_what_the_kernel_tells() {
+        let rollup = "556e6713c000-7fff3163e000 ---p 00000000 00:00 0    [rollup]\n\
+                      Rss:                1752 kB\n\
+                      Pss:                 400 kB\n\
+                      Pss_Anon:             50 kB\n\
+                      Pss_File:            146 kB\n\
+                      Pss_Shmem:             8 kB\n\
+                      Anonymous:           100 kB\n\
+                      Private_Hugetlb:    2048 kB\n\
+                      Swap:                 24 kB\n\
+                      SwapPss:              16 kB\n";
+        let carried = |kib: u64, shared_kib: u64| Carried {
+            bytes: kib << 10,
+            shared_bytes: shared_kib << 10,
+        };
+        assert_eq!(Carried::of(rollup), carried(100 + 146 + 8 + 2048 + 16, 8));
+        // Before Linux 5.3.
+        let old = rollup.replace("Pss_", "Unknown_");
+        assert_eq!(Carried::of(&old), carried(1752, 0));
+        assert_eq!(Carried::of(""), carried(0, 0));
+    }
 }

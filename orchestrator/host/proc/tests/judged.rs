@@ -65,7 +65,7 @@ fn descriptors_that_cannot_be_carried() {
         ("syscall(323, 0)", "userfaultfd"),
         (
             "syscall(425, 4, ctypes.create_string_buffer(256))",
-            "io_uring",
+            "is an io_uring",
         ),
         ("syscall(434, os.getppid(), 0)", "not moved"),
     ] {
@@ -75,6 +75,27 @@ fn descriptors_that_cannot_be_carried() {
         let findings = findings(&running);
         assert!(stops(&findings, word), "{call}: {findings:#?}");
     }
+}
+
+#[test]
+fn a_ring_whose_descriptor_is_closed() {
+    require!(root);
+    // The number of io_uring_setup, from asm-generic/unistd.h; 1, 3: shared, for reading
+    // and writing.
+    let running = python(
+        "libc = ctypes.CDLL(None)\n\
+         libc.mmap.restype = ctypes.c_void_p\n\
+         libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]\n\
+         fd = syscall(425, 4, ctypes.create_string_buffer(256))\n\
+         assert libc.mmap(None, 4096, 3, 1, fd, 0) != ctypes.c_void_p(-1).value\n\
+         os.close(fd)",
+    );
+    let findings = findings(&running);
+    assert!(
+        stops(&findings, "mapped that CRIU cannot carry over (io_uring)"),
+        "{findings:#?}"
+    );
+    assert!(!stops(&findings, "is an io_uring"), "{findings:#?}");
 }
 
 #[test]

@@ -128,6 +128,27 @@ fn a_tree_lists_parents_first_and_notices_change() {
     });
 }
 
+/// Memory of a process and of its child, when each has `make`.
+fn bytes_of_a_family(make: &str) -> u64 {
+    let running = Running::python(&format!(
+        "import mmap, os, time\n\
+         {make}\n\
+         if os.fork() > 0: print('ready', flush=True)\n\
+         time.sleep(1000)"
+    ));
+    running.await_processes(2).resident_bytes().unwrap()
+}
+
+#[test]
+fn what_is_shared_since_a_fork_is_carried_for_each() {
+    require!(root);
+    const BYTES: u64 = 64 << 20;
+    let bytes = bytes_of_a_family("held = b'x' * (64 << 20)");
+    assert!((2 * BYTES..3 * BYTES).contains(&bytes), "{bytes}");
+    let bytes = bytes_of_a_family("held = mmap.mmap(-1, 64 << 20); held.write(b'x' * (64 << 20))");
+    assert!((BYTES..2 * BYTES).contains(&bytes), "{bytes}");
+}
+
 #[test]
 fn a_name_of_parentheses() {
     require!(root);

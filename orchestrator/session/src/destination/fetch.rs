@@ -1,6 +1,7 @@
 //! Memory that is still on the source when the copy begins to run: asked for as the
 //! copy waits for it, taken in as it comes.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,6 +55,8 @@ fn listen(pages: Arc<LatePages>) -> mpsc::Receiver<()> {
 /// What somebody who wants to compare compares with.
 #[derive(Debug, Default)]
 pub(super) struct Expected {
+    /// Somebody has asked for it.
+    pub(super) verify: bool,
     /// Digest of each task's late pages.
     pub(super) digests: Vec<PageDigest>,
     /// Areas that do not count.
@@ -154,7 +157,7 @@ impl Fetch {
     /// has asked for that. The source hears meanwhile that somebody is there.
     async fn compared(&mut self, came: u64) -> Result<(), Error> {
         let expected = std::mem::take(&mut self.expected);
-        if expected.digests.is_empty() {
+        if !expected.verify {
             return Ok(());
         }
         let (pages, runs) = (Arc::clone(&self.pages), std::mem::take(&mut self.runs));
@@ -178,6 +181,8 @@ impl Fetch {
 
 impl Expected {
     fn compare(&self, pages: &LatePages, runs: &LateRuns) -> Result<(), Error> {
+        let owners: BTreeSet<_> = runs.runs().iter().map(|run| run.owner).collect();
+        super::receive::every_digest(&owners, &self.digests)?;
         for expected in &self.digests {
             let masks = [&self.masks[..], &expected.taken].concat();
             let mut digest = MemoryDigest::without(&masks);
@@ -244,6 +249,7 @@ mod tests {
             let mut digest = MemoryDigest::without(&[]);
             digest.add(1 << 20, &[byte; PAGE_BYTES]);
             Expected {
+                verify: true,
                 digests: vec![PageDigest {
                     owner: PageOwner::Task(7),
                     sha256: digest.finish(),
@@ -255,5 +261,11 @@ mod tests {
         the_last_that_came(expected(7)).await.unwrap();
         let other = the_last_that_came(expected(8)).await.unwrap_err();
         assert!(matches!(other, Error::NotTheSame { .. }), "{other:?}");
+        let none = Expected {
+            digests: Vec::new(),
+            ..expected(7)
+        };
+        let unknown = the_last_that_came(none).await.unwrap_err();
+        assert!(matches!(unknown, Error::NotCompared { .. }), "{unknown:?}");
     }
 }

@@ -1,6 +1,7 @@
 //! Receive and restore: pages and images come in, the copy is built and held
 //! before its first instruction.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -36,6 +37,8 @@ pub(crate) struct Memory {
     frozen: bool,
     /// The final list, when somebody wants to compare.
     listed: Option<Listed>,
+    /// Whose memory cannot be the tree's unless a digest says so.
+    unproven: BTreeSet<PageOwner>,
     /// What the tree has written to last.
     hot: Vec<(PageOwner, Range<u64>)>,
     /// Bytes of the final list that may still come.
@@ -66,6 +69,7 @@ impl Memory {
             room_bytes,
             frozen: false,
             listed: verify.then(Listed::default),
+            unproven: BTreeSet::new(),
             hot: Vec::new(),
             late: None,
             follows: Vec::new(),
@@ -148,6 +152,11 @@ impl Memory {
         }
         if let Some(listed) = &mut self.listed {
             for part in run.without(follows) {
+                // Segments that CRIU has sent whole are no engine's work, and none of the
+                // source's digests names them.
+                if matches!(part.owner, PageOwner::Task(_)) || part.flags & PARENT != 0 {
+                    self.unproven.insert(part.owner);
+                }
                 listed.add(part)?;
             }
         }
@@ -236,6 +245,7 @@ impl Memory {
         digests: &[PageDigest],
         masks: &[(u64, u32)],
     ) -> Result<(), Error> {
+        every_digest(&self.unproven, digests)?;
         for digest in digests {
             let owner = digest.owner;
             self.store.retain(owner, listed);
@@ -249,6 +259,19 @@ impl Memory {
         }
         tracing::info!(owners = digests.len(), "the copy's memory is the tree's");
         Ok(())
+    }
+}
+
+/// Whether each of these owners is among those of the digests: what is not compared is
+/// not the same.
+pub(super) fn every_digest(
+    owners: &BTreeSet<PageOwner>,
+    digests: &[PageDigest],
+) -> Result<(), Error> {
+    let told: BTreeSet<PageOwner> = digests.iter().map(|digest| digest.owner).collect();
+    match owners.difference(&told).next() {
+        Some(&owner) => Err(Error::NotCompared { owner }),
+        None => Ok(()),
     }
 }
 
@@ -309,9 +332,10 @@ impl Destination {
         if postcopy {
             memory.postcopy();
         }
-        let (announced, digests, expected) = self
+        let (announced, digests, mut expected) = self
             .take_frames(SILENCE.max(blackout_limit), &mut memory)
             .await?;
+        expected.verify = verify;
         self.dumped_at = Some(Instant::now());
         let Some(images) = &mut self.images else {
             return Err(nothing("the image directory"));
@@ -421,6 +445,7 @@ impl Destination {
                     let expected = Expected {
                         digests: late_digests,
                         masks,
+                        ..Expected::default()
                     };
                     let ended = receiver.unstripe(limit).await;
                     ended.map_err(|source| Error::Channel {
@@ -536,6 +561,8 @@ pub(super) fn nothing(what: &'static str) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use migrate_memory::MemoryDigest;
+
     use super::*;
 
     const TASK: PageOwner = PageOwner::Task(7);
@@ -610,5 +637,129 @@ mod tests {
         let room = memory.room_bytes >> 12;
         memory.follow(TASK, vec![(1, room - 1)]).unwrap();
         assert!(said(memory.follow(TASK, vec![(room, 2)])).contains("more memory"));
+    }
+
+    const PAGE: u64 = PAGE_BYTES as u64;
+    const BASE: u64 = 1 << 20;
+    const SEGMENT: PageOwner = PageOwner::Shared(9);
+
+    fn listed(owner: PageOwner, page: u64, pages: u64, flags: u32) -> PageRun {
+        PageRun {
+            owner,
+            vaddr: BASE + page * PAGE,
+            pages,
+            flags,
+        }
+    }
+
+    /// A page that no other is like.
+    fn content(page: u64) -> Vec<u8> {
+        vec![u8::try_from(page + 1).unwrap(); PAGE_BYTES]
+    }
+
+    fn digest(owner: PageOwner, pages: Range<u64>) -> PageDigest {
+        let mut digest = MemoryDigest::new();
+        for page in pages {
+            digest.add(BASE + page * PAGE, &content(page));
+        }
+        PageDigest {
+            owner,
+            sha256: digest.finish(),
+            taken: Vec::new(),
+        }
+    }
+
+    /// Takes in a run that holds what it should, but for the page `flipped`.
+    fn take(
+        memory: &mut Memory,
+        images: &mut ImageDir,
+        run: PageRun,
+        flipped: Option<(PageOwner, u64)>,
+    ) {
+        let first = (run.vaddr - BASE) / PAGE;
+        let mut data = Vec::new();
+        if run.flags & PageRun::PRESENT != 0 {
+            for page in first..first + run.pages {
+                let at = data.len();
+                data.extend(content(page));
+                if flipped == Some((run.owner, page)) {
+                    data[at + 100] ^= 1;
+                }
+            }
+        }
+        memory.take(images, run, &data).unwrap();
+    }
+
+    /// A task and a segment, of which pages came in a round and with the final list, and
+    /// a segment that came whole.
+    fn arrived(flipped: Option<(PageOwner, u64)>) -> Memory {
+        let place = tempfile::tempdir().unwrap();
+        let mut images = ImageDir::create_on_disk(place.path().join("images")).unwrap();
+        let mut memory = Memory::new(16 << 12, &Policy::default(), true);
+        for run in [
+            listed(TASK, 0, 2, PageRun::PRESENT),
+            // Given back since: the final list does not name it.
+            listed(TASK, 7, 1, PageRun::PRESENT),
+            listed(SEGMENT, 0, 1, PageRun::PRESENT),
+        ] {
+            take(&mut memory, &mut images, run, flipped);
+        }
+        memory.freeze();
+        for run in [
+            listed(TASK, 0, 2, PARENT),
+            listed(TASK, 2, 2, PageRun::PRESENT),
+            listed(SEGMENT, 0, 1, PARENT),
+            listed(SEGMENT, 1, 1, PageRun::PRESENT),
+            listed(PageOwner::Shared(10), 0, 1, PageRun::PRESENT),
+        ] {
+            take(&mut memory, &mut images, run, flipped);
+        }
+        memory
+    }
+
+    #[tokio::test]
+    async fn one_byte_of_one_page_is_not_the_same() {
+        let digests = || vec![digest(TASK, 0..4), digest(SEGMENT, 0..2)];
+        assert!(arrived(None).verified(digests(), Vec::new()).await.is_ok());
+        for (owner, page) in [(TASK, 0), (TASK, 1), (TASK, 3), (SEGMENT, 0), (SEGMENT, 1)] {
+            let memory = arrived(Some((owner, page)));
+            let Err(error) = memory.verified(digests(), Vec::new()).await else {
+                panic!("page {page} of {owner} is another");
+            };
+            assert!(
+                matches!(error, Error::NotTheSame { owner: other } if other == owner),
+                "{error:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_source_has_no_digest_of_is_not_compared() {
+        let of_both = || vec![digest(TASK, 0..4), digest(SEGMENT, 0..2)];
+        for missing in [TASK, SEGMENT] {
+            let mut digests = of_both();
+            digests.retain(|digest| digest.owner != missing);
+            let Err(error) = arrived(None).verified(digests, Vec::new()).await else {
+                panic!("nobody has compared {missing}");
+            };
+            assert!(
+                matches!(error, Error::NotCompared { owner } if owner == missing),
+                "{error:?}"
+            );
+        }
+        assert!(
+            arrived(None)
+                .verified(Vec::new(), Vec::new())
+                .await
+                .is_err()
+        );
+        // A source that can tell of what came whole has to be right.
+        let whole = PageOwner::Shared(10);
+        let with = |page| [of_both(), vec![digest(whole, page..page + 1)]].concat();
+        assert!(arrived(None).verified(with(0), Vec::new()).await.is_ok());
+        assert!(arrived(None).verified(with(1), Vec::new()).await.is_err());
+        // Who has not asked for it gets no digests.
+        let memory = Memory::new(16 << 12, &Policy::default(), false);
+        assert!(memory.verified(Vec::new(), Vec::new()).await.is_ok());
     }
 }
