@@ -134,6 +134,61 @@ fn rounds_go_on_until_the_goal_or_the_limit() {
 }
 
 #[test]
+fn a_round_is_given_up_when_its_time_is_over() {
+    require!("a_round_is_given_up_when_its_time_is_over": root, tcx, criu, migrate, redis);
+    let lab = lab("timeout");
+    let workload = Workload::start(Kind::Redis, &lab).unwrap();
+    let keys = ["--keys", "20000", "--populate", "--verify"];
+    let mut client = workload.client(&lab, 5, &keys).unwrap();
+    serves_old_connections(&mut client);
+    let source = lab.host(HostName::Host1);
+    for engine in ["uffd", "full"] {
+        // Held to this rate, the first round takes ten seconds and more.
+        let slow = [
+            "--engine",
+            engine,
+            "--bandwidth",
+            "300K",
+            "--compress",
+            "none",
+            "--timeout",
+            "1",
+            "--on-timeout",
+            "cancel",
+        ];
+        let refused = move_with(&lab, &workload, &slow);
+        assert_eq!(refused.code, Some(5), "{engine}: {refused:?}");
+        let begun = |phase: &str| refused.events.iter().any(|event| event["phase"] == phase);
+        assert!(begun("precopy") && !begun("freeze"), "{refused:?}");
+        // Its first round was under way, and did not come to its end.
+        assert!(rounds(&refused).is_empty(), "{refused:?}");
+        let said = format!("{:?}", refused.events);
+        assert!(said.contains("no more time"), "{refused:?}");
+        assert!(runs(&source, workload.pid));
+        assert!(connections(&lab, HostName::Host1).is_empty());
+        serves_old_connections(&mut client);
+    }
+    let moved = move_with(
+        &lab,
+        &workload,
+        &[
+            "--timeout",
+            "60",
+            "--on-timeout",
+            "cancel",
+            "--goal",
+            "0",
+            "--downtime-limit",
+            "3600000",
+        ],
+    );
+    let _ = moved.expect_committed();
+    serves_old_connections(&mut client);
+    let verdict = client.stop().unwrap();
+    assert!(verdict.is_clean(), "{verdict:?}");
+}
+
+#[test]
 fn without_tracking_unchanged_pages_are_told_by_their_content() {
     require!("without_tracking_unchanged_pages_are_told_by_their_content": root, tcx, criu, migrate, redis);
     let lab = lab("full");

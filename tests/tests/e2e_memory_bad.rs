@@ -25,6 +25,9 @@ struct Odd {
 }
 
 impl Odd {
+    /// Of the 8 MiB that it fills.
+    const PAGES: u64 = 2048;
+
     fn start(mode: &str) -> Self {
         Self::start_below(mode, &[])
     }
@@ -73,7 +76,7 @@ impl Odd {
     }
 
     /// It moves in rounds, with every page compared.
-    fn moves(&self) {
+    fn moves(&self) -> Migration {
         let moved = self.migrate(&["--engine", "uffd", "--verify"]);
         let destination = self.lab.host(HostName::Host2);
         if moved.code != Some(0) {
@@ -84,7 +87,17 @@ impl Odd {
         assert!(report.rounds >= 1, "{report:?}");
         assert!(runs(&destination, self.pid));
         self.goes_on();
+        moved
     }
+}
+
+/// What it has warned of.
+fn warnings(migration: &Migration) -> Vec<&str> {
+    let events = migration.events.iter();
+    let warnings = events.filter(|event| event["event"] == "warning");
+    warnings
+        .filter_map(|event| event["text"].as_str())
+        .collect()
 }
 
 #[test]
@@ -152,6 +165,38 @@ fn locked_memory_moves_and_stays_locked() {
     assert!(!locked.unwrap().ends_with(" 0 kB"), "{status}");
 }
 
+#[test]
+fn memory_that_devices_may_write_to_moves_whole_and_is_named() {
+    require!("memory_that_devices_may_write_to_moves_whole_and_is_named": root, tcx, criu, migrate);
+    let odd = Odd::start("direct");
+    let moved = odd.moves();
+    let [warning] = warnings(&moved)[..] else {
+        panic!("{moved:?}");
+    };
+    let process = format!("process {} (odd-memory)", odd.pid);
+    for words in [&process, "O_DIRECT", "whole at the freeze"] {
+        assert!(warning.contains(words), "{words}: {warning}");
+    }
+    let report = moved.expect_committed();
+    for round in &report.precopy {
+        assert!(round.pages_whole >= Odd::PAGES, "{round:?}");
+        assert_eq!(round.skipped_percent, 0, "{round:?}");
+    }
+    assert!(report.frozen_pages >= Odd::PAGES, "{report:?}");
+}
+
+#[test]
+fn memory_that_is_tracked_is_no_news() {
+    require!("memory_that_is_tracked_is_no_news": root, tcx, criu, migrate);
+    let moved = Odd::start("plain").moves();
+    assert!(warnings(&moved).is_empty(), "{moved:?}");
+    let rounds = &moved.expect_committed().precopy;
+    assert!(
+        rounds.iter().all(|round| round.pages_whole == 0),
+        "{rounds:?}"
+    );
+}
+
 /// Huge pages that come and go as they are asked for.
 struct HugePages(String);
 
@@ -179,7 +224,12 @@ fn huge_pages_move() {
         println!("SKIP huge_pages_move: this kernel has no huge pages to give");
         return;
     };
-    Odd::start("huge").moves();
+    let moved = Odd::start("huge").moves();
+    let rounds = &moved.expect_committed().precopy;
+    assert!(
+        rounds.iter().all(|round| round.pages_whole >= Odd::PAGES),
+        "{rounds:?}"
+    );
 }
 
 #[test]

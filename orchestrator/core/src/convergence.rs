@@ -5,10 +5,13 @@
 //! Nothing here reads a clock: the same numbers always give the same answer.
 //!
 //! ```text
-//! skipped %          = 100 * skipped / (skipped + written)
+//! skipped %          = 100 * skipped / (skipped + written + whole)
 //! dirty at freeze    = dirty rate * length of this round, at most all, + untracked
-//! predicted blackout = fixed + populated * cost of looking + dirty at freeze / link rate
+//! predicted blackout = standing + dirty at freeze / link rate
 //! ```
+//!
+//! Rounds shorten the second term alone. Where the first is longer than the blackout may
+//! be ([`crate::blackout`]), they end when the second is not.
 
 use std::fmt;
 
@@ -68,6 +71,10 @@ pub struct Round {
     pub pages_skipped: u64,
     /// Pages that move while the tree is frozen in any case.
     pub pages_untracked: u64,
+    /// Those of them that count as changed, see [`RoundReport::pages_whole`].
+    ///
+    /// [`RoundReport::pages_whole`]: crate::report::RoundReport::pages_whole
+    pub pages_whole: u64,
     /// How long the written pages had to change: from the start of the round
     /// before to the start of this one, in microseconds. Zero in the first.
     pub since_previous_us: u64,
@@ -77,12 +84,10 @@ pub struct Round {
     pub elapsed_us: u64,
     /// Measured rate of the page stream, in bytes per second. Zero: not known.
     pub link_bytes_per_s: u64,
-    /// What the blackout costs whatever the memory: freeze, flows, restore,
-    /// takeover, in microseconds.
-    pub fixed_us: u64,
-    /// What a populated page costs the final dump although it is not sent, in
-    /// nanoseconds: about 100 measured with CRIU 4.2 (25 ms for a GiB).
-    pub populated_page_ns: u64,
+    /// How long the tree stands still although nothing has changed, in microseconds.
+    pub standing_us: u64,
+    /// What has changed follows the commit, and the blackout does not wait for it.
+    pub is_postcopy: bool,
 }
 
 /// Why rounds end.
@@ -97,6 +102,9 @@ pub enum StopReason {
     NotImproving,
     /// The time allowed has passed.
     Timeout,
+    /// The goal is met, and what rounds can shorten is within the downtime limit; the
+    /// rest of the blackout alone is beyond it.
+    LimitOutOfReach,
 }
 
 impl fmt::Display for StopReason {
@@ -106,6 +114,7 @@ impl fmt::Display for StopReason {
             Self::MaxIterations => "as many rounds as allowed",
             Self::NotImproving => "rounds no longer improve",
             Self::Timeout => "no more time",
+            Self::LimitOutOfReach => "no round can bring the blackout within --downtime-limit",
         })
     }
 }
@@ -209,15 +218,19 @@ impl Convergence {
             timeout_us,
             on_timeout,
         } = self.policy;
-        let within_limit = downtime_limit_us
-            .is_none_or(|limit| blackout_us.is_some_and(|predicted| predicted <= limit));
-        if round.reaches(goal_percent) && within_limit {
+        let reaches = round.reaches(goal_percent);
+        let within_limit = |us: u64| downtime_limit_us.is_none_or(|limit| us <= limit);
+        if reaches && (downtime_limit_us.is_none() || blackout_us.is_some_and(within_limit)) {
             return Decision::Stop {
                 reason: StopReason::Converged,
                 then: OnTimeout::Freeze,
             };
         }
-        let reason = if timeout_us.is_some_and(|limit| round.elapsed_us >= limit) {
+        let shortest = !within_limit(round.standing_us)
+            && blackout_us.is_some_and(|us| within_limit(us - round.standing_us));
+        let reason = if reaches && shortest {
+            StopReason::LimitOutOfReach
+        } else if timeout_us.is_some_and(|limit| round.elapsed_us >= limit) {
             StopReason::Timeout
         } else if self.iteration >= max_iterations {
             StopReason::MaxIterations
@@ -234,18 +247,24 @@ impl Convergence {
 }
 
 impl Round {
+    /// Those looked at.
     fn pages(&self) -> u128 {
         u128::from(self.pages_skipped) + u128::from(self.pages_written)
     }
 
+    /// Those of which the goal speaks.
+    fn pages_counted(&self) -> u128 {
+        self.pages() + u128::from(self.pages_whole)
+    }
+
     /// Exactly the goal is enough; a tree without pages has nothing to copy.
     fn reaches(&self, goal_percent: u8) -> bool {
-        100 * u128::from(self.pages_skipped) >= u128::from(goal_percent) * self.pages()
+        100 * u128::from(self.pages_skipped) >= u128::from(goal_percent) * self.pages_counted()
     }
 
     fn skipped_percent(&self) -> u8 {
         let percent = (100 * u128::from(self.pages_skipped))
-            .checked_div(self.pages())
+            .checked_div(self.pages_counted())
             .unwrap_or(100);
         u8::try_from(percent).unwrap_or(100)
     }
@@ -267,14 +286,13 @@ impl Round {
     }
 
     fn blackout_us_predicted(&self, dirty_pages: u64) -> Option<u64> {
+        if self.is_postcopy {
+            return Some(self.standing_us);
+        }
         let sending_us = (u128::from(dirty_pages) * PAGE_BYTES as u128 * 1_000_000)
             .checked_div(u128::from(self.link_bytes_per_s))?;
-        let populated = self.pages() + u128::from(self.pages_untracked);
-        let looking_us = populated.saturating_mul(u128::from(self.populated_page_ns)) / 1000;
         Some(saturating(
-            looking_us
-                .saturating_add(u128::from(self.fixed_us))
-                .saturating_add(sending_us),
+            sending_us.saturating_add(u128::from(self.standing_us)),
         ))
     }
 }
@@ -295,8 +313,7 @@ mod tests {
             since_previous_us: 100_000,
             took_us: 100_000,
             link_bytes_per_s: 1 << 30,
-            fixed_us: 10_000,
-            populated_page_ns: 100,
+            standing_us: 36_214,
             ..Round::default()
         }
     }
@@ -354,7 +371,7 @@ mod tests {
             downtime_limit_us: Some(50_000),
             ..Policy::default()
         };
-        // 1 GiB populated costs 26 ms, the rest of the limit is 14 ms of link.
+        // It stands still for 36 ms in any case; the rest of the limit is 14 ms of link.
         let series = [
             round(1 << 18, 0),
             round(20_000, (1 << 18) - 20_000),
@@ -372,8 +389,8 @@ mod tests {
         );
         let third = convergence.after_round(&series[2]);
         assert_eq!(third.decision, CONVERGED);
-        // 10 ms + 26.2 ms + 3000 pages at 1 GiB/s.
-        assert_eq!(third.blackout_us_predicted, Some(10_000 + 26_214 + 11_444));
+        // And 3000 pages at 1 GiB/s.
+        assert_eq!(third.blackout_us_predicted, Some(36_214 + 11_444));
         assert_eq!(third.dirty_bytes_per_s, Some(3000 * 4096 * 10));
     }
 
@@ -385,6 +402,56 @@ mod tests {
             ..round(0, 100)
         });
         assert_eq!(verdict.blackout_us_predicted, None);
+        assert_eq!(verdict.decision, Decision::Another);
+    }
+
+    #[test]
+    fn a_limit_below_what_rounds_can_shorten_does_not_keep_them_going() {
+        let limit_us = Policy::default().downtime_limit_us.unwrap();
+        let decide = |link_bytes_per_s, on_timeout, standing_us| {
+            let policy = Policy {
+                on_timeout,
+                ..Policy::default()
+            };
+            let round = Round {
+                link_bytes_per_s,
+                standing_us,
+                ..round(20_000, (1 << 18) - 20_000)
+            };
+            Convergence::new(policy).after_round(&round).decision
+        };
+        for then in [OnTimeout::Freeze, OnTimeout::Cancel, OnTimeout::Postcopy] {
+            let stop = Decision::Stop {
+                reason: StopReason::LimitOutOfReach,
+                then,
+            };
+            // What has changed takes 76 ms, or twice as long.
+            assert_eq!(decide(1 << 30, then, limit_us + 1), stop);
+            assert_eq!(decide(1 << 29, then, limit_us + 1), Decision::Another);
+            assert_eq!(decide(1 << 30, then, limit_us), Decision::Another);
+            assert_eq!(decide(1 << 30, then, 10_000), CONVERGED);
+        }
+    }
+
+    #[test]
+    fn what_is_not_looked_at_is_not_found_unchanged() {
+        let verdict = Convergence::new(goal(50)).after_round(&Round {
+            pages_untracked: 150,
+            pages_whole: 100,
+            ..round(0, 80)
+        });
+        assert_eq!(verdict.skipped_percent, 44);
+        assert_eq!(verdict.decision, Decision::Another);
+        assert_eq!(verdict.dirty_pages_predicted, 150);
+    }
+
+    #[test]
+    fn what_follows_the_commit_is_not_waited_for() {
+        let verdict = Convergence::new(Policy::default()).after_round(&Round {
+            is_postcopy: true,
+            ..round(1 << 18, 0)
+        });
+        assert_eq!(verdict.blackout_us_predicted, Some(36_214));
         assert_eq!(verdict.decision, Decision::Another);
     }
 
@@ -434,12 +501,13 @@ mod tests {
 
     prop_compose! {
         fn any_round()(
-            pages_written: u64, pages_skipped: u64, pages_untracked: u64, since_previous_us: u64,
-            took_us: u64, elapsed_us: u64, link_bytes_per_s: u64, fixed_us: u64, populated_page_ns: u64,
+            pages_written: u64, pages_skipped: u64, pages_untracked: u64, pages_whole: u64,
+            since_previous_us: u64, took_us: u64, elapsed_us: u64, link_bytes_per_s: u64,
+            standing_us: u64, is_postcopy: bool,
         ) -> Round {
             Round {
-                pages_written, pages_skipped, pages_untracked, since_previous_us, took_us,
-                elapsed_us, link_bytes_per_s, fixed_us, populated_page_ns,
+                pages_written, pages_skipped, pages_untracked, pages_whole, since_previous_us,
+                took_us, elapsed_us, link_bytes_per_s, standing_us, is_postcopy,
             }
         }
     }
@@ -491,7 +559,7 @@ mod tests {
             for round in &series {
                 let verdict = convergence.after_round(round);
                 let met = u128::from(round.pages_skipped) * 100
-                    >= u128::from(goal_percent) * round.pages()
+                    >= u128::from(goal_percent) * round.pages_counted()
                     && limit.is_none_or(|limit| {
                         verdict.blackout_us_predicted.is_some_and(|us| us <= limit)
                     });

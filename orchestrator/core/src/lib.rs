@@ -4,6 +4,7 @@
 //! source and destination, the facts that preflight compares, and the report a user
 //! reads. Nothing here makes a system call, reads a clock or knows an adapter.
 
+pub mod blackout;
 pub mod convergence;
 mod error;
 pub mod facts;

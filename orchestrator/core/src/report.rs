@@ -247,7 +247,13 @@ pub struct RoundReport {
     pub pages_written: u64,
     /// Pages that had not changed.
     pub pages_skipped: u64,
-    /// Share of pages that had not changed, in percent.
+    /// Pages that are not looked at and move whole while the tree is frozen: of processes
+    /// that cannot be tracked, and huge pages. What programs write to private mappings of
+    /// files moves so, too; that is little, and does not count.
+    #[serde(default)]
+    pub pages_whole: u64,
+    /// Share of pages that had not changed, in percent, of those looked at and those that
+    /// move whole.
     pub skipped_percent: u8,
     /// Bytes of pages sent.
     pub bytes: u64,

@@ -5,11 +5,13 @@
 //! under seccomp, which kills at `userfaultfd` and `close`; `locked`, all memory
 //! in RAM; `huge`, on huge pages; `uffd`, which has a userfaultfd; `ring`, which
 //! has an io_uring; `traced`, by its own child; `guarded`, with a guard page
-//! before its code; `lockguard`, with one in locked memory; `sysv`, with System V shared memory; `growing`, which takes four times
-//! the memory it had when it gets SIGUSR1.
+//! before its code; `lockguard`, with one in locked memory; `sysv`, with System V shared memory;
+//! `direct`, which has a file open with `O_DIRECT`; `growing`, which takes four times the memory it
+//! had when it gets SIGUSR1.
 
 use std::fs::OpenOptions;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, IntoRawFd as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{env, io, ptr};
 
@@ -45,6 +47,12 @@ fn main() -> io::Result<()> {
         // SAFETY: takes no pointer.
         "uffd" => called(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_NONBLOCK) })?,
         "ring" => ring()?,
+        "direct" => {
+            let mut options = OpenOptions::new();
+            options.read(true).custom_flags(libc::O_DIRECT);
+            // Stays open.
+            let _ = options.open(env::current_exe()?)?.into_raw_fd();
+        }
         "traced" => traced()?,
         // SAFETY: the handler only stores into an atomic.
         "growing" => unsafe {

@@ -57,9 +57,11 @@ pub struct TreeArgs {
     /// that is there and down, or else a scope (auto); a scope; or none
     #[arg(long, value_name = "auto|scope|none", value_enum, default_value_t = AdoptName::Auto)]
     pub adopt: AdoptName,
-    /// How unchanged memory is told in rounds: the kernel tracks it (uffd), or all of it is
-    /// read and compared, also of the frozen tree (full); auto takes the best that works
-    #[arg(long, value_name = "auto|uffd|full", value_enum, default_value_t = EngineName::Auto)]
+    /// How unchanged memory is told in rounds: the kernel tracks it (uffd); CRIU asks for the
+    /// kernel's soft-dirty marks, and the tree stands still for a moment in each round
+    /// (soft-dirty); or all of it is read and compared, also of the frozen tree (full). auto takes
+    /// the first of these that works
+    #[arg(long, value_name = "auto|uffd|soft-dirty|full", value_enum, default_value_t = EngineName::Auto)]
     pub engine: EngineName,
     /// What keeps peers' packets from the frozen tree, to compare: our gate, which holds them, or
     /// drops them (drop); CRIU by nftables or iptables, which drops them; or nothing (skip), which
@@ -80,8 +82,10 @@ pub struct RoundArgs {
     /// At most so many rounds
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub max_iterations: u32,
-    /// At most so many seconds of rounds; the first pauses for a tree that would wait for CPUs
-    /// because of it, but not beyond half of that
+    /// Begin no round after so many seconds of rounds. One that runs then is finished, for what
+    /// it has not sent would go in the blackout; with --on-timeout cancel it is given up at once.
+    /// The first pauses for a tree that would wait for CPUs because of it, but not beyond half of
+    /// that
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<f64>,
     /// When rounds end without their goal: freeze all the same, cancel, or hand over before

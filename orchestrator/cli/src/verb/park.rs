@@ -22,7 +22,7 @@ use super::migrate::{EngineName, SupervisorChoice, obey_signals, seconds, stdio}
 use super::{report, resume};
 use crate::Output;
 use crate::exit::Exit;
-use crate::show::{Show, plain};
+use crate::show::{Show, plain, say};
 
 /// What to park, and where.
 #[derive(Debug, clap::Args)]
@@ -60,7 +60,7 @@ pub struct How {
     #[arg(long, value_name = "refuse|ignore", value_enum, default_value_t = SupervisorChoice::Refuse)]
     pub supervisor: SupervisorChoice,
     /// How unchanged memory is told in rounds, as for a migration
-    #[arg(long, value_name = "auto|uffd|full", value_enum, default_value_t = EngineName::Auto)]
+    #[arg(long, value_name = "auto|uffd|soft-dirty|full", value_enum, default_value_t = EngineName::Auto)]
     pub engine: EngineName,
     /// At most so many rounds while the tree runs
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -304,10 +304,8 @@ pub fn told(show: &mut Show, output: &Output, place: &Place) {
         }
         return;
     }
-    if !output.quiet {
-        for line in patience(&manifest) {
-            println!("{line}");
-        }
+    for line in patience(&manifest) {
+        say(&line);
     }
     let name = manifest
         .tree
@@ -318,12 +316,12 @@ pub fn told(show: &mut Show, output: &Output, place: &Place) {
         Some(away) => format!("on {}", plain(&away.keeper)),
         None => format!("in {}", place.path().display()),
     };
-    println!(
+    say(&format!(
         "process {} ({name}) is parked {parked}; `migrate resume --dir {} --name {}` brings it back",
         manifest.tree.root_pid,
         place.directory().display(),
         place.name()
-    );
+    ));
 }
 
 /// How long peers may be kept waiting, as far as it can be known: connections

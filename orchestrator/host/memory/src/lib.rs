@@ -72,8 +72,8 @@ pub use lazy::{
 pub use mask::SomePages;
 pub use probe::{Support, probe, probe_soft_dirty};
 pub use rounds::{
-    Limits, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState, hand_on,
-    markable, vdso,
+    Limits, Markable, PageSink, Precopy, ProcessStatus, RUN_PAGES_MAX, RoundStats, TrackingState,
+    hand_on, markable, vdso,
 };
 pub use segments::{FrozenRun, FrozenSegments};
 pub use store::{Content, Held, Holding, MemoryDigest, PageStore, Piece};

@@ -49,6 +49,11 @@ impl Vma {
                 || self.name.starts_with("[anon:"))
     }
 
+    /// Shows a file that has a place elsewhere: huge pages are of files of the kernel's own.
+    pub(crate) fn of_file(&self) -> bool {
+        self.inode != 0 && !self.name.starts_with("/anon_hugepage")
+    }
+
     /// Belongs to what CRIU dumps as private memory, tracked or not.
     pub(crate) fn private(&self) -> bool {
         !self.shared

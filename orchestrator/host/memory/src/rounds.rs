@@ -95,6 +95,9 @@ pub struct RoundStats {
     /// Populated private pages that are not tracked: they move while the tree
     /// is frozen, however many rounds there are.
     pub pages_untracked: u64,
+    /// Those of `pages_untracked` that may be much: all but what was written to private
+    /// mappings of files.
+    pub pages_whole: u64,
     /// Those of `pages_scanned` in shared segments. They are read and compared,
     /// in every round and of the frozen tree.
     pub pages_shared: u64,
@@ -334,8 +337,9 @@ impl Precopy {
             let process = track(&mut self.processes, member, &vmas, stats)?;
             let Some(watch) = &mut process.watch else {
                 for vma in vmas.iter().filter(|vma| vma.private()) {
-                    stats.pages_untracked +=
-                        process::populated_pages(pid, memory.pagemap(), vma, guards)?;
+                    let pages = process::populated_pages(pid, memory.pagemap(), vma, guards)?;
+                    stats.pages_untracked += pages;
+                    stats.pages_whole += pages;
                 }
                 return Ok(());
             };
@@ -430,20 +434,25 @@ fn untrackable(member: Member, vmas: &[Vma]) -> Option<UntrackedReason> {
     }
 }
 
+/// See [`markable`].
+#[derive(Debug, Default)]
+pub struct Markable {
+    /// Where the vDSO of a process is, by PID. It moves when the process calls exec.
+    pub vdsos: BTreeMap<u32, Option<Range<u64>>>,
+    /// The others, by PID.
+    pub refused: BTreeMap<i32, UntrackedReason>,
+}
+
 /// Processes of a tree for which marks in the page tables account for every
-/// write, whoever sets them, with the place of their vDSO, which moves when they
-/// call exec. Left out are those that devices write to, and those that share
+/// write, whoever sets them. Refused are those that devices write to, and those that share
 /// their memory with others: whoever clears the marks of one clears those of all.
 ///
 /// # Errors
 ///
 /// The root is gone, or the tree has too many processes.
-pub fn markable(
-    root: i32,
-    limits: Limits,
-) -> Result<BTreeMap<u32, Option<Range<u64>>>, MemoryError> {
-    let mut found = BTreeMap::new();
-    let mut shared = Vec::new();
+pub fn markable(root: i32, limits: Limits) -> Result<Markable, MemoryError> {
+    let mut found = Markable::default();
+    let mut sharing = Vec::new();
     for member in tree::members(root, limits.processes)? {
         let vmas = match maps::read(member.pid) {
             Err(MemoryError::Gone { pid }) if pid != root => continue,
@@ -451,13 +460,23 @@ pub fn markable(
         };
         match untrackable(member, &vmas) {
             None => {
-                found.insert(member.pid.unsigned_abs(), vdso_of(&vmas));
+                let vdso = vdso_of(&vmas);
+                found.vdsos.insert(member.pid.unsigned_abs(), vdso);
             }
-            Some(UntrackedReason::SharedMemory { with }) => shared.push(with.unsigned_abs()),
-            Some(_) => {}
+            Some(reason) => {
+                if let UntrackedReason::SharedMemory { with } = reason {
+                    sharing.push((with, member.pid));
+                }
+                found.refused.insert(member.pid, reason);
+            }
         }
     }
-    found.retain(|pid, _| !shared.contains(pid));
+    for (pid, with) in sharing {
+        if found.vdsos.remove(&pid.unsigned_abs()).is_some() {
+            let reason = UntrackedReason::SharedMemory { with };
+            found.refused.insert(pid, reason);
+        }
+    }
     Ok(found)
 }
 
@@ -550,8 +569,11 @@ impl<S: PageSink> Pass<'_, S> {
     }
 
     fn untracked(&mut self, vma: &Vma) -> Result<(), MemoryError> {
-        self.stats.pages_untracked +=
-            process::populated_pages(self.pid, self.memory.pagemap(), vma, self.guards)?;
+        let pages = process::populated_pages(self.pid, self.memory.pagemap(), vma, self.guards)?;
+        self.stats.pages_untracked += pages;
+        if !vma.of_file() {
+            self.stats.pages_whole += pages;
+        }
         Ok(())
     }
 
@@ -729,12 +751,14 @@ mod tests {
             .open("/proc/self/exe")
             .unwrap();
         let found = markable(own, Limits::default()).unwrap();
-        assert!(!found.contains_key(&own.unsigned_abs()), "{found:?}");
-        let vdso = found.get(&child.id()).unwrap();
+        assert!(!found.vdsos.contains_key(&own.unsigned_abs()), "{found:?}");
+        let reason = found.refused[&own].to_string();
+        assert!(reason.contains("O_DIRECT"), "{found:?}");
+        let vdso = found.vdsos.get(&child.id()).unwrap();
         assert!(vdso.as_ref().is_some_and(|range| !range.is_empty()));
         drop(opened);
         let found = markable(own, Limits::default()).unwrap();
-        assert!(found.contains_key(&own.unsigned_abs()), "{found:?}");
+        assert!(found.vdsos.contains_key(&own.unsigned_abs()), "{found:?}");
         child.kill().unwrap();
         child.wait().unwrap();
     }

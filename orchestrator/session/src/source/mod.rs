@@ -18,6 +18,7 @@ mod segments;
 mod settle;
 mod soft_dirty;
 mod tracking;
+mod untracked;
 pub(crate) mod verdict;
 
 use std::collections::{BTreeMap, HashSet};

@@ -5,18 +5,21 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use migrate_channel::ChannelError;
-use migrate_core::convergence::{Convergence, Decision, OnTimeout, Round, StopReason};
+use migrate_core::blackout::Standing;
+use migrate_core::convergence::{Convergence, Decision, OnTimeout, Policy, Round, StopReason};
 use migrate_core::preflight::Finding;
 use migrate_core::report::{RoundReport, counted};
 use migrate_core::wire::{PAGE_BYTES, PageRun};
 use migrate_criu::{Criu, Marks, Track, WorkerOptions};
+use migrate_gate::FlowCount;
 use migrate_memory::{ContentPrecopy, Limits, Precopy, RoundError, RoundStats, TrackingState};
 
 use super::dump::Outgoing;
 use super::look::Look;
 use super::pacer::Pacer;
 use super::soft_dirty::SoftDirty;
-use super::{Migration, micros, not_yet};
+use super::untracked::Untracked;
+use super::{Migration, Plan, micros, not_yet};
 use crate::error::Error;
 use crate::progress::Progress;
 
@@ -44,26 +47,6 @@ pub enum EngineChoice {
     /// This one or none.
     Only(Engine),
 }
-
-/// What the blackout costs whatever the memory, in microseconds: CRIU's own
-/// steps, handover and takeover of a tree with some ten connections, measured
-/// on two cores.
-const FIXED_US: u64 = 40_000;
-
-/// What a populated page costs CRIU's final dump although it is not sent, in
-/// nanoseconds: 25 ms for a GiB, measured with CRIU 4.2.
-const POPULATED_PAGE_NS: u64 = 100;
-
-/// What a populated page costs the frozen tree with [`Engine::Full`], in
-/// nanoseconds: CRIU hands every page over (0.4 s a GiB), and each is hashed
-/// (0.7 s a GiB of a core), measured.
-const COMPARED_PAGE_NS: u64 = 4000;
-
-/// What a populated page of a shared segment costs the frozen tree, in
-/// nanoseconds: it is read and compared on all cores (0.2 s a GiB), and CRIU
-/// reads it into the copy (0.4 s a GiB). An estimate, from
-/// [`COMPARED_PAGE_NS`]'s parts; the prediction alone depends on it.
-const SHARED_PAGE_NS: u64 = 2400;
 
 /// Chooses the engine and says why.
 ///
@@ -142,30 +125,30 @@ async fn soft_dirty_works(criu: &Criu) -> Result<(), String> {
 impl Migration {
     /// Makes rounds until they have done their work.
     pub(super) async fn precopy(&mut self) -> Result<String, Error> {
-        let page_ns = match self.plan()?.engine {
+        match self.plan()?.engine {
             Engine::Full => {
                 let precopy = ContentPrecopy::new(self.request.pid, Limits::default());
                 self.content = Some(precopy);
-                COMPARED_PAGE_NS
             }
             Engine::Uffd => {
                 self.precopy = Some(Precopy::new(self.request.pid, Limits::default())?);
-                POPULATED_PAGE_NS
             }
             Engine::SoftDirty => {
                 let images = self.image_directory()?;
                 let criu = self.criu()?.clone();
                 self.soft_dirty = Some(SoftDirty::new(self.request.pid, criu, images));
-                POPULATED_PAGE_NS
             }
-        };
-        self.rounds(page_ns).await
+        }
+        self.rounds().await
     }
 
-    async fn rounds(&mut self, populated_page_ns: u64) -> Result<String, Error> {
+    async fn rounds(&mut self) -> Result<String, Error> {
         const AWAITED: &str = "a round";
         let begun = Instant::now();
-        let mut convergence = Convergence::new(self.request.choices.policy);
+        let policy = self.request.choices.policy;
+        let give_up_at = give_up_at(begun, &policy);
+        let mut convergence = Convergence::new(policy);
+        let mut untracked = Untracked::default();
         let mut look = Look::default();
         let mut pacer = self.pacer()?;
         // The first sends everything, and the others hardly more than the one before.
@@ -186,20 +169,23 @@ impl Migration {
                 pages_expected,
                 pacer.as_mut(),
             );
+            let broken = |source| Error::Channel {
+                peer: link.peer.clone(),
+                source,
+            };
             let round = async {
                 let made = match (&mut self.precopy, &mut self.content, &mut self.soft_dirty) {
                     (Some(precopy), _, _) => precopy.round(&mut sink).await,
                     (None, Some(content), _) => content.round(&mut sink).await,
-                    (None, None, Some(soft_dirty)) => return soft_dirty.round(&mut sink).await,
+                    (None, None, Some(soft_dirty)) => Ok(soft_dirty.round(&mut sink).await?),
                     (None, None, None) => return Err(not_yet("the engine")),
                 };
-                made.map_err(|error| match error {
+                let stats = made.map_err(|error| match error {
                     RoundError::Memory { source } => source.into(),
-                    RoundError::Sink { source } => Error::Channel {
-                        peer: link.peer.clone(),
-                        source,
-                    },
-                })
+                    RoundError::Sink { source } => broken(source),
+                })?;
+                sink.sender.flush().await.map_err(broken)?;
+                Ok(stats)
             };
             let stats = tokio::select! {
                 stats = round => stats?,
@@ -208,42 +194,49 @@ impl Migration {
                     let message = message?;
                     return Err(link.inbox.unexpected(&message, AWAITED));
                 }
+                () = reached(give_up_at) => {
+                    return Err(Error::NotConverged { reason: StopReason::Timeout });
+                }
             };
-            link.sender.flush().await.map_err(|source| Error::Channel {
-                peer: link.peer.clone(),
-                source,
-            })?;
             self.round_pages += stats.pages_written;
             // There is none in the rounds that follow.
             let paused = pacer.take().map_or(Duration::ZERO, |pacer| pacer.paused());
             let after = link.sender.stream_stats();
             let sent_bytes = after.raw_bytes.saturating_sub(before.raw_bytes);
             let sending = after.busy.saturating_sub(before.busy);
+            self.rounds += 1;
+            let counted = self.count_flows(&mut look).await;
             let round = Round {
                 pages_written: stats.pages_written,
                 pages_skipped: stats.pages_skipped,
                 pages_untracked: stats.pages_untracked,
+                pages_whole: stats.pages_whole,
                 since_previous_us: stats.since_previous_us,
                 took_us: stats.took_us,
                 elapsed_us: micros(begun.elapsed()),
                 link_bytes_per_s: self.link_rate(sent_bytes, sending),
-                fixed_us: FIXED_US + stats.pages_shared * SHARED_PAGE_NS / 1000,
-                populated_page_ns,
+                standing_us: self.standing(&stats, counted)?.us(),
+                is_postcopy: self.request.choices.postcopy,
             };
             let verdict = convergence.after_round(&round);
-            self.rounds = verdict.iteration;
             pages_expected = stats.pages_written;
-            let counted = self.count_flows(&mut look).await;
             let stopped = match verdict.decision {
                 Decision::Another => None,
                 Decision::Stop { reason, .. } => Some(reason),
             };
+            untracked.warn(
+                self.precopy.as_ref(),
+                self.soft_dirty.as_ref(),
+                stopped.is_some(),
+                &self.reporter,
+            );
             let report = RoundReport {
                 round: verdict.iteration,
                 start_us: micros(self.begun.elapsed()).saturating_sub(stats.took_us),
                 pages_scanned: stats.pages_scanned,
                 pages_written: stats.pages_written,
                 pages_skipped: stats.pages_skipped,
+                pages_whole: stats.pages_whole,
                 skipped_percent: verdict.skipped_percent,
                 bytes: stats.bytes,
                 took_us: stats.took_us,
@@ -271,6 +264,20 @@ impl Migration {
                 }
             }
         }
+    }
+
+    /// What the tree stands still for in any case, after a round.
+    fn standing(&self, stats: &RoundStats, counted: Option<FlowCount>) -> Result<Standing, Error> {
+        let Plan { facts, engine, .. } = self.plan()?;
+        let restore = self.request.choices.effective_restore();
+        Ok(Standing {
+            processes: stats.processes,
+            flows: counted.map_or(facts.flows.len(), |count| count.flows) as u64,
+            pages: stats.pages_scanned + stats.pages_untracked,
+            pages_shared: stats.pages_shared,
+            is_compared: *engine == Engine::Full,
+            is_eager: !restore.is_lazy(facts.processes.len(), facts.resident_bytes),
+        })
     }
 
     /// Who stands back in the first round. Marks of the kernel are read by CRIU, with the tree
@@ -312,6 +319,24 @@ impl Migration {
                 .filter_map(|process| u32::try_from(process.pid).ok())
                 .collect(),
         })
+    }
+}
+
+/// When a round is given up that is not at its end, where the user wants no freeze then.
+/// Elsewhere it is finished: what it has not sent would go in the blackout.
+fn give_up_at(begun: Instant, policy: &Policy) -> Option<Instant> {
+    let timeout = policy
+        .timeout_us
+        .filter(|_| policy.on_timeout == OnTimeout::Cancel)?;
+    // One that is further away than any clock goes is none.
+    begun.checked_add(Duration::from_micros(timeout))
+}
+
+/// Waits until then; for ever where there is no such moment.
+async fn reached(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

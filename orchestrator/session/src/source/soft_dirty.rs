@@ -22,7 +22,7 @@ use migrate_criu::{
     Criu, CriuError, Marks, Notice, Outcome, PageSink, PageStats, PreDumpOptions, Session, Track,
     WorkerOptions, serve_pages,
 };
-use migrate_memory::{Limits, RoundStats};
+use migrate_memory::{Limits, Markable, RoundStats, UntrackedReason};
 
 use super::dump::{DUMP_LIMIT, Outgoing, out_of_order};
 use super::{micros, not_yet};
@@ -44,6 +44,8 @@ pub(super) struct SoftDirty {
     /// Tasks whose clean pages have gone over, and where their vDSO was then.
     /// CRIU lists it as clean whether it is marked or not.
     precopied: Precopied,
+    /// Processes that are sent whole in each round, and why, by PID.
+    refused: BTreeMap<i32, UntrackedReason>,
     last_start: Option<Instant>,
     /// A round that has not come to its end: CRIU may hold the tree.
     running: Option<Session>,
@@ -60,6 +62,7 @@ impl SoftDirty {
             rounds: 0,
             last: None,
             precopied: Precopied::new(),
+            refused: BTreeMap::new(),
             last_start: None,
             running: None,
         }
@@ -70,7 +73,11 @@ impl SoftDirty {
     pub(super) async fn round(&mut self, sink: &mut Outgoing<'_>) -> Result<RoundStats, Error> {
         let start = Instant::now();
         // Before the marks are cleared: who calls exec meanwhile comes whole next time.
-        let now = migrate_memory::markable(self.root, Limits::default())?;
+        let Markable {
+            vdsos: now,
+            refused,
+        } = migrate_memory::markable(self.root, Limits::default())?;
+        self.refused = refused;
         self.precopied
             .retain(|pid, vdso| now.get(pid) == Some(vdso));
         let directory = self.images.join(format!("round-{}", self.rounds + 1));
@@ -125,6 +132,7 @@ impl SoftDirty {
         let since = self.last.clone()?;
         // Without it everything comes whole.
         let now = migrate_memory::markable(self.root, Limits::default()).ok()?;
+        let now = now.vdsos;
         let unchanged = self
             .precopied
             .iter()
@@ -133,6 +141,11 @@ impl SoftDirty {
             marks: Marks::Kernel { since },
             precopied: unchanged.map(|(pid, _)| *pid).collect(),
         })
+    }
+
+    /// Processes of which the last round knew that nothing tells what they change.
+    pub(super) fn refused(&self) -> impl Iterator<Item = (i32, &UntrackedReason)> {
+        self.refused.iter().map(|(&pid, reason)| (pid, reason))
     }
 
     /// Where the vDSO is, of the tree that stands still, of tasks that have called exec since
@@ -179,6 +192,7 @@ impl PageSink for Round<'_, '_> {
         let PageOwner::Task(pid) = run.owner else {
             // CRIU does not track segments: they come whole with the final dump.
             self.stats.pages_untracked += run.pages;
+            self.stats.pages_whole += run.pages;
             return Ok(());
         };
         if self.seen.insert(pid) {
