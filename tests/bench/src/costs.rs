@@ -58,20 +58,19 @@ pub(crate) fn amount(suite: Suite, scenario: &Scenario) -> Option<f64> {
     }
 }
 
+/// Where it was measured, what, and how much that counts.
+type Point = (f64, f64, f64);
+
 /// Least squares: where the line begins, and what it gains for each one.
-fn line(points: &[(f64, f64)]) -> Option<(f64, f64)> {
-    let count = f64::from(u32::try_from(points.len()).ok()?);
-    let mean = |value: fn(&(f64, f64)) -> f64| points.iter().map(value).sum::<f64>() / count;
-    let (x, y) = (mean(|point| point.0), mean(|point| point.1));
-    let spread: f64 = points.iter().map(|point| (point.0 - x).powi(2)).sum();
+fn line(points: &[Point]) -> Option<(f64, f64)> {
+    let sum = |value: &dyn Fn(&Point) -> f64| points.iter().map(|p| p.2 * value(p)).sum::<f64>();
+    let weight = sum(&|_| 1.0);
+    let (x, y) = (sum(&|p| p.0) / weight, sum(&|p| p.1) / weight);
+    let spread = sum(&|p| (p.0 - x).powi(2));
     if points.len() < 2 || spread == 0.0 {
         return None;
     }
-    let shared: f64 = points
-        .iter()
-        .map(|point| (point.0 - x) * (point.1 - y))
-        .sum();
-    let each = shared / spread;
+    let each = sum(&|p| (p.0 - x) * (p.1 - y)) / spread;
     Some((y - each * x, each))
 }
 
@@ -93,9 +92,13 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
         }
     }
     let fitted = |part: &dyn Fn(&[f64; 5]) -> f64| {
-        let points: Vec<(f64, f64)> = measured
+        let points: Vec<Point> = measured
             .iter()
-            .map(|(amount, parts)| (*amount, part(parts)))
+            .map(|(amount, parts): &(f64, [f64; 5])| {
+                // A tenth of a small tree's blackout counts as much as that of a large one's.
+                let whole: f64 = parts.iter().sum();
+                (*amount, part(parts), whole.max(1.0).powi(-2))
+            })
             .collect();
         line(&points)
     };
@@ -103,7 +106,7 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
         return String::new();
     };
     let mut text = format!(
-        "What that comes to, as a straight line through these medians, ms:\n\n\
+        "What that comes to, as a straight line through these medians that has the least relative error, ms:\n\n\
          | part | in any case | for each {unit} |\n|---|---|---|\n"
     );
     for (index, (name, _)) in PARTS.iter().enumerate() {
@@ -121,10 +124,13 @@ mod tests {
 
     #[test]
     fn a_line_is_found_again() {
-        let points = [1.0, 2.0, 4.0].map(|x| (x, 3.0 + 0.5 * x));
+        let points = [1.0, 2.0, 4.0].map(|x| (x, 3.0 + 0.5 * x, 1.0 / x));
         let (fixed, each) = line(&points).unwrap_or_default();
         assert!((fixed - 3.0).abs() < 1e-9 && (each - 0.5).abs() < 1e-9);
         assert_eq!(line(&points[..1]), None);
-        assert_eq!(line(&[(1.0, 1.0), (1.0, 2.0)]), None);
+        assert_eq!(line(&[(1.0, 1.0, 1.0), (1.0, 2.0, 1.0)]), None);
+        // What hardly counts hardly bends it.
+        let (fixed, each) = line(&[points[0], points[1], (4.0, 9.0, 1e-9)]).unwrap_or_default();
+        assert!((fixed - 3.0).abs() < 1e-6 && (each - 0.5).abs() < 1e-6);
     }
 }

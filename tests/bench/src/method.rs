@@ -62,6 +62,11 @@ impl Method {
         }
     }
 
+    /// Whether a failure is a result, and not a fault of ours.
+    pub(crate) const fn may_fail(self) -> bool {
+        !matches!(self, Self::Ours { lossy: false, .. })
+    }
+
     /// How long a client waits for a reply: iptables with many connections stand
     /// still for a minute, and where nothing keeps packets from the frozen tree
     /// some replies never come.

@@ -24,6 +24,9 @@ pub(crate) struct Run {
     /// What was measured, as git names it; none outside a clone.
     #[serde(default)]
     pub commit: Option<String>,
+    /// What it was measured on.
+    #[serde(default)]
+    pub machine: Option<String>,
     /// Longest time from a request to its reply; for streams, without a byte.
     pub client_gap_us: u64,
     /// How late the client itself was at worst.

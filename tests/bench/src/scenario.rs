@@ -35,7 +35,11 @@ pub(crate) enum Server {
     Sparse { gib: u32 },
     /// redis with so many short keys.
     Redis { keys: u32 },
-    /// The same, whose clients ask again as soon as they have their reply.
+    /// redis with so much memory in values of four pages each.
+    FullRedis { gib: u32 },
+    /// memcached with so much memory in values of four pages each.
+    FullMemcached { gib: u32 },
+    /// redis with short keys, whose clients ask again as soon as they have their reply.
     PressedRedis { keys: u32 },
     /// memcached with so many short keys; without any, all that counts is its connections.
     Memcached { keys: u32 },
@@ -49,9 +53,12 @@ impl Server {
     const fn port(self) -> u16 {
         match self {
             Self::Ballast { .. } | Self::EchoV6 | Self::Family { .. } | Self::Sparse { .. } => 7000,
-            Self::Redis { .. } | Self::PressedRedis { .. } | Self::Streams(Kind::Subscribe) => 6379,
+            Self::Redis { .. }
+            | Self::FullRedis { .. }
+            | Self::PressedRedis { .. }
+            | Self::Streams(Kind::Subscribe) => 6379,
             Self::Streams(_) => 7100,
-            Self::Memcached { .. } => 11211,
+            Self::Memcached { .. } | Self::FullMemcached { .. } => 11211,
         }
     }
 
@@ -80,37 +87,71 @@ impl Server {
             Self::EchoV6 => echo(&[]),
             Self::Family { processes } => echo(&[format!("--children={}", processes - 1)]),
             Self::Sparse { gib } => echo(&[format!("--sparse-gib={gib}")]),
-            Self::Redis { .. } | Self::PressedRedis { .. } | Self::Streams(Kind::Subscribe) => {
-                words(&[
-                    "redis-server",
-                    "--bind",
-                    &address,
-                    "--save",
-                    "",
-                    "--protected-mode",
-                    "no",
-                    "--dir",
-                    "/srv",
-                ])
-            }
+            Self::Redis { .. }
+            | Self::FullRedis { .. }
+            | Self::PressedRedis { .. }
+            | Self::Streams(Kind::Subscribe) => words(&[
+                "redis-server",
+                "--bind",
+                &address,
+                "--save",
+                "",
+                "--protected-mode",
+                "no",
+                "--dir",
+                "/srv",
+            ]),
             Self::Streams(_) => vec![
                 program("stream-server").to_string_lossy().into_owned(),
                 self.address().to_string(),
             ],
-            Self::Memcached { .. } => words(&[
-                "memcached",
-                "-u",
-                "root",
-                "-l",
-                &address,
-                "-t",
-                "2",
-                "-c",
-                "16384",
-            ]),
+            Self::Memcached { .. } | Self::FullMemcached { .. } => {
+                let limit_mib = (self.full_gib().unwrap_or(0) * 2048).max(64).to_string();
+                words(&[
+                    "memcached",
+                    "-u",
+                    "root",
+                    "-l",
+                    &address,
+                    "-t",
+                    "2",
+                    "-c",
+                    "16384",
+                    "-m",
+                    &limit_mib,
+                ])
+            }
         }
     }
 }
+
+impl Server {
+    /// How much memory a data store is filled with, where that is what counts.
+    const fn full_gib(self) -> Option<u32> {
+        match self {
+            Self::FullRedis { gib } | Self::FullMemcached { gib } => Some(gib),
+            _ => None,
+        }
+    }
+
+    /// Entries that the clients write first and read back at the end: how many, and how
+    /// long their values are.
+    fn entries(self) -> Option<(u64, usize)> {
+        /// As much as redis' allocator and head leave of four pages, and memcached of less
+        /// than five.
+        const VALUE_BYTES: usize = 16_000;
+        const A_GIB: u64 = (1 << 30) / (4 * 4096);
+        match self {
+            Self::Redis { keys }
+            | Self::PressedRedis { keys }
+            | Self::Memcached { keys: keys @ 1.. } => Some((keys.into(), SHORT_VALUE_BYTES)),
+            _ => Some((u64::from(self.full_gib()?) * A_GIB, VALUE_BYTES)),
+        }
+    }
+}
+
+/// So that 100,000 keys make about 20 MB of heap.
+const SHORT_VALUE_BYTES: usize = 100;
 
 impl Scenario {
     /// The address that moves with the server.
@@ -129,6 +170,8 @@ impl Scenario {
             Server::Family { processes } => format!("{processes} processes, {many} conn"),
             Server::Sparse { gib } => format!("{gib} GiB sparse, {many} conn"),
             Server::Redis { keys } => format!("redis {keys} keys, {many} conn"),
+            Server::FullRedis { gib } => format!("redis {gib} GiB, {many} conn"),
+            Server::FullMemcached { gib } => format!("memcached {gib} GiB, {many} conn"),
             Server::PressedRedis { keys } => {
                 format!("redis {keys} keys, {many} conn without a pause")
             }
@@ -144,8 +187,12 @@ impl Scenario {
     pub(crate) fn does_not_fit(&self) -> anyhow::Result<Option<String>> {
         /// Those three, and some room for everything else.
         const TIMES: u64 = 4;
-        let Server::Ballast { resident_mib, .. } = self.server else {
-            return Ok(None);
+        let resident_mib = match self.server {
+            Server::Ballast { resident_mib, .. } => resident_mib,
+            other => match other.full_gib() {
+                Some(gib) => gib * 1024,
+                None => return Ok(None),
+            },
         };
         let text = std::fs::read_to_string("/proc/meminfo")?;
         let available_kb: u64 = text
@@ -192,12 +239,14 @@ impl Scenario {
             return Ok(Clients::Streams(running));
         }
         let (address, limit_ms) = (to.to_string(), limit.as_millis().to_string());
-        let (connections, keys);
+        let (connections, keys, value_bytes);
         connections = self.connections.to_string();
         let mut arguments = vec![
             match self.server {
-                Server::Redis { .. } | Server::PressedRedis { .. } => "redis",
-                Server::Memcached { .. } => "memcached",
+                Server::Redis { .. } | Server::FullRedis { .. } | Server::PressedRedis { .. } => {
+                    "redis"
+                }
+                Server::Memcached { .. } | Server::FullMemcached { .. } => "memcached",
                 _ => "echo",
             },
             "--addr",
@@ -207,12 +256,10 @@ impl Scenario {
             "--reply-timeout-ms",
             &limit_ms,
         ];
-        if let Server::Redis { keys: number }
-        | Server::PressedRedis { keys: number }
-        | Server::Memcached { keys: number @ 1.. } = self.server
-        {
-            keys = number.to_string();
+        if let Some((number, bytes)) = self.server.entries() {
+            (keys, value_bytes) = (number.to_string(), bytes.to_string());
             arguments.extend(["--keys", &keys, "--populate", "--verify"]);
+            arguments.extend(["--value-bytes", &value_bytes]);
         }
         if self.is_pressed() {
             arguments.extend(["--interval-us", "0"]);

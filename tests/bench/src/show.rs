@@ -12,6 +12,7 @@ use migrate_gate::cost::{Case, PacketCost};
 use plotters::prelude::*;
 
 use crate::costs;
+use crate::goals;
 use crate::method::Method;
 use crate::record::{Run, Spread, Tcp};
 use crate::scenario::Scenario;
@@ -47,8 +48,9 @@ fn spread(runs: &[&Run], value: impl Fn(&Run) -> Option<u64>) -> Option<Spread> 
 }
 
 /// Columns of a suite's table behind those that name the row.
-const COLUMNS: [&str; 15] = [
+const COLUMNS: [&str; 16] = [
     "client gap median (p99, max), ms",
+    "client late median (max), ms",
     "ratio",
     "blackout median, ms",
     "gap beyond the blackout median, ms",
@@ -71,10 +73,7 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
     for (scenario, methods) in plan {
         let mut first = None;
         for method in methods {
-            let of_both: Vec<&Run> = runs
-                .iter()
-                .filter(|run| run.scenario == scenario.name() && run.method == method.name())
-                .collect();
+            let of_both: Vec<&Run> = of_both(runs, scenario, *method).collect();
             let good: Vec<&Run> = of_both
                 .iter()
                 .copied()
@@ -89,7 +88,8 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
                 (good, failed) => format!("{good} ({failed} failed)"),
             };
             let cells = row(&good, &mut first).ok_or(why.unwrap_or_default());
-            let head = format!("{} | {} | {count}", scenario.name(), method.name());
+            let at = names(&of_both, |run| run.commit.as_deref());
+            let head = format!("{} | {} | {count} | {at}", scenario.name(), method.name());
             rows.push((head, cells));
         }
     }
@@ -103,7 +103,7 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
         picked.join(" | ")
     };
     let mut text = format!(
-        "### {}\n\n| scenario | method | runs | {} |\n|---|---|---|{}\n",
+        "### {}\n\n| scenario | method | runs | at | {} |\n|---|---|---|---|{}\n",
         suite.title(),
         picked(&COLUMNS.map(str::to_owned)),
         "---|".repeat(shown.len()),
@@ -119,6 +119,15 @@ pub(crate) fn table(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]
         let _ = writeln!(text, "| {head} | {cells} |");
     }
     text
+}
+
+/// What runs say of themselves, each once.
+fn names<'a>(
+    runs: impl IntoIterator<Item = &'a &'a Run>,
+    name: impl Fn(&Run) -> Option<&str>,
+) -> String {
+    let all: BTreeSet<&str> = runs.into_iter().filter_map(|run| name(run)).collect();
+    all.into_iter().collect::<Vec<_>>().join(", ")
 }
 
 /// In the place of a figure that there is not.
@@ -159,6 +168,9 @@ fn row(good: &[&Run], first: &mut Option<u64>) -> Option<Vec<String>> {
             millis(gap.p99),
             millis(gap.max)
         ),
+        spread(good, |run| Some(run.client_lag_us)).map_or_else(dash, |lag| {
+            format!("{} ({})", millis(lag.median), millis(lag.max))
+        }),
         format!("{}.{}", tenths / 10, tenths % 10),
         ms(Run::blackout_us),
         ms(|run| Some(run.client_gap_us.saturating_sub(run.blackout_us()?))),
@@ -225,12 +237,23 @@ pub(crate) fn write_docs(
 ) -> anyhow::Result<()> {
     let plots = directory.join("benchmarks");
     fs::create_dir_all(&plots).with_context(|| format!("make {}", plots.display()))?;
+    let runs = || measured.iter().flat_map(|(_, _, runs)| runs);
+    let mut machines: BTreeSet<String> = runs().filter_map(|run| run.machine.clone()).collect();
+    if runs().any(|run| run.machine.is_none()) {
+        machines.insert(machine());
+    }
+    let machines: Vec<String> = machines.into_iter().collect();
     let mut text = format!(
         "# Benchmarks\n\n\
-         Written by `{}`. Two hosts and a client are namespaces of one machine,\n\
+         `{}` makes the runs that are missing and writes this page; it was\n\
+         written by `{}`. Two hosts and a client are namespaces of one machine,\n\
          joined by a bridge: {}.\n\n\
-         Every run has hosts of its own; methods take turns. The client holds every reply\n\
-         against its request; the *client gap* is the longest time from a request to its reply. *Ratio* is the median gap over that of the first method. Stock is\n\
+         Every run has hosts of its own; methods take turns where they were measured *at* the same\n\
+         commit (`+`: with changes that are part of the next one). The client holds every reply\n\
+         against its request; the *client gap* is the longest time from a request to its reply.\n\
+         *Client late* is how late the client itself was at worst, which is part of its gap where others\n\
+         had the CPU. *Ratio* is the median gap over that of the first method. A median of ten is the\n\
+         fifth, a p99 of ten the last. Stock is\n\
          `criu dump` and `criu restore` with everything done well: warm, images on tmpfs, copied\n\
          from memory to memory, the new place announced at once. *Stream* is what the round\n\
          that sends most brings over in a second. *Served in rounds* is what clients who ask\n\
@@ -239,18 +262,12 @@ pub(crate) fn write_docs(
          what the kernels counted in a run (`RetransSegs`, `TCPTimeouts`, `OutRsts`), medians; on\n\
          the hosts the connections that carry memory count too. Figures of one machine that\n\
          others use too: read the ratios.\n\n",
+        "cargo xtask bench --results docs/benchmarks/runs --docs docs",
         command_line(),
-        machine(),
+        machines.join("; and "),
     );
-    let commits: BTreeSet<&str> = measured
-        .iter()
-        .flat_map(|(_, _, runs)| runs)
-        .filter_map(|run| run.commit.as_deref())
-        .collect();
-    if !commits.is_empty() {
-        let names: Vec<&str> = commits.into_iter().collect();
-        let _ = writeln!(text, "Measured at {}.\n", names.join(", "));
-    }
+    text += &goals::table(measured, costs);
+    text += "\n";
     for (suite, plan, runs) in measured {
         text += &table(*suite, plan, runs);
         text += "\n";
@@ -266,13 +283,22 @@ pub(crate) fn write_docs(
                 .with_context(|| format!("plot {file}"))?;
             let _ = writeln!(text, "![{title}](benchmarks/{file})\n");
         }
+        let gaps = gaps(*suite, plan, runs);
+        if !gaps.is_empty() {
+            let file = format!("{}-gap.svg", suite.name());
+            bar_plot(&plots.join(&file), GAP_BY_METHOD, ["client gap"], &gaps)
+                .with_context(|| format!("plot {file}"))?;
+            let _ = writeln!(text, "![{GAP_BY_METHOD}](benchmarks/{file})\n");
+        }
         let bars = bars(plan, runs);
         text += &phases(&bars);
         text += &costs::table(*suite, plan, runs);
         if !bars.is_empty() {
             let file = format!("{}-blackout.svg", suite.name());
-            bar_plot(&plots.join(&file), &bars).with_context(|| format!("plot {file}"))?;
-            let _ = writeln!(text, "![Blackout by phase](benchmarks/{file})\n");
+            let phases = costs::PARTS.map(|(name, _)| name);
+            bar_plot(&plots.join(&file), BLACKOUT_BY_PHASE, phases, &bars)
+                .with_context(|| format!("plot {file}"))?;
+            let _ = writeln!(text, "![{BLACKOUT_BY_PHASE}](benchmarks/{file})\n");
         }
     }
     let path = directory.join("benchmarks.md");
@@ -289,6 +315,37 @@ fn bars(plan: &[(Scenario, Vec<Method>)], runs: &[Run]) -> Vec<(String, [f64; 5]
         .collect()
 }
 
+/// The client gap of every method in every scenario of a suite that has no axis to plot it on.
+fn gaps(suite: Suite, plan: &[(Scenario, Vec<Method>)], runs: &[Run]) -> Vec<(String, [f64; 1])> {
+    if !matches!(suite, Suite::Traffic | Suite::Stores | Suite::Goals) {
+        return Vec::new();
+    }
+    let pairs = plan
+        .iter()
+        .flat_map(|(scenario, methods)| methods.iter().map(move |method| (scenario, method)));
+    pairs
+        .filter_map(|(scenario, method)| {
+            let good = of_both(runs, scenario, *method).filter(|run| run.failure.is_none());
+            let gap = Spread::of(good.map(|run| run.client_gap_us))?;
+            let name = format!("{} / {}", scenario.name(), method.name());
+            Some((name, [plotted_ms(gap.median)]))
+        })
+        .collect()
+}
+
+fn of_both<'a>(
+    runs: &'a [Run],
+    scenario: &Scenario,
+    method: Method,
+) -> impl Iterator<Item = &'a Run> + use<'a> {
+    let (scenario, method) = (scenario.name(), method.name());
+    runs.iter()
+        .filter(move |run| run.scenario == scenario && run.method == method)
+}
+
+const BLACKOUT_BY_PHASE: &str = "Blackout by phase";
+const GAP_BY_METHOD: &str = "Client gap by method";
+
 /// The same as a table.
 fn phases(bars: &[(String, [f64; 5])]) -> String {
     let names = costs::PARTS.map(|(name, _)| name).join(" | ");
@@ -303,21 +360,31 @@ fn phases(bars: &[(String, [f64; 5])]) -> String {
     text + "\n"
 }
 
-/// One bar a scenario, one colour a phase.
-fn bar_plot(path: &Path, bars: &[(String, [f64; 5])]) -> anyhow::Result<()> {
+/// One bar a row, one colour a part.
+fn bar_plot<const PARTS: usize>(
+    path: &Path,
+    title: &str,
+    names: [&'static str; PARTS],
+    bars: &[(String, [f64; PARTS])],
+) -> anyhow::Result<()> {
     const ROW: u32 = 34;
+    /// Of a letter of a row's name, about.
+    const LETTER: u32 = 7;
+    let letters = bars.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let names_width = u32::try_from(letters)? * LETTER + 20;
     let longest = bars
         .iter()
         .map(|(_, parts)| parts.iter().sum::<f64>())
         .fold(1.0, f64::max);
     let rows = u32::try_from(bars.len())?;
-    let root = SVGBackend::new(path, (720, 130 + ROW * rows)).into_drawing_area();
+    let size = (530 + names_width, 130 + ROW * rows);
+    let root = SVGBackend::new(path, size).into_drawing_area();
     root.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&root)
-        .caption("Blackout by phase", ("sans-serif", 18))
+        .caption(title, ("sans-serif", 18))
         .margin(12)
         .x_label_area_size(42)
-        .y_label_area_size(190)
+        .y_label_area_size(names_width)
         .build_cartesian_2d(0.0..longest * 1.25, (0..rows).into_segmented())?;
     // The first on top.
     let name = |row: &SegmentValue<u32>| match row {
@@ -336,7 +403,7 @@ fn bar_plot(path: &Path, bars: &[(String, [f64; 5])]) -> anyhow::Result<()> {
         .light_line_style(WHITE)
         .disable_y_mesh()
         .draw()?;
-    for (index, (phase, _)) in costs::PARTS.iter().enumerate() {
+    for (index, part) in names.into_iter().enumerate() {
         let colour = Palette99::pick(index).to_rgba();
         let rectangles = (0..rows).zip(bars.iter().rev()).map(|(row, (_, parts))| {
             let from: f64 = parts[..index].iter().sum();
@@ -350,7 +417,7 @@ fn bar_plot(path: &Path, bars: &[(String, [f64; 5])]) -> anyhow::Result<()> {
         });
         chart
             .draw_series(rectangles)?
-            .label(*phase)
+            .label(part)
             .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], colour.filled()));
     }
     chart
@@ -377,11 +444,8 @@ fn plots_of(
             continue;
         };
         for method in methods {
-            let of_both = runs
-                .iter()
-                .filter(|run| run.scenario == scenario.name() && run.method == method.name())
-                .filter(|run| run.failure.is_none());
-            if let Some(gap) = Spread::of(of_both.map(|run| run.client_gap_us)) {
+            let good = of_both(runs, scenario, *method).filter(|run| run.failure.is_none());
+            if let Some(gap) = Spread::of(good.map(|run| run.client_gap_us)) {
                 let point = (at, plotted_ms(gap.median));
                 series.entry(method.name()).or_default().push(point);
             }
@@ -406,7 +470,7 @@ fn plots_of(
             "processes",
             series,
         )],
-        Suite::Traffic | Suite::Stores => Vec::new(),
+        Suite::Traffic | Suite::Stores | Suite::Goals => Vec::new(),
     }
 }
 
@@ -476,7 +540,7 @@ fn command_line() -> String {
         .to_owned()
 }
 
-fn machine() -> String {
+pub(crate) fn machine() -> String {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu
         .lines()

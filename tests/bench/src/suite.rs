@@ -18,6 +18,8 @@ pub(crate) enum Suite {
     Stores,
     /// Processes, and address space.
     Scale,
+    /// What was aimed at, as far as the others do not have it.
+    Goals,
 }
 
 const OURS: Method = Method::Ours {
@@ -100,12 +102,13 @@ const TRAFFIC: [(Server, u16); 6] = [
 ];
 
 impl Suite {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::Memory,
         Self::Gate,
         Self::Traffic,
         Self::Stores,
         Self::Scale,
+        Self::Goals,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -115,6 +118,7 @@ impl Suite {
             Self::Traffic => "traffic",
             Self::Stores => "stores",
             Self::Scale => "scale",
+            Self::Goals => "goals",
         }
     }
 
@@ -125,6 +129,7 @@ impl Suite {
             Self::Traffic => "Ways to talk",
             Self::Stores => "Data stores",
             Self::Scale => "Processes, and address space",
+            Self::Goals => "Full data stores, and one connection",
         }
     }
 
@@ -253,6 +258,57 @@ impl Suite {
                         (scenario, vec![OURS, STOCK_NFTABLES])
                     })
                     .collect()
+            }
+            Self::Goals => {
+                let all = [
+                    (Server::Redis { keys: 100_000 }, 1),
+                    (Server::FullRedis { gib: 1 }, 100),
+                    (Server::FullRedis { gib: 4 }, 100),
+                    (Server::FullMemcached { gib: 1 }, 1000),
+                ];
+                let some = if quick { 1 } else { all.len() };
+                all.into_iter()
+                    .take(some)
+                    .map(|(server, connections)| {
+                        let scenario = Scenario {
+                            server,
+                            connections,
+                        };
+                        (scenario, vec![OURS, STOCK_NFTABLES])
+                    })
+                    .collect()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn every_run_has_a_name_of_its_own() {
+        for suite in Suite::ALL {
+            let plan = suite.plan(false);
+            let mut names = HashSet::new();
+            for (scenario, methods) in &plan {
+                for method in methods {
+                    assert!(
+                        names.insert((scenario.name(), method.name())),
+                        "{scenario:?}"
+                    );
+                }
+            }
+            // What the quick plan makes is not made again by the whole.
+            for (scenario, methods) in suite.plan(true) {
+                for method in methods {
+                    assert!(
+                        names.contains(&(scenario.name(), method.name())),
+                        "{scenario:?}"
+                    );
+                }
             }
         }
     }

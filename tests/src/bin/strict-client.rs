@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use migrate_tests::strict::{Keys, Options, Workload, default_interval, run};
+use migrate_tests::strict::{Keys, Options, VALUE_BYTES_MAX, Workload, default_interval, run};
 
 /// Strict client: every reply is matched to its request, and no connection is
 /// ever opened twice.
@@ -55,6 +55,9 @@ struct Entries {
     /// Keys to write before the start or read back at the end
     #[arg(long, visible_alias = "verify-keys", default_value_t = 0)]
     keys: u64,
+    /// Bytes of each key's value
+    #[arg(long, default_value_t = 100, value_parser = value_bytes)]
+    value_bytes: usize,
     /// Write the keys before the start
     #[arg(long)]
     populate: bool,
@@ -67,6 +70,7 @@ impl From<Entries> for Keys {
     fn from(entries: Entries) -> Self {
         Self {
             count: entries.keys,
+            value_bytes: entries.value_bytes,
             populate: entries.populate,
             verify: entries.verify,
         }
@@ -107,6 +111,13 @@ struct Common {
     /// Print the verdict as one readable line instead of JSON
     #[arg(long)]
     human: bool,
+}
+
+fn value_bytes(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(bytes @ 1..=VALUE_BYTES_MAX) => Ok(bytes),
+        _ => Err(format!("not a number from 1 to {VALUE_BYTES_MAX}")),
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

@@ -174,7 +174,7 @@ pub fn run(options: &Options) -> Result<Verdict, SetUpError> {
         && keys.populate
     {
         first.set_read_timeout(Some(KEYS_TIMEOUT))?;
-        let populated = store.populate(first, keys.count);
+        let populated = store.populate(first, keys);
         populated.map_err(|source| SetUpError::Populate {
             keys: keys.count,
             source,
@@ -565,7 +565,7 @@ impl<'a> Engine<'a> {
                 return Ok(());
             }
             if index == 0 {
-                self.verify_keys(keys.count, &store)?;
+                self.verify_keys(keys, &store)?;
             }
         }
         let connection = &mut self.connections[index];
@@ -576,7 +576,7 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    fn verify_keys(&mut self, keys: u64, store: &Store) -> io::Result<()> {
+    fn verify_keys(&mut self, keys: Keys, store: &Store) -> io::Result<()> {
         let stream = &mut self.connections[0].stream;
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(KEYS_TIMEOUT))?;
@@ -587,9 +587,9 @@ impl<'a> Engine<'a> {
         // Reading back is no part of the patience for the other connections.
         self.deadline = self.deadline.map(|deadline| deadline + before.elapsed());
         match outcome {
-            Ok(()) => self.keys_verified = keys,
+            Ok(()) => self.keys_verified = keys.count,
             Err(error) => {
-                let text = format!("could not read {keys} keys back: {error}");
+                let text = format!("could not read {} keys back: {error}", keys.count);
                 self.tally.add(0, Finding::wrong(text));
             }
         }

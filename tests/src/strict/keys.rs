@@ -4,6 +4,7 @@
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 
+use super::Keys;
 use super::dialogue::{Dice, Excerpt, Finding, Malformed};
 
 /// Sent in one pipeline while filling and reading back.
@@ -25,10 +26,16 @@ pub(super) struct Store {
     pub(super) frame: fn(&[u8]) -> Result<Option<usize>, Malformed>,
 }
 
-/// The value of `key:index`: follows from the index, 100 bytes, so that
-/// 100,000 keys make about 20 MB of heap.
-fn key_value(index: u64) -> Vec<u8> {
-    Dice::new(index).text(100)
+/// Longest value of ours that a reply may announce.
+pub const VALUE_BYTES_MAX: usize = 64 * 1024;
+
+/// What a longer value repeats: making it up takes longer than sending it.
+const DISTINCT_BYTES: usize = 256;
+
+/// The value of `key:index`, which follows from the index.
+fn key_value(index: u64, bytes: usize) -> Vec<u8> {
+    let distinct = Dice::new(index).text(bytes.min(DISTINCT_BYTES));
+    distinct.into_iter().cycle().take(bytes).collect()
 }
 
 fn key_name(index: u64) -> String {
@@ -36,12 +43,15 @@ fn key_name(index: u64) -> String {
 }
 
 impl Store {
-    /// Writes `keys` keys over a blocking stream.
-    pub(super) fn populate(&self, stream: &mut TcpStream, keys: u64) -> io::Result<()> {
+    /// Writes keys over a blocking stream.
+    pub(super) fn populate(&self, stream: &mut TcpStream, keys: Keys) -> io::Result<()> {
         self.for_each_pipeline(
             stream,
             keys,
-            |index, out| (self.set)(&key_name(index), &key_value(index), out),
+            |index, out| {
+                let value = key_value(index, keys.value_bytes);
+                (self.set)(&key_name(index), &value, out);
+            },
             |_, reply| {
                 if reply == self.stored {
                     Ok(())
@@ -55,12 +65,12 @@ impl Store {
         )
     }
 
-    /// Reads `keys` keys back over a blocking stream, up to the first failure of
+    /// Reads keys back over a blocking stream, up to the first failure of
     /// the stream, and reports every value that is not right.
     pub(super) fn verify(
         &self,
         stream: &mut TcpStream,
-        keys: u64,
+        keys: Keys,
         mut report: impl FnMut(Finding),
     ) -> io::Result<()> {
         self.for_each_pipeline(
@@ -69,7 +79,7 @@ impl Store {
             |index, out| (self.get)(&key_name(index), out),
             |index, reply| {
                 let name = key_name(index);
-                let expected = (self.entry)(&name, &key_value(index));
+                let expected = (self.entry)(&name, &key_value(index, keys.value_bytes));
                 if reply == self.missing {
                     report(Finding::lost(1, format!("{name} is gone")));
                 } else if reply != expected {
@@ -86,15 +96,15 @@ impl Store {
     fn for_each_pipeline(
         &self,
         stream: &mut TcpStream,
-        keys: u64,
+        keys: Keys,
         ask: impl Fn(u64, &mut Vec<u8>),
         mut check: impl FnMut(u64, &[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
         let mut input = Vec::new();
         let mut chunk = vec![0; 64 * 1024];
         let mut first = 0;
-        while first < keys {
-            let end = keys.min(first + KEYS_PER_PIPELINE);
+        while first < keys.count {
+            let end = keys.count.min(first + KEYS_PER_PIPELINE);
             let mut out = Vec::new();
             (first..end).for_each(|index| ask(index, &mut out));
             stream.write_all(&out)?;

@@ -1,11 +1,8 @@
 //! The text protocol: set, get and incr, alone and in pipelines.
 
 use super::dialogue::{Dialogue, Dice, Expected, Judged, Malformed, Owed, line};
-use super::keys::Store;
+use super::keys::{Store, VALUE_BYTES_MAX};
 use crate::echo_wire::scramble;
-
-/// Longest value of ours that a reply may announce.
-const VALUE_BYTES_MAX: usize = 64 * 1024;
 
 pub(super) struct Memcached {
     counter_key: String,

@@ -26,6 +26,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use engine::{SetUpError, run};
+pub use keys::VALUE_BYTES_MAX;
 
 /// What to speak.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +49,8 @@ pub enum Workload {
 pub struct Keys {
     /// How many to write before the start, and to read back at the end.
     pub count: u64,
+    /// Length of each value; at most 64 KiB.
+    pub value_bytes: usize,
     /// Write them before the start.
     pub populate: bool,
     /// Read them back at the end, over a connection that is as old as the run.

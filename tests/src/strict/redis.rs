@@ -1,11 +1,8 @@
 //! RESP: INCR, SET, GET and ECHO, alone and in pipelines.
 
 use super::dialogue::{Dialogue, Dice, Expected, Judged, Malformed, Owed, line};
-use super::keys::Store;
+use super::keys::{Store, VALUE_BYTES_MAX};
 use crate::echo_wire::scramble;
-
-/// Longest value of ours that a reply may announce.
-const BULK_BYTES_MAX: usize = 64 * 1024;
 
 pub(super) struct Redis {
     counter_key: String,
@@ -109,7 +106,7 @@ fn frame(input: &[u8]) -> Result<Option<usize>, Malformed> {
     }
     let digits = std::str::from_utf8(&input[1..head - 2]).map_err(|_| Malformed)?;
     let length: usize = digits.parse().map_err(|_| Malformed)?;
-    if length > BULK_BYTES_MAX {
+    if length > VALUE_BYTES_MAX {
         return Err(Malformed);
     }
     let end = head + length + 2;
