@@ -53,18 +53,28 @@ fn on_terminal(mut command: Command) -> (Option<i32>, String) {
     (code, String::from_utf8_lossy(&said).into_owned())
 }
 
-/// What stood in lines of its own, each no wider than the terminal.
-fn lines(said: &str) -> Vec<String> {
+/// What stood in lines of its own.
+fn split(said: &str) -> Vec<String> {
     let plain = console::strip_ansi_codes(said);
-    let lines: Vec<String> = plain
-        .split(['\n', '\r'])
+    let lines = plain.split(['\n', '\r']);
+    lines
         .map(|line| line.trim_end().to_owned())
         .filter(|line| !line.is_empty())
-        .collect();
-    for line in &lines {
+        .collect()
+}
+
+/// The same, each no wider than the terminal.
+fn lines(said: &str) -> Vec<String> {
+    let lines = split(said);
+    fit(&lines);
+    lines
+}
+
+#[track_caller]
+fn fit(lines: &[String]) {
+    for line in lines {
         assert!(line.chars().count() <= COLUMNS.into(), "too wide: {line:?}");
     }
-    lines
 }
 
 /// Whether text is coloured or bold anywhere.
@@ -134,12 +144,22 @@ fn a_round_is_shown_while_it_lasts_here_and_to_who_watches() {
     let mut watch = Running::start(watch);
 
     let mut command = host1.command("migrate");
-    // A first round of seconds.
-    command.args(["--bandwidth", "2M", "--compress", "none"]);
+    // A first round of seconds, with a log of it.
+    command.args(["--bandwidth", "2M", "--compress", "none", "-vv"]);
     command.args(["--to", "host2", &pid]);
     let (code, said) = on_terminal(command);
     assert_eq!(code, Some(0), "{said}");
-    let shown = lines(&said);
+    let (log, shown): (Vec<String>, Vec<String>) = split(&said).into_iter().partition(|line| {
+        [" DEBUG ", " INFO ", " WARN "]
+            .iter()
+            .any(|level| line.contains(level))
+    });
+    fit(&shown);
+    let of_round = log.iter().filter(|line| line.contains("Sending"));
+    assert!(of_round.count() >= 2, "{log:#?}");
+    // None of it begins behind the line of the round.
+    let runs_on = log.iter().find(|line| !line.starts_with("20"));
+    assert_eq!(runs_on, None, "{said:?}");
     let grows = shown.iter().filter(|line| {
         let bar = line.split_whitespace().nth(1).unwrap_or_default();
         line.starts_with("    1  ") && bar.len() == 10 && bar.contains('>')
@@ -165,14 +185,20 @@ fn a_migration_is_shown_as_it_happens_and_can_be_read_afterwards() {
     let (host1, host2) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
     let pid = workload.pid.to_string();
 
-    // The table of a check, in colour.
-    let mut command = host1.command("migrate");
-    command
-        .args(["check", "--to", "host2", &pid])
-        .env_remove("NO_COLOR");
-    let (code, said) = on_terminal(command);
+    // The table of a check, in colour, but not for a program.
+    let check = || {
+        let mut command = host1.command("migrate");
+        command.args(["check", "--to", "host2", &pid]);
+        command.env_remove("NO_COLOR");
+        command
+    };
+    let (code, said) = on_terminal(check());
     assert_eq!(code, Some(0), "{said}");
     assert!(said.contains("\x1b[32mok"), "{said}");
+    let piped = check().output().unwrap();
+    assert_eq!(piped.status.code(), Some(0), "{piped:?}");
+    let text = String::from_utf8_lossy(&piped.stdout);
+    assert!(text.contains("  ok ") && !text.contains('\x1b'), "{text:?}");
     assert!(
         lines(&said).last().unwrap().starts_with("can be moved"),
         "{said}"
@@ -237,6 +263,27 @@ fn a_migration_is_shown_as_it_happens_and_can_be_read_afterwards() {
     );
     assert!(named(steps, "resume").end_us() <= report.total_us.cast_signed() + error_us);
     assert!(run(&host1, &["report", &report.migration_id]).contains("  blackout     "));
+
+    // On a terminal all of it fits, however large.
+    let mut large = report.clone();
+    (large.pages, large.bytes) = (1_048_576, 4 << 30);
+    for round in &mut large.precopy {
+        (round.pages_scanned, round.pages_written) = (1_048_576, 1_048_576);
+        (round.flows, round.dirty_flows) = (Some(10_000), Some(10_000));
+    }
+    let text = serde_json::to_vec(&large).unwrap();
+    fs::write(host1.path("/run/large.json"), text).unwrap();
+    let mut command = host1.command("migrate");
+    command.args(["report", "/run/large.json"]);
+    let (code, said) = on_terminal(command);
+    assert_eq!(code, Some(0), "{said}");
+    let piped = run(&host1, &["report", "/run/large.json"]);
+    assert!(!piped.contains('\x1b'), "{piped:?}");
+    let shown = lines(&said).join(" ");
+    assert!(
+        shown.split_whitespace().eq(piped.split_whitespace()),
+        "{shown}"
+    );
 
     // The trace: both hosts.
     let trace: Value =
@@ -311,6 +358,18 @@ fn a_migration_is_shown_as_it_happens_and_can_be_read_afterwards() {
         "{document}"
     );
     assert!(chart(&document, "timeline").contains("&lt;img src=x&gt;"));
+
+    // And back, in silence; but one who is refused is told.
+    let quiet = |host: &Host, to: &str, pid: &str| {
+        let mut command = host.command("migrate");
+        command.args(["-q", "--to", to, pid]);
+        on_terminal(command)
+    };
+    assert_eq!(quiet(&host2, "host1", &pid), (Some(0), String::new()));
+    serves_old_connections(&mut client);
+    let (code, said) = quiet(&host2, "host1", &pid);
+    assert_eq!(code, Some(3), "{said}");
+    assert!(said.starts_with("migrate: "), "{said}");
 
     let verdict = client.stop().unwrap();
     assert!(verdict.is_clean(), "{verdict:?}");

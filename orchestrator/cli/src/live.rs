@@ -1,13 +1,15 @@
 //! The live line of a terminal: which phase, and how far a round has come.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use console::Term;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use migrate_core::Phase;
 use migrate_core::report::RoundReport;
 use migrate_core::wire::PAGE_BYTES;
 
-use crate::show::{mib, ms, thousands};
+use crate::show::{mib, ms, say, thousands};
 
 /// Where lines end when the terminal does not say how wide it is.
 const COLUMNS: usize = 80;
@@ -16,29 +18,58 @@ const COLUMNS_MIN: usize = 40;
 /// Between two turns of the spinner.
 const TURN: Duration = Duration::from_millis(120);
 
-/// Columns of standard output.
-pub fn columns() -> usize {
-    let size = console::Term::stdout().size_checked();
-    size.map_or(COLUMNS, |(_, columns)| {
-        usize::from(columns).max(COLUMNS_MIN)
+/// The line while something is under way. Not [`Live`]'s alone: whatever else is written to
+/// the terminal, as by the log, would run into it.
+static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+fn bar() -> MutexGuard<'static, Option<ProgressBar>> {
+    BAR.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes while the line is out of the way.
+pub fn aside<T>(write: impl FnOnce() -> T) -> T {
+    // `MultiProgress` would serve, too, but panics when the terminal has gone.
+    match &*bar() {
+        Some(bar) => bar.suspend(write),
+        None => write(),
+    }
+}
+
+/// Columns of a terminal; none of anything else, where lines are as long as they are.
+pub fn columns(term: &Term) -> Option<usize> {
+    term.is_term().then(|| {
+        let size = term.size_checked();
+        size.map_or(COLUMNS, |(_, columns)| {
+            usize::from(columns).max(COLUMNS_MIN)
+        })
     })
 }
 
-/// A text of one line in as many as the terminal needs, the further ones indented.
+/// A text in as many lines as the terminal needs, all but the first indented. What is to
+/// be copied, as a path or the name of a verb, stays in one piece.
 pub fn wrapped(text: &str, indent: usize, columns: usize) -> String {
     let indent = " ".repeat(indent);
     let options = textwrap::Options::new(columns)
         .break_words(false)
+        .word_splitter(textwrap::WordSplitter::NoHyphenation)
         .subsequent_indent(&indent);
-    textwrap::fill(text, options)
+    // One by one: of several, each would begin with as many words as the first has room for.
+    let lines = text.split('\n').enumerate().map(|(number, line)| {
+        let words = line.trim_start_matches(' ');
+        let begin = match number {
+            // Blanks before a word too long for the line would be a line.
+            0 => &line[..line.len() - words.len()],
+            _ => &indent,
+        };
+        textwrap::fill(words, options.clone().initial_indent(begin))
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// The line below everything that has been said.
 #[derive(Debug)]
 pub struct Live {
-    /// There while something is under way.
-    bar: Option<ProgressBar>,
-    /// Since when that is.
+    /// Since when something is under way.
     since: Instant,
     /// The round on the line.
     round: Option<u32>,
@@ -49,7 +80,6 @@ pub struct Live {
 impl Live {
     pub fn new() -> Self {
         Self {
-            bar: None,
             since: Instant::now(),
             round: None,
             before: String::new(),
@@ -65,7 +95,7 @@ impl Live {
     pub fn waits(&mut self, what: &'static str) {
         self.round = None;
         self.since = Instant::now();
-        let bar = self.styled("  {prefix:<10} {spinner}");
+        let bar = styled("  {prefix:<10} {spinner}");
         bar.set_prefix(what);
         bar.enable_steady_tick(TURN);
     }
@@ -74,16 +104,16 @@ impl Live {
     pub fn sending(&mut self, round: u32, pages: u64, pages_expected: u64) {
         if self.round != Some(round) {
             self.round = Some(round);
-            let bar = self.styled("    {prefix:<5}  {bar:10} {wide_msg}");
+            let bar = styled("    {prefix:<5}  {bar:10} {wide_msg}");
             bar.set_prefix(round.to_string());
         }
         let bytes = pages.saturating_mul(PAGE_BYTES as u64);
         let took_us = u64::try_from(self.since.elapsed().as_micros()).unwrap_or(u64::MAX);
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = &*bar() {
             bar.set_length(pages_expected.max(pages));
             bar.set_position(pages);
             bar.set_message(format!(
-                "{:>20} {:>14}  {}",
+                "{:>19} {:>13}  {}",
                 thousands(pages),
                 rate(bytes, took_us),
                 self.before
@@ -94,49 +124,45 @@ impl Live {
     /// A round is over: its line of the table.
     pub fn round(&mut self, report: &RoundReport) {
         if report.round == 1 {
-            self.say(
-                "    round  unchanged               pages           rate    dirty    blackout",
-            );
+            say("    round  unchanged                pages          rate       dirty   blackout");
         }
         let blackout = report.blackout_us_predicted.map(ms);
         self.before = blackout
             .as_ref()
             .map_or_else(String::new, |blackout| format!("blackout now {blackout}"));
-        let line = round_line(report, blackout.as_deref().unwrap_or("-"));
-        self.say(&line);
+        say(&round_line(report, blackout.as_deref().unwrap_or("-")));
         // Until the next one has something to show.
         self.waits(Phase::Precopy.name());
     }
 
-    /// A line above the live one.
-    pub fn say(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| crate::show::say(text)),
-            None => crate::show::say(text),
-        }
-    }
-
     /// Nothing is under way at the moment.
     pub fn end(&mut self) {
-        if let Some(bar) = self.bar.take() {
+        let mut bar = bar();
+        if let Some(bar) = bar.take() {
             bar.finish_and_clear();
         }
     }
+}
 
-    /// The line, with another look.
-    fn styled(&mut self, template: &str) -> &ProgressBar {
-        let bar = self.bar.get_or_insert_with(|| {
-            ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout())
-        });
-        // The templates are ours, and every one is right.
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style.progress_chars("#>-").tick_chars("-\\|/ "));
-        }
-        bar
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
-/// A line of the table of rounds, 80 columns at most.
+/// The line, with another look.
+fn styled(template: &str) -> ProgressBar {
+    let mut bar = bar();
+    let bar = bar
+        .get_or_insert_with(|| ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout()));
+    // The templates are ours, and every one is right.
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("#>-").tick_chars("-\\|/ "));
+    }
+    bar.clone()
+}
+
+/// A line of the table of rounds.
 fn round_line(report: &RoundReport, blackout: &str) -> String {
     let full = usize::from(report.skipped_percent.min(100)) / 10;
     let dirty = match (report.dirty_flows, report.flows) {
@@ -144,7 +170,7 @@ fn round_line(report: &RoundReport, blackout: &str) -> String {
         _ => "-".to_owned(),
     };
     format!(
-        "    {:<5}  {}{} {:>3} % {:>14} {:>14} {dirty:>8} {blackout:>11}",
+        "    {:<5}  {}{} {:>3} % {:>13} {:>13} {dirty:>11} {blackout:>10}",
         report.round,
         "#".repeat(full),
         "-".repeat(10 - full),
@@ -181,7 +207,7 @@ mod tests {
         };
         assert_eq!(
             round_line(&report, "42.0 ms"),
-            "    2      #########-  98 %             77    115.6 MiB/s    19/20     42.0 ms"
+            "    2      #########-  98 %            77   115.6 MiB/s       19/20    42.0 ms"
         );
         let most = RoundReport {
             round: 1000,
@@ -189,8 +215,8 @@ mod tests {
             skipped_percent: 100,
             bytes: 1 << 40,
             took_us: 1_000_000,
-            flows: Some(9999),
-            dirty_flows: Some(999),
+            flows: Some(10_000),
+            dirty_flows: Some(10_000),
             ..RoundReport::default()
         };
         assert!(round_line(&most, "12345.6 ms").len() <= 80);
@@ -204,5 +230,11 @@ mod tests {
             "  precopy       69.3 ms  2 rounds, goal reached; the last found 77 of 5108 pages\n                         changed"
         );
         assert_eq!(wrapped("  short", 25, 80), "  short");
+        let path = format!("  /{}", "x".repeat(80));
+        assert_eq!(wrapped(&path, 4, 80), path);
+        assert_eq!(
+            wrapped("look at what `migrate guard-boot` says", 2, 26),
+            "look at what `migrate\n  guard-boot` says"
+        );
     }
 }

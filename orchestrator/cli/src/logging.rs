@@ -2,12 +2,14 @@
 //! standard error ends with the SSH session.
 
 use std::fs::OpenOptions;
+use std::io::{self, Write};
 use std::sync::Mutex;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
 
 use crate::Output;
+use crate::live::aside;
 
 /// Logs of agents that are kept.
 const AGENT_LOGS_MAX: usize = 32;
@@ -26,7 +28,21 @@ pub fn start(output: &Output, agent: bool) {
     if agent && let Some(file) = agent_log() {
         builder.with_writer(Mutex::new(file)).init();
     } else {
-        builder.with_writer(std::io::stderr).init();
+        builder.with_writer(|| Log).init();
+    }
+}
+
+/// Standard error, where there may be a live line below. It gets whole lines.
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        aside(|| io::stderr().lock().write_all(lines))?;
+        Ok(lines.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
     }
 }
 

@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::exit::Exit;
+use crate::show::complain;
 
 /// Move a running process tree to another host; its TCP peers stay connected.
 #[derive(Debug, Parser)]
@@ -44,7 +45,7 @@ struct Output {
     /// One JSON object a line on standard output instead of text
     #[arg(long, global = true)]
     json: bool,
-    /// Say nothing but the last line
+    /// Say nothing but errors
     #[arg(short, long, global = true, conflicts_with = "json")]
     quiet: bool,
     /// Log to standard error; twice for everything
@@ -71,7 +72,7 @@ enum Verb {
     /// Have it parked no more
     Unmark(verb::mark::UnmarkArgs),
     /// What is under way on this host, and what was left behind
-    #[command(alias = "list")]
+    #[command(visible_alias = "list")]
     Status(verb::status::Args),
     /// The report of a migration: as text, as a page with charts, as a trace
     Report(verb::report::Args),
@@ -107,36 +108,50 @@ fn parsed() -> Result<Cli, String> {
     Ok(Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
 }
 
+/// Standard output leads nowhere from now on, whatever a verb has to say.
+fn hush() -> std::io::Result<()> {
+    let nowhere = std::fs::File::options().write(true).open("/dev/null")?;
+    Ok(nix::unistd::dup2_stdout(nowhere)?)
+}
+
 fn main() -> ExitCode {
     let cli = match parsed() {
         Ok(cli) => cli,
         Err(text) => {
-            eprintln!("migrate: {text}");
+            complain(&format!("migrate: {text}"));
             return Exit::Usage.into();
         }
     };
-    logging::start(
-        &cli.output,
-        match &cli.verb {
-            Some(Verb::Agent(agent)) => agent.stdio,
-            Some(Verb::Guard(_) | Verb::KeepMemory(_)) => true,
-            _ => false,
-        },
-    );
+    let unattended = match &cli.verb {
+        Some(Verb::Agent(agent)) => agent.stdio,
+        Some(Verb::Guard(_) | Verb::KeepMemory(_)) => true,
+        _ => false,
+    };
+    // What these write there may be for the other host.
+    if cli.output.quiet
+        && !unattended
+        && let Err(error) = hush()
+    {
+        complain(&format!("migrate: could not be quiet: {error}"));
+        return Exit::Internal.into();
+    }
+    logging::start(&cli.output, unattended);
     // What a file holds may be looked at by anybody who may read it.
     let reads_only = matches!(
         &cli.verb,
         Some(Verb::Report(_) | Verb::Completions(_) | Verb::Manual(_))
     );
     if !reads_only && !nix::unistd::geteuid().is_root() {
-        eprintln!(
-            "migrate: this needs root: it freezes processes, loads eBPF programs and moves addresses"
+        complain(
+            "migrate: this needs root: it freezes processes, loads eBPF programs and moves addresses",
         );
-        eprintln!("help: run it with sudo, or as root");
+        complain("help: run it with sudo, or as root");
         return Exit::Usage.into();
     }
     if let Err(error) = migrate_session::secrets::leave_no_cores() {
-        eprintln!("migrate: could not turn core dumps of its own off: {error}");
+        complain(&format!(
+            "migrate: could not turn core dumps of its own off: {error}"
+        ));
         return Exit::Internal.into();
     }
     if let Err(error) = migrate_session::secrets::stay_in_memory() {
@@ -145,7 +160,7 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("migrate: could not start: {error}");
+            complain(&format!("migrate: could not start: {error}"));
             return Exit::Internal.into();
         }
     };

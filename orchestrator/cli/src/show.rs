@@ -1,7 +1,9 @@
 //! What a person or a script sees.
 
+use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
 
+use console::Term;
 use migrate_core::Phase;
 use migrate_core::facts::SocketFacts;
 use migrate_core::preflight::{Finding, Severity};
@@ -11,14 +13,15 @@ use migrate_session::{Error, Progress};
 use serde::Serialize;
 
 use crate::Output;
-use crate::live::{Live, columns, wrapped};
+use crate::live::{Live, aside, columns, wrapped};
 
 /// The three ways to show: a terminal, plain lines, JSON.
 #[derive(Debug)]
 pub struct Show {
     json: bool,
+    /// Errors are all that is said; standard output leads nowhere.
     quiet: bool,
-    /// On a terminal, unless nothing is said there.
+    /// On a terminal.
     live: Option<Live>,
     colour: bool,
     /// The reason of a failure has been shown.
@@ -52,7 +55,7 @@ impl Show {
         Self {
             json: output.json,
             quiet: output.quiet,
-            live: (terminal && !output.json && !output.quiet).then(Live::new),
+            live: (terminal && !output.json).then(Live::new),
             // https://no-color.org: set and not empty.
             colour: terminal && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()),
             told: false,
@@ -61,7 +64,7 @@ impl Show {
 
     fn json<T: Serialize>(&self, line: &T) {
         if let Ok(line) = serde_json::to_string(line) {
-            say(&line);
+            put(&line);
         }
     }
 
@@ -87,10 +90,10 @@ impl Show {
         }
         match progress {
             Progress::Connected { destination, .. } => {
-                self.line(&format!("connected to {}", plain(destination)));
+                say(&format!("connected to {}", plain(destination)));
             }
             Progress::Finding { finding } if finding.severity != Severity::Ok => {
-                self.line(&self.finding(finding));
+                say(&self.finding(finding));
             }
             Progress::Started { phase } => {
                 if let Some(live) = &mut self.live {
@@ -107,7 +110,7 @@ impl Show {
                 }
                 let (took, detail) = (ms(*took_us), plain(detail));
                 let line = format!("  {:<10} {took:>10}  {detail}", phase.name());
-                self.wrapped(line.trim_end(), 25);
+                say(line.trim_end());
             }
             Progress::Sending {
                 round,
@@ -125,32 +128,26 @@ impl Show {
             Progress::Failed { phase, error } => {
                 self.told = true;
                 let text = self.paint("31", &format!("{} failed", phase.name()));
-                self.wrapped(&format!("  {text}: {}", plain_lines(error)), 4);
+                say(&format!("  {text}: {}", plain_lines(error)));
                 if let Some(live) = &mut self.live {
                     live.waits("undoing");
                 }
             }
             Progress::Warning { text } => {
                 let mark = self.paint("33", "warning");
-                self.wrapped(&format!("  {mark}: {}", plain_lines(text)), 4);
+                say(&format!("  {mark}: {}", plain_lines(text)));
             }
             Progress::Finding { .. } | Progress::Report { .. } => {}
         }
     }
 
-    /// A line of its own, also while there is a live one.
-    fn line(&self, text: &str) {
-        match &self.live {
-            Some(live) => live.say(text),
-            None => say(text),
-        }
-    }
-
-    /// The same, no wider than the terminal.
-    fn wrapped(&self, text: &str, indent: usize) {
-        match &self.live {
-            Some(live) => live.say(&wrapped(text, indent, columns())),
-            None => say(text),
+    /// Something that went wrong, or what follows from it: the one thing that is told even
+    /// when nothing else is.
+    fn bad(&self, text: &str) {
+        if self.quiet {
+            complain(text)
+        } else {
+            say(text)
         }
     }
 
@@ -177,8 +174,8 @@ impl Show {
             way_out: plain_lines(&finding.way_out),
             ..finding.clone()
         };
-        if self.live.is_some() {
-            return finding_row(&verdict, finding, columns());
+        if let Some(columns) = columns(&Term::stdout()) {
+            return finding_row(&verdict, finding, columns);
         }
         let mut text = format!("  {verdict}  {}: {}", finding.subject, finding.finding);
         if !finding.way_out.is_empty() {
@@ -196,8 +193,8 @@ impl Show {
                     socket,
                 });
             }
-        } else if !self.quiet && !sockets.is_empty() {
-            say(&socket_table(sockets));
+        } else if !sockets.is_empty() {
+            say(&socket_table(sockets, columns(&Term::stdout())));
         }
     }
 
@@ -211,16 +208,16 @@ impl Show {
             }
             return;
         }
+        let mut shown: Vec<&Finding> = findings.iter().collect();
         if self.live.is_some() {
             // What stands in the way is read last, beside the verdict.
-            let mut sorted: Vec<&Finding> = findings.iter().collect();
-            sorted.sort_by_key(|finding| finding.severity);
-            for finding in sorted {
-                self.line(&self.finding(finding));
-            }
-        } else if !self.quiet {
-            for finding in findings {
-                say(&self.finding(finding));
+            shown.sort_by_key(|finding| finding.severity);
+        }
+        for finding in shown {
+            let row = self.finding(finding);
+            match finding.severity {
+                Severity::Refused => self.bad(&row),
+                Severity::Ok | Severity::Note => say(&row),
             }
         }
         let count = |severity| findings.iter().filter(|f| f.severity == severity).count();
@@ -232,7 +229,7 @@ impl Show {
             };
             say(&format!("can be moved{notes}"));
         } else {
-            say(&format!("cannot be moved: {}", counted(refused, "problem")));
+            self.bad(&format!("cannot be moved: {}", counted(refused, "problem")));
         }
     }
 
@@ -245,11 +242,9 @@ impl Show {
             });
             return;
         }
-        if !self.quiet {
-            let blackout = format!("  blackout     {}", ms(report.blackout.total_us()));
-            let bold = self.paint("1", &blackout);
-            say(&block(report).replacen(&blackout, &bold, 1));
-        }
+        let blackout = format!("  blackout     {}", ms(report.blackout.total_us()));
+        let bold = self.paint("1", &blackout);
+        say(&block(report).replacen(&blackout, &bold, 1));
         let place = self.paint("1", &plain(&report.destination));
         say(&format!(
             "process {} ({}) runs on {place}",
@@ -262,9 +257,6 @@ impl Show {
     pub fn kept(&mut self, report: &Report) {
         if self.json {
             self.json(report);
-            return;
-        }
-        if self.quiet {
             return;
         }
         say(&format!(
@@ -296,9 +288,7 @@ impl Show {
 
     /// The live line goes.
     fn end(&mut self) {
-        if let Some(mut live) = self.live.take() {
-            live.end();
-        }
+        self.live = None;
     }
 
     /// A migration that did not end in a commit.
@@ -320,29 +310,29 @@ impl Show {
         }
         // Nothing was told of a migration that did not begin.
         if !self.told {
-            eprintln!("migrate: {}", plain_lines(&failure.error.chain()));
+            complain(&format!("migrate: {}", plain_lines(&failure.error.chain())));
         }
         if let Some(help) = failure.error.help() {
-            eprintln!("help: {}", plain_lines(&help));
+            complain(&format!("help: {}", plain_lines(&help)));
         }
         for leftover in &failure.leftovers {
-            eprintln!("left behind: {}", plain_lines(leftover));
+            complain(&format!("left behind: {}", plain_lines(leftover)));
         }
         // Nothing was touched when the target itself was refused.
         let refused = failure.phase == Phase::Preflight
             && matches!(&failure.error, Error::Proc(_) | Error::Busy { .. });
         if runs_here && !refused {
-            say(&format!(
+            self.bad(&format!(
                 "process {pid} runs on {}, as before",
                 migrate_session::hostname()
             ));
         } else if failure.outcome == Phase::Lost {
-            say(&format!(
+            self.bad(&format!(
                 "process {pid} is not on {} any more; where all its memory had arrived it runs on the destination, else it is lost",
                 migrate_session::hostname()
             ));
         } else if !runs_here {
-            say(&format!(
+            self.bad(&format!(
                 "process {pid} is fenced on {} and may run on the destination",
                 migrate_session::hostname()
             ));
@@ -351,52 +341,39 @@ impl Show {
 
     /// An error of a command that moves nothing.
     pub fn error(&self, error: &Error) {
-        eprintln!("migrate: {}", plain_lines(&error.chain()));
+        complain(&format!("migrate: {}", plain_lines(&error.chain())));
         if let Some(help) = error.help() {
-            eprintln!("help: {}", plain_lines(&help));
+            complain(&format!("help: {}", plain_lines(&help)));
         }
     }
 
     /// A mistake on the command line that clap cannot see.
     pub fn usage(&self, text: &str) {
-        eprintln!("migrate: {text}");
+        complain(&format!("migrate: {text}"));
     }
 }
 
 /// A finding as a row of a table: verdict, what was looked at, what was found, and
 /// below it the way out.
 fn finding_row(verdict: &str, finding: &Finding, columns: usize) -> String {
-    /// Where the third column begins, and the widest second one.
+    /// Where the second and the third column begin, and how wide the second may be.
+    const SUBJECT_AT: usize = 11;
     const FOUND: usize = 36;
-    const SUBJECT: usize = FOUND - 13;
-    let indent = " ".repeat(FOUND);
+    const SUBJECT: usize = FOUND - 2 - SUBJECT_AT;
     let mut head = format!("  {verdict}  {:<SUBJECT$}  ", finding.subject);
+    let mut above = String::new();
     if finding.subject.chars().count() > SUBJECT {
-        head = format!("{}\n{indent}", head.trim_end());
+        above = wrapped(&head, SUBJECT_AT, columns) + "\n";
+        head = " ".repeat(FOUND);
     }
-    let options = |first| {
-        textwrap::Options::new(columns)
-            .break_words(false)
-            .initial_indent(first)
-            .subsequent_indent(&indent)
-    };
-    // What stands in the head's own line needs no room in the last one.
-    let (above, first) = match head.split_once('\n') {
-        Some((above, first)) => (format!("{above}\n"), first.to_owned()),
-        None => (String::new(), head),
-    };
-    let mut row = above + &textwrap::fill(&finding.finding, options(&first));
+    let mut row = head + &finding.finding;
     if !finding.way_out.is_empty() {
-        let arrow = format!("{indent}-> ");
-        row = format!(
-            "{row}\n{}",
-            textwrap::fill(&finding.way_out, options(&arrow))
-        );
+        row += &format!("\n-> {}", finding.way_out);
     }
-    row
+    above + &wrapped(&row, FOUND, columns)
 }
 
-/// A round, where there is no terminal to make a table on.
+/// A round as a sentence: where there is no table of them.
 fn round_line(round: &RoundReport) -> String {
     let RoundReport {
         round,
@@ -430,7 +407,7 @@ fn round_line(round: &RoundReport) -> String {
     text
 }
 
-/// The closing block, 80 columns wide, with an empty line before it.
+/// The closing block, with an empty line before it.
 pub fn block(report: &Report) -> String {
     let Report {
         pages,
@@ -527,8 +504,9 @@ fn noticed(continuity: &Continuity) -> String {
 /// Sockets shown one by one; a person does not read more.
 const SOCKETS_SHOWN: usize = 10;
 
-/// Sockets as a table whose columns are as wide as they have to be.
-fn socket_table(sockets: &[SocketFacts]) -> String {
+/// Sockets as a table whose columns are as wide as they have to be. Where that is too
+/// much, peers stand below.
+fn socket_table(sockets: &[SocketFacts], columns: Option<usize>) -> String {
     let head = ["state", "unread", "unsent", "local", "peer"].map(str::to_owned);
     let rows: Vec<[String; 5]> = std::iter::once(head)
         .chain(sockets.iter().take(SOCKETS_SHOWN).map(|socket| {
@@ -544,11 +522,23 @@ fn socket_table(sockets: &[SocketFacts]) -> String {
         }))
         .collect();
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let [state, unread, unsent, local, _] = std::array::from_fn(width);
+    let [state, unread, unsent, local, peer] = std::array::from_fn(width);
+    // Where addresses begin, and where if peers are below.
+    let begin = 2 + state + 2 + unread + 2 + unsent + 2;
+    let below = columns
+        .filter(|&columns| begin + local + 2 + peer > columns)
+        .map(|columns| match begin + local.max(peer) > columns {
+            true => (4, columns),
+            false => (begin, columns),
+        });
     let mut lines: Vec<String> = rows
         .iter()
         .map(|[a, b, c, d, e]| {
-            format!("  {a:<state$}  {b:>unread$}  {c:>unsent$}  {d:<local$}  {e}")
+            let counts = format!("  {a:<state$}  {b:>unread$}  {c:>unsent$}");
+            match below {
+                Some((indent, columns)) => wrapped(&format!("{counts}  {d}\n{e}"), indent, columns),
+                None => format!("{counts}  {d:<local$}  {e}"),
+            }
         })
         .collect();
     if let Some(more) = sockets.len().checked_sub(SOCKETS_SHOWN)
@@ -570,9 +560,47 @@ fn plain_lines(text: &str) -> String {
     text.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}")
 }
 
-/// Prints a line; a reader that has gone away is no reason to stop.
+/// Prints lines, which fit a terminal.
 pub fn say(text: &str) {
-    let _ = writeln!(std::io::stdout().lock(), "{text}");
+    put(&fitted(text, columns(&Term::stdout())));
+}
+
+/// The same on standard error.
+pub fn complain(text: &str) {
+    let text = fitted(text, columns(&Term::stderr()));
+    let _ = aside(|| writeln!(std::io::stderr().lock(), "{text}"));
+}
+
+/// Prints lines as they are; a reader that has gone away is no reason to stop.
+fn put(text: &str) {
+    let _ = aside(|| writeln!(std::io::stdout().lock(), "{text}"));
+}
+
+/// Lines that fit so many columns, if that matters: what does not goes on below where the
+/// text of its line begins.
+pub fn fitted(text: &str, columns: Option<usize>) -> Cow<'_, str> {
+    let Some(columns) = columns else {
+        return text.into();
+    };
+    let lines = text.split('\n');
+    let lines: Vec<String> = lines
+        .map(|line| wrapped(line, text_column(line), columns))
+        .collect();
+    lines.join("\n").into()
+}
+
+/// Where the text of a line begins: after the last gap, which has labels and figures before
+/// it. A line without any goes on a little further in than it begins.
+fn text_column(line: &str) -> usize {
+    /// Texts begin before; words have to fit behind it also on the narrowest terminal.
+    const COLUMN_MAX: usize = 30;
+    let begins = line.len() - line.trim_start_matches(' ').len();
+    line.rmatch_indices("  ")
+        .map(|(at, gap)| at + gap.len())
+        .filter(|&end| end > begins)
+        .map(|end| textwrap::core::display_width(&line[..end]))
+        .find(|&column| column <= COLUMN_MAX)
+        .unwrap_or(begins + 2)
 }
 
 pub fn ms(us: u64) -> String {
@@ -607,7 +635,7 @@ pub fn thousands(number: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use migrate_core::report::Blackout;
+    use migrate_core::report::{Blackout, Postcopy};
 
     use super::*;
 
@@ -670,7 +698,77 @@ mod tests {
                 "    systemctl status and stop work there, restart cannot",
             ]
         );
-        assert!(text.lines().all(|line| line.len() <= 80));
+        assert_eq!(fitted(&text, Some(80)), text);
+        let large = Report {
+            pages: 1_048_576,
+            frozen_pages: 262_144,
+            lazy_pages: 786_432,
+            postcopy: Some(Postcopy {
+                pages: 786_432,
+                bytes: 3 << 30,
+                took_us: 123_456_700,
+                waited_faults: 100_000,
+            }),
+            bytes: 4 << 30,
+            blackout: Blackout {
+                freeze_us: 12_345_600,
+                dump_us: 12_345_600,
+                transfer_us: 12_345_600,
+                restore_us: 12_345_600,
+                takeover_us: 12_345_600,
+            },
+            total_us: 1_234_567_800,
+            continuity: report.continuity.clone().map(|seen| Continuity {
+                both_hosts: false,
+                ..seen
+            }),
+            ..report
+        };
+        let text = fits(&block(&large));
+        for lines in [
+            "  moved        1,048,576 pages, all but 262,144 while it ran, 4096.0 MiB sent,\n               \
+             in 1234567.8 ms\n",
+            "  peers        silent for 1140.7 ms at most, 1,004 segments sent again, seen by\n               \
+             this host alone\n",
+        ] {
+            assert!(text.contains(lines), "{text}");
+        }
+    }
+
+    /// A text on a terminal of 80 columns, on which nothing of it is lost.
+    fn fits(text: &str) -> String {
+        let on_terminal = fitted(text, Some(80)).into_owned();
+        let width = |line| textwrap::core::display_width(line);
+        assert!(
+            on_terminal.lines().all(|line| width(line) <= 80),
+            "{on_terminal}"
+        );
+        assert!(
+            on_terminal.split_whitespace().eq(text.split_whitespace()),
+            "{on_terminal}"
+        );
+        on_terminal
+    }
+
+    #[test]
+    fn a_large_round_fits_a_terminal() {
+        let round = RoundReport {
+            round: 1000,
+            pages_scanned: 1_048_576,
+            pages_written: 1_048_576,
+            bytes: 4 << 30,
+            took_us: 123_456_700,
+            paused_us: 23_456_700,
+            flows: Some(10_000),
+            dirty_flows: Some(10_000),
+            blackout_us_predicted: Some(12_345_600),
+            ..RoundReport::default()
+        };
+        let begins =
+            "    round 1000 123456.7 ms  1,048,576 of 1,048,576 pages sent, 0 % unchanged,\n";
+        let goes_on = "                            4096.0 MiB, ";
+        let text = fits(&round_line(&round));
+        assert!(text.starts_with(&(begins.to_owned() + goes_on)), "{text}");
     }
 
     #[test]
@@ -701,6 +799,17 @@ mod tests {
                 "                                    alike",
             ]
         );
+        let longer = Finding::ok(format!("file /{}", "x".repeat(48)), "alike");
+        assert_eq!(
+            finding_row("ok     ", &longer, 60)
+                .lines()
+                .collect::<Vec<_>>(),
+            [
+                "  ok       file",
+                &format!("           /{}", "x".repeat(48)),
+                "                                    alike",
+            ]
+        );
     }
 
     #[test]
@@ -714,7 +823,7 @@ mod tests {
         };
         let two: Vec<SocketFacts> = (0..2).map(socket).collect();
         assert_eq!(
-            socket_table(&two).lines().collect::<Vec<_>>(),
+            socket_table(&two, Some(80)).lines().collect::<Vec<_>>(),
             [
                 "  state   unread  unsent  local             peer",
                 "  LISTEN       0       0  10.77.0.100:6379  -",
@@ -722,9 +831,42 @@ mod tests {
             ]
         );
         let many: Vec<SocketFacts> = (0..105).map(socket).collect();
-        let text = socket_table(&many);
+        let text = socket_table(&many, None);
         assert_eq!(text.lines().count(), 1 + SOCKETS_SHOWN + 1);
         assert_eq!(text.lines().last(), Some("  … and 95 more"));
+    }
+
+    #[test]
+    fn sockets_with_long_addresses_fit_a_terminal() {
+        let address = "[2001:db8:1111:2222:3333:4444:5555:6666]:65535";
+        let mut sockets = [SocketFacts {
+            local: address.parse().unwrap(),
+            peer: Some(address.parse().unwrap()),
+            state: "ESTAB".into(),
+            receive_queue: 0,
+            send_queue: 0,
+        }];
+        assert_eq!(
+            socket_table(&sockets, Some(80)).lines().collect::<Vec<_>>(),
+            [
+                "  state  unread  unsent  local",
+                "                         peer",
+                "  ESTAB       0       0  [2001:db8:1111:2222:3333:4444:5555:6666]:65535",
+                "                         [2001:db8:1111:2222:3333:4444:5555:6666]:65535",
+            ]
+        );
+        (sockets[0].receive_queue, sockets[0].send_queue) = (u32::MAX, u32::MAX);
+        assert_eq!(
+            socket_table(&sockets, Some(80)).lines().collect::<Vec<_>>(),
+            [
+                "  state         unread         unsent  local",
+                "    peer",
+                "  ESTAB  4,294,967,295  4,294,967,295",
+                "    [2001:db8:1111:2222:3333:4444:5555:6666]:65535",
+                "    [2001:db8:1111:2222:3333:4444:5555:6666]:65535",
+            ]
+        );
+        assert_eq!(socket_table(&sockets, None).lines().count(), 2);
     }
 
     #[test]

@@ -6,6 +6,8 @@
 use std::fs;
 use std::process::{Command, Output};
 
+use migrate_core::report::{REPORT_VERSION, Report};
+
 const PROGRAM: &str = env!("CARGO_BIN_EXE_migrate");
 
 fn migrate(arguments: &[&str]) -> Output {
@@ -33,6 +35,7 @@ fn bash_completes_verbs_and_options() {
         String::from_utf8(said.stdout).unwrap()
     };
     assert_eq!(complete("migrate rep", 1).trim(), "report");
+    assert_eq!(complete("migrate lis", 1).trim(), "list");
     assert_eq!(complete("migrate report --ht", 2).trim(), "--html");
     assert_eq!(complete("migrate --engine s", 2).trim(), "soft-dirty");
 }
@@ -44,7 +47,9 @@ fn every_verb_has_a_manual_page() {
     assert!(written.status.success(), "{written:?}");
     for (page, words) in [
         ("migrate.8", "on\\-timeout"),
+        ("migrate.8", "(also: list)"),
         ("migrate-check.8", "Examine a tree"),
+        ("migrate-status.8", "(also: list)"),
         ("migrate-report.8", "chrome://tracing"),
         ("migrate-agent.8", "Prometheus"),
     ] {
@@ -58,6 +63,42 @@ fn every_verb_has_a_manual_page() {
     assert!(!directory.path().join("migrate-guard.8").exists());
     let refused = migrate(&["manual", "/nowhere"]);
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+}
+
+#[test]
+fn who_wants_it_quiet_hears_errors_alone() {
+    let said = |arguments: &[&str]| {
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = migrate(arguments);
+        let stderr = String::from_utf8(stderr).unwrap();
+        (status.code(), String::from_utf8(stdout).unwrap(), stderr)
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let report = directory.path().join("report.json");
+    let report = report.to_str().unwrap();
+    for quiet in ["-q", "--quiet"] {
+        let (code, stdout, stderr) = said(&["report", quiet, report]);
+        assert_eq!((code, &*stdout), (Some(2), ""));
+        assert!(
+            stderr.starts_with("migrate: ") && stderr.contains(report),
+            "{stderr}"
+        );
+    }
+    let empty = Report {
+        version: REPORT_VERSION,
+        ..Report::default()
+    };
+    fs::write(report, serde_json::to_vec(&empty).unwrap()).unwrap();
+    let (code, stdout, stderr) = said(&["report", report]);
+    assert_eq!((code, &*stderr), (Some(0), ""));
+    assert!(stdout.starts_with("migration "), "{stdout}");
+    assert_eq!(
+        said(&["report", "-q", report]),
+        (Some(0), String::new(), String::new())
+    );
 }
 
 #[test]

@@ -18,6 +18,7 @@ use super::Certificates;
 use super::migrate::obey_signals;
 use crate::exit::Exit;
 use crate::metrics;
+use crate::show::complain;
 
 /// How sources reach this agent.
 #[derive(Debug, clap::Args)]
@@ -48,15 +49,17 @@ const UNNAMED: &str = "agent";
 pub async fn run(args: Args) -> Exit {
     let cancel = Cancel::default();
     if let Err(error) = obey_signals(cancel.clone()) {
-        eprintln!("migrate agent: could not listen for signals: {error}");
+        complain(&format!(
+            "migrate agent: could not listen for signals: {error}"
+        ));
         return Exit::Internal;
     }
     let policy = match policy::read(&args.policy) {
         Ok(policy) => Arc::new(policy.unwrap_or_default()),
         Err(error) => {
-            eprintln!("migrate agent: {}", error.chain());
+            complain(&format!("migrate agent: {}", error.chain()));
             if let Some(help) = error.help() {
-                eprintln!("help: {help}");
+                complain(&format!("help: {help}"));
             }
             return Exit::Usage;
         }
@@ -67,7 +70,7 @@ pub async fn run(args: Args) -> Exit {
             if let Some(place) = &args.metrics
                 && let Err(error) = metrics::serve(place)
             {
-                eprintln!("migrate agent: {error}");
+                complain(&format!("migrate agent: {error}"));
                 return Exit::Usage;
             }
             stand(listen, &args.certificates, policy, cancel).await
@@ -81,7 +84,7 @@ async fn once(policy: Arc<Policy>, cancel: Cancel) -> Exit {
         Err(error) => {
             let text = migrate_session::error::chain(&error);
             tracing::error!(error = %text, "no connection");
-            eprintln!("migrate agent: {text}");
+            complain(&format!("migrate agent: {text}"));
             return Exit::Connect;
         }
     };
@@ -100,20 +103,23 @@ async fn stand(
     let files = match certificates.complete() {
         Ok(Some(files)) => files,
         Ok(None) => {
-            eprintln!("migrate agent: --listen needs --ca, --cert and --key");
+            complain("migrate agent: --listen needs --ca, --cert and --key");
             return Exit::Usage;
         }
         Err(text) => {
-            eprintln!("migrate agent: {text}");
+            complain(&format!("migrate agent: {text}"));
             return Exit::Usage;
         }
     };
     let agent = match StandingAgent::bind(listen, &files, policy.peers.as_deref()).await {
         Ok(agent) => agent,
         Err(error) => {
-            eprintln!("migrate agent: {}", migrate_session::error::chain(&error));
+            complain(&format!(
+                "migrate agent: {}",
+                migrate_session::error::chain(&error)
+            ));
             if let Some(help) = error.help() {
-                eprintln!("help: {help}");
+                complain(&format!("help: {help}"));
             }
             return Exit::Connect;
         }

@@ -6,6 +6,7 @@ use migrate_core::journal::{Record, Side, Stage};
 use migrate_session::{State, journal, sweep};
 
 use crate::exit::Exit;
+use crate::show::complain;
 
 /// Which migration.
 #[derive(Debug, clap::Args)]
@@ -112,7 +113,7 @@ async fn stop(state: &State, owner: (i32, u64), pid: i32, id: Option<&str>) -> E
             )
         }),
         None if sweep::runs(pid) => {
-            println!("cancelled: {pid} runs here");
+            crate::show::say(&format!("cancelled: {pid} runs here"));
             Exit::Done
         }
         None => say(
@@ -124,9 +125,9 @@ async fn stop(state: &State, owner: (i32, u64), pid: i32, id: Option<&str>) -> E
 }
 
 fn say(exit: Exit, what: &str, help: Option<&str>) -> Exit {
-    eprintln!("migrate cancel: {what}");
+    complain(&format!("migrate cancel: {what}"));
     if let Some(help) = help {
-        eprintln!("help: {help}");
+        complain(&format!("help: {help}"));
     }
     exit
 }

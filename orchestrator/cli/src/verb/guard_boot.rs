@@ -11,6 +11,7 @@ use migrate_session::Error;
 use migrate_session::park::{self, Guarded, Interfaces, ParkError, Place};
 
 use crate::exit::Exit;
+use crate::show::{complain, say};
 
 /// Which trees.
 #[derive(Debug, clap::Args)]
@@ -48,7 +49,10 @@ fn one_more(interface: &str) -> Exit {
     match park::guard_interface(interface) {
         Ok(0) => Exit::Done,
         Ok(gates) => {
-            println!("{interface}: {} there, too", counted(gates, "gate"));
+            say(&format!(
+                "{interface}: {} there, too",
+                counted(gates, "gate")
+            ));
             Exit::Done
         }
         Err(error) => failed(&error),
@@ -81,7 +85,7 @@ async fn all(dir: &Path, names: &[String], come: Interfaces) -> Exit {
             Ok(None) => {}
             // What was not parked to the end has no connections to guard.
             Err(Error::Park(ParkError::Unfinished(path))) => {
-                eprintln!("{} was not parked to the end", path.display());
+                complain(&format!("{} was not parked to the end", path.display()));
             }
             Err(error) => {
                 failed(&error);
@@ -95,7 +99,7 @@ async fn all(dir: &Path, names: &[String], come: Interfaces) -> Exit {
     // Only whoever has looked at all sets can tell that none is missed.
     if names.is_empty() {
         match park::speak() {
-            Ok(true) => println!("all sets are guarded: this host sends resets again"),
+            Ok(true) => say("all sets are guarded: this host sends resets again"),
             Ok(false) => {}
             Err(error) => return failed(&error),
         }
@@ -104,15 +108,15 @@ async fn all(dir: &Path, names: &[String], come: Interfaces) -> Exit {
 }
 
 fn tell(guarded: &Guarded) {
-    println!(
+    say(&format!(
         "{}: nothing answers for {} on {}{}",
         guarded.name,
         counted(guarded.connections, "connection"),
         counted(guarded.interfaces, "interface"),
         if guarded.was_there { ", as before" } else { "" }
-    );
+    ));
     if !guarded.missing.is_empty() {
-        println!(
+        say(&format!(
             "{}: {} is not there yet: nothing answers if it has another name now or is made of \
              what is there{}",
             guarded.name,
@@ -122,7 +126,7 @@ fn tell(guarded: &Guarded) {
             } else {
                 ""
             }
-        );
+        ));
     }
 }
 
@@ -130,15 +134,15 @@ fn tell(guarded: &Guarded) {
 async fn mute(come: Interfaces) -> Exit {
     match park::mute(come).await {
         Ok(()) => {
-            eprintln!(
+            complain(
                 "this host sends no resets at all, for those connections are not known\n\
                  help: put right what is named above, or remove that set to give its tree up; then \
-                 run `migrate guard-boot` again"
+                 run `migrate guard-boot` again",
             );
             Exit::Refused
         }
         Err(error) => {
-            eprintln!("nothing is guarded: the network must not come up");
+            complain("nothing is guarded: the network must not come up");
             match failed(&error) {
                 // Which says that the host is mute.
                 Exit::Refused => Exit::Internal,
@@ -149,9 +153,9 @@ async fn mute(come: Interfaces) -> Exit {
 }
 
 fn failed(error: &Error) -> Exit {
-    eprintln!("migrate guard-boot: {}", error.chain());
+    complain(&format!("migrate guard-boot: {}", error.chain()));
     if let Some(help) = error.help() {
-        eprintln!("help: {help}");
+        complain(&format!("help: {help}"));
     }
     Exit::of(error)
 }

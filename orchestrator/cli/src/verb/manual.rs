@@ -10,6 +10,7 @@ use clap_complete::Shell;
 
 use crate::Cli;
 use crate::exit::Exit;
+use crate::show::complain;
 
 /// For which shell.
 #[derive(Debug, clap::Args)]
@@ -39,19 +40,34 @@ pub fn completions(args: &CompletionArgs) -> Exit {
 
 /// Writes the manual pages.
 pub fn run(args: &Args) -> Exit {
-    let mut command = Cli::command();
+    let mut command = Cli::command().mut_subcommands(with_aliases);
     command.build();
     match pages(&args.dir, &command, "migrate") {
         Ok(()) => Exit::Done,
         Err(error) => {
-            eprintln!(
+            complain(&format!(
                 "migrate manual: could not write to {}: {error}",
                 args.dir.display()
-            );
-            eprintln!("help: name a directory that is there and may be written to");
+            ));
+            complain("help: name a directory that is there and may be written to");
             Exit::Usage
         }
     }
+}
+
+/// Pages name no other names of a verb by themselves.
+fn with_aliases(verb: Command) -> Command {
+    let aliases: Vec<&str> = verb.get_visible_aliases().collect();
+    if aliases.is_empty() {
+        return verb;
+    }
+    let about = verb.get_about().map(ToString::to_string);
+    let about = format!(
+        "{} (also: {})",
+        about.unwrap_or_default(),
+        aliases.join(", ")
+    );
+    verb.about(about)
 }
 
 /// A page for a command, and one for each of its verbs that is not hidden.

@@ -7,6 +7,7 @@ use migrate_session::park::{self, Place};
 
 use super::park::set_name;
 use crate::exit::Exit;
+use crate::show::{complain, say};
 
 /// What to mark.
 #[derive(Debug, clap::Args)]
@@ -46,7 +47,7 @@ pub fn unmark(args: &UnmarkArgs) -> Exit {
     for name in &args.names {
         let place = Place::new(&args.dir, name).map_err(Error::from);
         match place.and_then(|place| park::unmark(&place)) {
-            Ok(()) => println!("{name} is no longer marked"),
+            Ok(()) => say(&format!("{name} is no longer marked")),
             Err(error) => exit = failed("unmark", &error),
         }
     }
@@ -57,29 +58,33 @@ fn mark(args: &Args, pid: i32) -> Result<(), Error> {
     let name = args.name.clone().unwrap_or_else(|| set_name(pid));
     let place = Place::new(&args.dir, &name)?;
     park::mark(&place, pid)?;
-    println!(
+    say(&format!(
         "process {pid} is marked as {name}: `migrate maintenance --dir {}` parks it",
         place.directory().display()
-    );
+    ));
     Ok(())
 }
 
 fn list(args: &Args) -> Result<(), Error> {
     let marked = park::marked(&args.dir)?;
     if marked.is_empty() {
-        println!("nothing is marked in {}", args.dir.display());
+        say(&format!("nothing is marked in {}", args.dir.display()));
     }
     for tree in marked {
         let state = if tree.runs { "runs" } else { "does not run" };
-        println!("{}: process {}, {state}", tree.place.name(), tree.pid);
+        say(&format!(
+            "{}: process {}, {state}",
+            tree.place.name(),
+            tree.pid
+        ));
     }
     Ok(())
 }
 
 fn failed(verb: &str, error: &Error) -> Exit {
-    eprintln!("migrate {verb}: {}", error.chain());
+    complain(&format!("migrate {verb}: {}", error.chain()));
     if let Some(help) = error.help() {
-        eprintln!("help: {help}");
+        complain(&format!("help: {help}"));
     }
     Exit::of(error)
 }

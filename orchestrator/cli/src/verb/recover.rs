@@ -6,7 +6,7 @@ use migrate_session::{Reporter, State};
 
 use crate::Output;
 use crate::exit::Exit;
-use crate::show::plain;
+use crate::show::{complain, plain, say};
 
 /// Which migrations.
 #[derive(Debug, clap::Args)]
@@ -47,28 +47,34 @@ pub async fn run(args: &Args, output: &Output) -> Exit {
     let settled = match settled {
         Ok(settled) => settled,
         Err(error) => {
-            eprintln!("migrate recover: {}", error.chain());
+            complain(&format!("migrate recover: {}", error.chain()));
             return Exit::Internal;
         }
     };
     let mut exit = Exit::Done;
     for one in &settled {
-        if one.outcome == Outcome::Undecided || !one.left.is_empty() {
+        let is_bad = one.outcome == Outcome::Undecided || !one.left.is_empty();
+        if is_bad {
             exit = Exit::Undecided;
         }
         if !output.json {
-            show(one);
+            let tell = if output.quiet && is_bad {
+                complain
+            } else {
+                say
+            };
+            show(one, tell);
         } else if let Ok(line) = serde_json::to_string(one) {
             println!("{line}");
         }
     }
     if settled.is_empty() && !output.json {
-        println!("nothing to recover");
+        say("nothing to recover");
     }
     exit
 }
 
-fn show(one: &Recovered) {
+fn show(one: &Recovered, tell: fn(&str)) {
     let Recovered {
         migration_id,
         root_pid,
@@ -78,22 +84,27 @@ fn show(one: &Recovered) {
         ..
     } = one;
     let peer = plain(peer);
-    println!("{migration_id}  {root_pid} ({}): {found}", plain(name));
+    tell(&format!(
+        "{migration_id}  {root_pid} ({}): {found}",
+        plain(name)
+    ));
     for done in &one.done {
-        println!("  {done}");
+        tell(&format!("  {done}"));
     }
     for left in &one.left {
-        println!("  {left}");
+        tell(&format!("  {left}"));
     }
     match (one.outcome, one.side) {
-        (Outcome::RunsHere, _) => println!("  -> {root_pid} runs here"),
-        (Outcome::RunsThere, _) => println!("  -> {root_pid} is on {peer}, not here"),
-        (Outcome::UnderWay, _) => println!("  -> left alone"),
-        (Outcome::Undecided, Side::Source) => println!(
+        (Outcome::RunsHere, _) => tell(&format!("  -> {root_pid} runs here")),
+        (Outcome::RunsThere, _) => tell(&format!("  -> {root_pid} is on {peer}, not here")),
+        (Outcome::UnderWay, _) => tell("  -> left alone"),
+        (Outcome::Undecided, Side::Source) => tell(&format!(
             "  -> {root_pid} is kept here, fenced; run `migrate recover` on {peer}, then here again"
-        ),
+        )),
         (Outcome::Undecided, Side::Destination) => {
-            println!("  -> nothing was changed; the frozen tree is kept on {peer}");
+            tell(&format!(
+                "  -> nothing was changed; the frozen tree is kept on {peer}"
+            ));
         }
     }
 }

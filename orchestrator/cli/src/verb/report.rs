@@ -6,7 +6,7 @@ use migrate_core::report::Report;
 use migrate_session::{Error, State, reports};
 
 use crate::exit::Exit;
-use crate::show::Show;
+use crate::show::{Show, complain};
 use crate::{Output, page, trace};
 
 /// Which report, and how it is shown.
@@ -81,9 +81,9 @@ pub fn run(args: &Args, output: &Output) -> Exit {
         Ok(report) => report,
         Err(error) => {
             show.error(&error);
-            eprintln!(
+            complain(
                 "help: name a file that `migrate --report` has written, or a migration that began \
-                 on this host; without either it is the last one"
+                 on this host; without either it is the last one",
             );
             return Exit::Usage;
         }

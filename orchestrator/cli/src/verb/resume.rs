@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::migrate::{AdoptName, obey_signals, stdio};
 use crate::Output;
 use crate::exit::Exit;
-use crate::show::{Show, plain};
+use crate::show::{Show, complain, plain, say};
 
 /// What to resume.
 #[derive(Debug, clap::Args)]
@@ -79,7 +79,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
     };
     if args.list {
         for place in &places {
-            println!("{}", sentence(place));
+            say(&sentence(place));
         }
         return Exit::Done;
     }
@@ -88,7 +88,7 @@ pub async fn run(args: Args, output: &Output) -> Exit {
         places.retain(|place| !matches!(place.mark(), Ok(Some(Mark::Resumed { .. }))));
     }
     if places.is_empty() {
-        println!("nothing is parked in {}", args.dir.display());
+        say(&format!("nothing is parked in {}", args.dir.display()));
         return Exit::Done;
     }
     let mut exit = Exit::Done;
@@ -133,9 +133,9 @@ pub async fn one(place: &Place, how: &How, output: &Output) -> Exit {
             show.error(&error);
             let exit = Exit::of(&error);
             if exit == Exit::Undecided {
-                eprintln!("{} may run, or is lost", place.path().display());
+                complain(&format!("{} may run, or is lost", place.path().display()));
             } else {
-                eprintln!("{} was not resumed", place.path().display());
+                complain(&format!("{} was not resumed", place.path().display()));
             }
             return exit;
         }
@@ -156,13 +156,13 @@ pub async fn one(place: &Place, how: &How, output: &Output) -> Exit {
         }
     } else {
         let unit = resumed.unit.map(|unit| format!(", in {}", plain(&unit)));
-        println!(
+        say(&format!(
             "process {} runs again after {} s, with {}{}",
             resumed.root_pid,
             resumed.parked_s,
             counted(resumed.connections, "connection"),
             unit.unwrap_or_default()
-        );
+        ));
     }
     Exit::Done
 }

@@ -1,8 +1,10 @@
 //! `migrate status`: records and gates of this host.
 
 use std::io::Write as _;
+use std::pin::pin;
 use std::time::Duration;
 
+use console::Term;
 use migrate_core::Phase;
 use migrate_core::journal::{Record, Side, Stage};
 use migrate_core::report::counted;
@@ -15,7 +17,8 @@ use serde::Serialize;
 use super::migrate::seconds;
 use crate::Output;
 use crate::exit::Exit;
-use crate::show::plain;
+use crate::live::columns;
+use crate::show::{complain, fitted, plain};
 
 /// One migration as `--json` shows it.
 #[derive(Serialize)]
@@ -39,18 +42,20 @@ pub struct Args {
 }
 
 pub async fn run(args: &Args, output: &Output) -> Exit {
-    let term = console::Term::stdout();
+    let term = Term::stdout();
     let Some(every) = args.watch else {
         return once(output, None).err().unwrap_or(Exit::Done);
     };
     // The kernel tells nobody when a gate counts.
     let mut turn = tokio::time::interval(Duration::from_secs_f64(every));
     let terminal = term.is_term() && !output.json;
+    // One for all turns: a signal that came while none waited would be lost.
+    let mut interrupted = pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
             _ = turn.tick() => {}
             // Ends what would go on for ever.
-            _ = tokio::signal::ctrl_c() => return Exit::Done,
+            _ = &mut interrupted => return Exit::Done,
         }
         if let Err(exit) = once(output, terminal.then_some(&term)) {
             return exit;
@@ -63,7 +68,7 @@ pub async fn run(args: &Args, output: &Output) -> Exit {
 /// # Errors
 ///
 /// How to end, for there is nothing to show or nobody to read it.
-fn once(output: &Output, term: Option<&console::Term>) -> Result<(), Exit> {
+fn once(output: &Output, term: Option<&Term>) -> Result<(), Exit> {
     let gathered = State::open().and_then(|state| {
         let records = journal::all(&state)?;
         let gates = migrate_gate::leftovers(&state.gates())?;
@@ -72,16 +77,16 @@ fn once(output: &Output, term: Option<&console::Term>) -> Result<(), Exit> {
     let (records, gates) = match gathered {
         Ok(gathered) => gathered,
         Err(error) => {
-            eprintln!("migrate status: {}", error.chain());
+            complain(&format!("migrate status: {}", error.chain()));
             return Err(Exit::Internal);
         }
     };
     let lines = if output.json {
         json_lines(&records, &gates)
     } else {
-        lines(&records, &gates)
+        lines(&records, &gates, columns(&Term::stdout()))
     };
-    let cleared = term.map_or(Ok(()), console::Term::clear_screen);
+    let cleared = term.map_or(Ok(()), Term::clear_screen);
     let mut out = std::io::stdout().lock();
     cleared
         .and_then(|()| lines.iter().try_for_each(|line| writeln!(out, "{line}")))
@@ -108,7 +113,7 @@ fn json_lines(records: &[Record], gates: &[Leftover]) -> Vec<String> {
         .collect()
 }
 
-fn lines(records: &[Record], gates: &[Leftover]) -> Vec<String> {
+fn lines(records: &[Record], gates: &[Leftover], columns: Option<usize>) -> Vec<String> {
     if records.is_empty() && gates.is_empty() {
         return vec!["nothing is under way and nothing was left behind".to_owned()];
     }
@@ -120,7 +125,10 @@ fn lines(records: &[Record], gates: &[Leftover]) -> Vec<String> {
             .unwrap_or_default();
         format!("{}{progress}", sentence(record, alive))
     });
-    records.chain(gates.iter().map(gate_sentence)).collect()
+    let lines = records.chain(gates.iter().map(gate_sentence));
+    lines
+        .map(|line| fitted(&line, columns).into_owned())
+        .collect()
 }
 
 /// The gate that belongs to a record.
@@ -250,10 +258,16 @@ mod tests {
         };
         let told = progress(&gate);
         assert_eq!(told.as_deref(), Some("\n  in precopy, 3 rounds done"));
+        let lines = |columns| lines(&[], std::slice::from_ref(&gate), columns).concat();
         assert_eq!(
-            gate_sentence(&gate),
+            lines(None),
             "gate 0123456789ab: open on lo, 21 connections (20 with traffic since the last round), \
              held by process 77"
+        );
+        assert_eq!(
+            lines(Some(80)),
+            "gate 0123456789ab: open on lo, 21 connections (20 with traffic since the last\n  \
+             round), held by process 77"
         );
         gate.progress = (Phase::Prepare.number(), 0);
         assert_eq!(progress(&gate).as_deref(), Some("\n  in prepare"));

@@ -7,6 +7,7 @@ use migrate_session::source::PARKED;
 use migrate_session::{State, journal, sweep};
 
 use crate::exit::Exit;
+use crate::show::{complain, say};
 
 /// Which gates.
 #[derive(Debug, clap::Args)]
@@ -23,7 +24,7 @@ pub async fn run(args: &Args) -> Exit {
     let state = match State::open() {
         Ok(state) => state,
         Err(error) => {
-            eprintln!("migrate unlock: {}", error.chain());
+            complain(&format!("migrate unlock: {}", error.chain()));
             return Exit::Internal;
         }
     };
@@ -32,7 +33,10 @@ pub async fn run(args: &Args) -> Exit {
     let (gates, records) = match migrate_gate::leftovers(&state.gates()) {
         Ok(gates) => (gates, journal::all(&state).unwrap_or_default()),
         Err(error) => {
-            eprintln!("migrate unlock: {}", migrate_session::error::chain(&error));
+            complain(&format!(
+                "migrate unlock: {}",
+                migrate_session::error::chain(&error)
+            ));
             return Exit::Internal;
         }
     };
@@ -41,7 +45,7 @@ pub async fn run(args: &Args) -> Exit {
         .filter(|gate| args.id.as_ref().is_none_or(|id| *id == gate.id))
         .collect();
     if wanted.is_empty() {
-        println!("no gate is left");
+        say("no gate is left");
         return Exit::Done;
     }
     let mut exit = Exit::Done;
@@ -50,34 +54,37 @@ pub async fn run(args: &Args) -> Exit {
             .iter()
             .any(|r| r.migration_id == gate.id && r.stage == Stage::HandedOver);
         if gate.owner_alive && !args.force {
-            eprintln!(
+            complain(&format!(
                 "gate {} is held by process {}, which lives\nhelp: stop that process first, or use --force",
                 gate.id, gate.owner_pid
-            );
+            ));
             exit = Exit::Refused;
         } else if committed && !args.force {
-            eprintln!(
+            complain(&format!(
                 "gate {} guards a tree that was handed over: without it this host would reset its connections\nhelp: see `migrate status` on the destination; then use --force",
                 gate.id
-            );
+            ));
             exit = Exit::Refused;
         } else if gate.id == MUTE && !args.force {
-            eprintln!(
+            complain(&format!(
                 "gate {} keeps this host from sending resets, for what is parked could not be read\nhelp: `migrate guard-boot` looks again; --force removes it when you have given the tree up",
                 gate.id
-            );
+            ));
             exit = Exit::Refused;
         } else if gate.id.starts_with(PARKED) && !args.force {
-            eprintln!(
+            complain(&format!(
                 "gate {} waits with a parked tree: without it this host would reset its connections\nhelp: `migrate resume` takes it away; --force does when you have given the tree up",
                 gate.id
-            );
+            ));
             exit = Exit::Refused;
         } else if let Err(error) = migrate_gate::unlock(&state.gates(), &gate.id, gate.role) {
-            eprintln!("migrate unlock: {}", migrate_session::error::chain(&error));
+            complain(&format!(
+                "migrate unlock: {}",
+                migrate_session::error::chain(&error)
+            ));
             exit = Exit::Internal;
         } else {
-            println!("removed the gate of {}", gate.id);
+            say(&format!("removed the gate of {}", gate.id));
         }
     }
     exit
