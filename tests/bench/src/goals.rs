@@ -273,26 +273,11 @@ pub(crate) fn table(measured: &[Measured], costs: &[PacketCost]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::Tcp;
 
     fn run(scenario: &str, client_gap_us: u64) -> Run {
         Run {
-            suite: Suite::Goals.name().to_owned(),
-            scenario: scenario.to_owned(),
-            method: OURS.to_owned(),
-            number: 1,
-            commit: None,
-            machine: None,
             client_gap_us,
-            client_lag_us: 0,
-            client_errors: 0,
-            took_us: 0,
-            filled_us: None,
-            client_tcp: Tcp::default(),
-            hosts_tcp: Tcp::default(),
-            served_in_rounds_percent: None,
-            report: None,
-            failure: None,
+            ..Run::of(Suite::Goals.name(), scenario.to_owned(), OURS.to_owned(), 1)
         }
     }
 

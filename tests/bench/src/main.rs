@@ -32,7 +32,7 @@ use clap::Parser;
 use method::Method;
 use migrate_gate::cost;
 use migrate_test_hosts::{Lab, LabGuard};
-use record::{Run, Served, Store, Tcp, micros, served_in_rounds, tcp};
+use record::{Run, Served, Store, micros, served_in_rounds, tcp};
 use scenario::{Clients, Scenario};
 use suite::Suite;
 
@@ -202,24 +202,7 @@ fn commit() -> Option<String> {
 
 /// One migration on hosts of its own.
 fn measure(suite: Suite, scenario: Scenario, method: Method, number: u32) -> Run {
-    let mut run = Run {
-        suite: suite.name().to_owned(),
-        scenario: scenario.name(),
-        method: method.name(),
-        number,
-        commit: None,
-        machine: None,
-        client_gap_us: 0,
-        client_lag_us: 0,
-        client_errors: 0,
-        took_us: 0,
-        filled_us: None,
-        client_tcp: Tcp::default(),
-        hosts_tcp: Tcp::default(),
-        served_in_rounds_percent: None,
-        report: None,
-        failure: None,
-    };
+    let mut run = Run::of(suite.name(), scenario.name(), method.name(), number);
     if let Err(error) = migrate(scenario, method, &mut run) {
         run.failure = Some(format!("{error:#}"));
     }

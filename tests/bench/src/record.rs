@@ -53,6 +53,28 @@ pub(crate) struct Run {
 }
 
 impl Run {
+    /// One that has not begun.
+    pub(crate) fn of(suite: &str, scenario: String, method: String, number: u32) -> Self {
+        Self {
+            suite: suite.to_owned(),
+            scenario,
+            method,
+            number,
+            commit: None,
+            machine: None,
+            client_gap_us: 0,
+            client_lag_us: 0,
+            client_errors: 0,
+            took_us: 0,
+            filled_us: None,
+            client_tcp: Tcp::default(),
+            hosts_tcp: Tcp::default(),
+            served_in_rounds_percent: None,
+            report: None,
+            failure: None,
+        }
+    }
+
     pub(crate) fn key(&self) -> (String, String, u32) {
         (self.scenario.clone(), self.method.clone(), self.number)
     }
@@ -271,6 +293,27 @@ mod tests {
         assert_eq!(served_in_rounds(&all, &report), Some(80));
         assert_eq!(served_in_rounds(&all[..3], &report), None);
         assert_eq!(served_in_rounds(&all, &Report::default()), None);
+    }
+
+    #[test]
+    fn an_interrupted_benchmark_goes_on_where_it_was() {
+        let place = std::env::temp_dir().join(format!("migrate-bench-{}", std::process::id()));
+        let path = place.join("runs/suite.jsonl");
+        let run = |number| Run::of("suite", "scenario".to_owned(), "migrate".to_owned(), number);
+        let mut store = Store::open(&path).unwrap();
+        store.add(run(1)).unwrap();
+        store.add(run(2)).unwrap();
+        drop(store);
+        // Killed in the middle of a line.
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, &text[..text.len() - 7]).unwrap();
+        let mut store = Store::open(&path).unwrap();
+        let made = |store: &Store, number| store.made().contains(&run(number).key());
+        assert!(made(&store, 1) && !made(&store, 2));
+        store.add(run(2)).unwrap();
+        let store = Store::open(&path).unwrap();
+        assert!(made(&store, 1) && made(&store, 2));
+        fs::remove_dir_all(&place).unwrap();
     }
 
     #[test]
