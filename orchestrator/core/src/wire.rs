@@ -17,6 +17,8 @@
 //!                    <~~~~~~~~~~~~~~~~~~  Joined
 //!   Streams          ------------------>  from here over all connections in turn
 //!   Pages ...        ------------------>  rounds, while the tree runs
+//!   RoundSent        ------------------>  after each of them
+//!                    <------------------  RoundStored
 //!   Frozen           ------------------>
 //!   Pages ...        ------------------>  as CRIU writes them
 //!   Image ...        ------------------>
@@ -229,6 +231,12 @@ pub enum Message {
     },
     /// Gate closed, address staged, CRIU warm.
     Prepared,
+    /// A round's pages have been sent.
+    RoundSent,
+    /// They are in store, and nothing is on its way any more. What connections hold of
+    /// compressed pages may be many times as much, and would have to be stored in the
+    /// blackout.
+    RoundStored,
     /// The rounds are over: pages that come from here on are CRIU's final
     /// list, and what it leaves out is in store.
     Frozen,

@@ -404,6 +404,7 @@ impl Destination {
                 Frame::Control(Message::Follows { owner, pages }) => {
                     memory.follow(owner, pages)?;
                 }
+                Frame::Control(Message::RoundSent) => self.send(&Message::RoundStored).await?,
                 Frame::Control(Message::Frozen) => {
                     self.clock.frozen();
                     let criu = match &self.engine {

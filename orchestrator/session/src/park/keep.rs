@@ -337,6 +337,7 @@ impl Keeper {
                 }
                 // Its sender has to send it again in any case.
                 Frame::Packet(_) => {}
+                Frame::Control(Message::RoundSent) => self.send(&Message::RoundStored).await?,
                 Frame::Control(Message::Frozen) => memory.freeze(),
                 Frame::Control(Message::Flows(flows)) => {
                     self.order.as_mut().ok_or_else(not_prepared)?.tree.flows = flows;

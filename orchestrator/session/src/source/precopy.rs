@@ -9,7 +9,7 @@ use migrate_core::blackout::Standing;
 use migrate_core::convergence::{Convergence, Decision, OnTimeout, Policy, Round, StopReason};
 use migrate_core::preflight::Finding;
 use migrate_core::report::{RoundReport, counted};
-use migrate_core::wire::{PAGE_BYTES, PageRun};
+use migrate_core::wire::{Message, PAGE_BYTES, PageRun};
 use migrate_criu::{Criu, Marks, Track, WorkerOptions};
 use migrate_gate::FlowCount;
 use migrate_memory::{ContentPrecopy, Limits, Precopy, RoundError, RoundStats, TrackingState};
@@ -47,6 +47,10 @@ pub enum EngineChoice {
     /// This one or none.
     Only(Engine),
 }
+
+/// What connections hold, a few MiB, has gone over a link of half a megabit by then, and been
+/// put into memory.
+const STORED_LIMIT: Duration = Duration::from_secs(120);
 
 /// Chooses the engine and says why.
 ///
@@ -144,6 +148,7 @@ impl Migration {
 
     async fn rounds(&mut self) -> Result<String, Error> {
         const AWAITED: &str = "a round";
+        const STORED: &str = "the pages of a round in store";
         let begun = Instant::now();
         let policy = self.request.choices.policy;
         let give_up_at = give_up_at(begun, &policy);
@@ -184,10 +189,14 @@ impl Migration {
                     RoundError::Memory { source } => source.into(),
                     RoundError::Sink { source } => broken(source),
                 })?;
-                sink.sender.flush().await.map_err(broken)?;
-                Ok(stats)
+                let sent = Instant::now();
+                sink.sender
+                    .control(&Message::RoundSent)
+                    .await
+                    .map_err(broken)?;
+                Ok((stats, sent))
             };
-            let stats = tokio::select! {
+            let (stats, sent) = tokio::select! {
                 stats = round => stats?,
                 // Nothing is due from the destination now but its giving up.
                 message = link.inbox.next(AWAITED) => {
@@ -198,12 +207,21 @@ impl Migration {
                     return Err(Error::NotConverged { reason: StopReason::Timeout });
                 }
             };
+            let stored = tokio::select! {
+                message = link.inbox.next_within(STORED, STORED_LIMIT) => message?,
+                () = reached(give_up_at) => {
+                    return Err(Error::NotConverged { reason: StopReason::Timeout });
+                }
+            };
+            if stored != Message::RoundStored {
+                return Err(link.inbox.unexpected(&stored, STORED));
+            }
             self.round_pages += stats.pages_written;
             // There is none in the rounds that follow.
             let paused = pacer.take().map_or(Duration::ZERO, |pacer| pacer.paused());
             let after = link.sender.stream_stats();
             let sent_bytes = after.raw_bytes.saturating_sub(before.raw_bytes);
-            let sending = after.busy.saturating_sub(before.busy);
+            let sending = after.busy.saturating_sub(before.busy) + sent.elapsed();
             self.rounds += 1;
             let counted = self.count_flows(&mut look).await;
             let round = Round {
