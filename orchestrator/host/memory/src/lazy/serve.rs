@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use migrate_core::wire::PageOwner;
+use rustix::process::{getpriority_process, setpriority_process};
 
 use super::late::{LATE_FROM, LatePages, Noted};
 use super::partner::{self, Death, Heard, Partner, Said, Slate};
@@ -234,9 +235,16 @@ impl Drop for Alarm<'_> {
     }
 }
 
+/// Of threads that fill: a tenth of what a thread of the tree gets of a CPU that both want
+/// (`sched_prio_to_weight` of `kernel/sched/core.c`).
+const FILL_NICE: i32 = 10;
+
 /// One thread that fills in the background.
 fn filler(shared: &Shared, index: usize) {
     let _alarm = Alarm(shared);
+    // The tree, and what it waits for, go first. Nobody has to let it.
+    let now = getpriority_process(None).unwrap_or(0);
+    let _ = setpriority_process(None, now.max(FILL_NICE));
     let mut seen = 0;
     let mut again = false;
     loop {
