@@ -91,16 +91,16 @@ pub enum Supervisor {
 /// # Errors
 /// When /proc cannot be read, or systemd does not answer.
 pub fn supervisor(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
-    if let Some(found) = starts_again(tree)? {
+    let path = unit_path(tree)?;
+    if let Some(found) = starts_again(tree, path.as_deref())? {
         return Ok(Some(found));
     }
-    let path = unit_path(tree)?;
     let scope = path.as_deref().and_then(|path| unit_of(path, ".scope"));
     Ok(scope.map(|unit| Supervisor::SystemdScope { unit: unit.into() }))
 }
 
-fn starts_again(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
-    if let Some(unit) = systemd_unit(tree)? {
+fn starts_again(tree: &Tree, path: Option<&str>) -> Result<Option<Supervisor>, ProcError> {
+    if let Some(unit) = systemd_unit(tree, path)? {
         return Ok(Some(unit));
     }
     let ours = tree::own_ancestors()?;
@@ -237,9 +237,8 @@ fn unit_path(tree: &Tree) -> Result<Option<String>, ProcError> {
 }
 
 /// The unit whose main process the tree has.
-fn systemd_unit(tree: &Tree) -> Result<Option<Supervisor>, ProcError> {
-    let path = unit_path(tree)?;
-    let Some(unit) = path.as_deref().and_then(|path| unit_of(path, ".service")) else {
+fn systemd_unit(tree: &Tree, path: Option<&str>) -> Result<Option<Supervisor>, ProcError> {
+    let Some(unit) = path.and_then(|path| unit_of(path, ".service")) else {
         return Ok(None);
     };
     let mut shown = systemd::show(unit, "Id,Restart,MainPID,WatchdogUSec")?;
