@@ -71,6 +71,17 @@ fn main() -> io::Result<()> {
             ready()?;
             wait_for_end()
         }
+        ["hole", mib] => {
+            let mut memory = Memory::map(number(mib)? << 20)?;
+            memory.fill(1);
+            ready()?;
+            line()?;
+            let quarter = memory.bytes / 4;
+            // SAFETY: the second quarter of the mapping is not used any more.
+            let unmapped = unsafe { libc::munmap(memory.at.add(quarter).cast(), quarter) };
+            println!("{unmapped}");
+            wait_for_end()
+        }
         ["blocked", call] => blocked(call),
         ["filtered"] => filtered(),
         ["signals"] => signals(),

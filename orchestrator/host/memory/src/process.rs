@@ -276,13 +276,16 @@ impl Owed<'_> {
         }
     }
 
-    /// The first page cannot be read: the rest of its region counts as written,
-    /// for the next round to look at. Returns how many pages that are.
-    pub(crate) fn give_up_first(&mut self) -> u64 {
-        self.ranges.pop_front().map_or(0, |range| {
-            self.watch.mark_written(&range);
-            (range.end - range.start) / PAGE
-        })
+    /// The first page cannot be read: it and others of its region, `pages` together, count
+    /// as written, for the next round to look at. Returns how many pages that are.
+    pub(crate) fn give_up(&mut self, pages: u64) -> u64 {
+        let Some(range) = self.ranges.front() else {
+            return 0;
+        };
+        let bytes = (range.end - range.start).min(pages.saturating_mul(PAGE));
+        self.watch.mark_written(&(range.start..range.start + bytes));
+        self.settle(bytes);
+        bytes / PAGE
     }
 }
 

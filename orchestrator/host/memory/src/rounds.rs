@@ -579,6 +579,9 @@ impl<S: PageSink> Pass<'_, S> {
 
     /// Reads and hands on the pages that a scan named.
     async fn settle(&mut self, mut owed: process::Owed<'_>) -> Result<(), RoundError<S::Error>> {
+        // What is not mapped any more may be one page or most of a region: the next page that
+        // can be read is found in as many steps as its logarithm.
+        let mut missing = 1;
         loop {
             let pieces = owed.next_pieces(RUN_PAGES_MAX);
             if pieces.is_empty() {
@@ -592,8 +595,12 @@ impl<S: PageSink> Pass<'_, S> {
             self.hand_on(&pieces, &data.freeze()).await?;
             owed.settle(read);
             self.stats.pages_written += read / PAGE;
+            if read > 0 {
+                missing = 1;
+            }
             if read < wanted {
-                let given_up = owed.give_up_first();
+                let given_up = owed.give_up(missing);
+                missing = 2 * given_up;
                 self.stats.pages_scanned -= given_up;
                 self.stats.pages_vanished += given_up;
             }

@@ -436,6 +436,39 @@ async fn what_did_not_change_is_skipped() {
     assert_eq!(victim.ask(), "here");
 }
 
+/// What is unmapped while a round reads costs the round little more than that.
+#[tokio::test]
+async fn what_vanishes_from_a_region_leaves_the_rest_of_it() {
+    /// Has the victim unmap a quarter of its memory when the first pages of it have come.
+    struct Unmaps<'v>(Direct, Option<&'v mut Victim>);
+    impl PageSink for Unmaps<'_> {
+        type Error = StoreError;
+        async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), StoreError> {
+            if run.pages == migrate_memory::RUN_PAGES_MAX
+                && let Some(victim) = self.1.take()
+            {
+                assert_eq!(victim.ask(), "0");
+            }
+            self.0.pages(run, data).await
+        }
+    }
+    require_tracking!("what_vanishes_from_a_region_leaves_the_rest_of_it");
+    const PAGES: u64 = 64 << 8;
+    let mut victim = Victim::start(&["hole", "64"]);
+    let pid = victim.pid();
+    let mut precopy = Precopy::new(pid, Limits::default()).unwrap();
+    let mut sink = Unmaps(Direct::new(), Some(&mut victim));
+    let stats = precopy.round(&mut sink).await.unwrap();
+    print("with a hole", &stats);
+    let Unmaps(mut direct, unasked) = sink;
+    assert!(unasked.is_none());
+    // The steps over a hole are as long as itself, at most.
+    let (hole, missed) = (PAGES / 4, stats.pages_vanished);
+    assert!((hole..=2 * hole).contains(&missed), "{missed} of {PAGES}");
+    assert!(stats.pages_written >= PAGES - 2 * hole);
+    stop_and_compare(&[pid], &mut precopy, &mut direct).await;
+}
+
 #[tokio::test]
 async fn a_sparse_mapping_stays_sparse() {
     require_tracking!("a_sparse_mapping_stays_sparse");
