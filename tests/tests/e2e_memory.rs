@@ -9,6 +9,7 @@ use migrate_test_hosts::{Host, HostName, Lab, LabGuard};
 use migrate_tests::field::processes;
 use migrate_tests::hosts::{eventually, runs};
 use migrate_tests::migration::{Migration, migrate, serves_old_connections};
+use migrate_tests::refusals::under_policy;
 use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload};
 
@@ -409,6 +410,61 @@ fn the_goal_decides_how_many_rounds_a_tree_takes() {
     let (high, low) = (rounds(&high).len(), rounds(&low).len());
     println!("goal 90: {high} rounds, goal 40: {low} rounds");
     assert!(high >= low + 2, "{high} and {low} rounds");
+}
+
+/// Has 32 MiB in parts, ten times a second one of them at an address that none had before.
+const MOVES_HOUSE: &str = "
+import collections, ctypes, mmap, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+ROOM, ROOMS, FIXED_NOREPLACE = 2 << 20, 16, 0x100000
+rooms, at = collections.deque(), 1 << 40
+def build():
+    global at
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | FIXED_NOREPLACE
+    where = libc.mmap(at, ROOM, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    assert where == at, ctypes.get_errno()
+    ctypes.memset(at, 7, ROOM)
+    rooms.append(at)
+    at += ROOM
+for _ in range(ROOMS):
+    build()
+open('/tmp/holds', 'w').close()
+while True:
+    time.sleep(0.1)
+    libc.munmap(rooms.popleft(), ROOM)
+    build()
+";
+
+/// What a tree has unmapped takes no room at the destination, which may keep 96 MiB: in the
+/// time of the rounds, several seconds, the tree has more than that.
+#[test]
+fn memory_that_is_gone_makes_room() {
+    require!("memory_that_is_gone_makes_room": root, tcx, criu, migrate, python);
+    let lab = lab("gone");
+    let (host1, host2) = (lab.host(HostName::Host1), lab.host(HostName::Host2));
+    let tree = host1
+        .spawn_detached(["/usr/bin/python3", "-c", MOVES_HOUSE], "/dev/null")
+        .unwrap();
+    assert!(eventually(Duration::from_secs(60), || {
+        host1.path("/tmp/holds").exists()
+    }));
+    let mut command = host1.command("migrate");
+    under_policy(&mut command, &host2, "memory_mib_max = 96\n");
+    command
+        .args(["--json", "--engine", "uffd", "--verify"])
+        .args(["--bandwidth", "25M", "--compress", "none"])
+        .args(["--goal", "100", "--max-blackout", "60", "--to", "host2"])
+        .arg(tree.to_string());
+    let output = command.output().unwrap();
+    let moved = Migration::read(output.status.code(), &output.stdout, &output.stderr);
+    let report = moved.expect_committed();
+    let written: Vec<u64> = report.precopy.iter().map(|r| r.pages_written).collect();
+    println!("{written:?}");
+    assert!(report.rounds >= 3, "{written:?}");
+    assert!(runs(&host2, tree));
 }
 
 /// Holds 64 MiB, and nothing else or all that it can get of one CPU.

@@ -17,7 +17,8 @@
 //!                    <~~~~~~~~~~~~~~~~~~  Joined
 //!   Streams          ------------------>  from here over all connections in turn
 //!   Pages ...        ------------------>  rounds, while the tree runs
-//!   RoundSent        ------------------>  after each of them
+//!   Gone             ------------------>  what is unmapped since they were sent
+//!   RoundSent        ------------------>  after each round
 //!                    <------------------  RoundStored
 //!   Frozen           ------------------>
 //!   Pages ...        ------------------>  as CRIU writes them
@@ -231,6 +232,16 @@ pub enum Message {
     },
     /// Gate closed, address staged, CRIU warm.
     Prepared,
+    /// What rounds have sent of these pages is of no use any more: the tree has unmapped
+    /// them, or who had them has ended. Frames come in order: what comes later for the same
+    /// pages is kept.
+    Gone {
+        /// Whose.
+        owner: PageOwner,
+        /// First page, as address over [`PAGE_BYTES`], and count; at most
+        /// [`GONE_RANGES_MAX`].
+        pages: Vec<(u64, u64)>,
+    },
     /// A round's pages have been sent.
     RoundSent,
     /// They are in store, and nothing is on its way any more. What connections hold of
@@ -370,6 +381,10 @@ pub enum Message {
 
 /// Bytes of a manifest in one message.
 pub const MANIFEST_PIECE_BYTES: usize = 1 << 20;
+
+/// Ranges of pages that one [`Message::Gone`] may name: with the largest numbers they fit a
+/// control message.
+pub const GONE_RANGES_MAX: usize = 1 << 16;
 
 /// Connections in one [`Message::Seen`]: with their longest addresses they fit
 /// a control message.

@@ -12,7 +12,7 @@
 //! First marked, then read: a write after the mark marks the page again, so
 //! either this reading or the next round has it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error as StdError;
 use std::future::Future;
 use std::ops::Range;
@@ -37,7 +37,7 @@ use crate::{PAGE, ZERO_PAGE};
 pub const RUN_PAGES_MAX: u64 = 256;
 
 /// Every address that a process can have.
-const ALL_ADDRESSES: Range<u64> = 0..1 << 63;
+pub(crate) const ALL_ADDRESSES: Range<u64> = 0..1 << 63;
 
 /// Takes the pages of a round.
 pub trait PageSink: Send {
@@ -55,13 +55,14 @@ pub trait PageSink: Send {
     ) -> impl Future<Output = Result<(), Self::Error>> + Send;
 
     /// Memory that was there in the last round is not any more; of an ended
-    /// process, every address. Only a hint: what came for it may be thrown away.
+    /// process, every address. What came for it earlier may be thrown away, what comes
+    /// later may not. Only a hint: what stays costs room, and is in nobody's list in the end.
     fn gone(
         &mut self,
         owner: PageOwner,
-        range: Range<u64>,
+        ranges: &[Range<u64>],
     ) -> impl Future<Output = Result<(), Self::Error>> + Send {
-        let _ = (owner, range);
+        let _ = (owner, ranges);
         async { Ok(()) }
     }
 }
@@ -304,19 +305,41 @@ impl Precopy {
         members: &[Member],
         sink: &mut S,
     ) -> Result<(), RoundError<S::Error>> {
-        let ended: Vec<i32> = self
-            .processes
+        let running: BTreeSet<(i32, u64)> = members
             .iter()
-            .filter(|&(&pid, process)| {
-                !members
-                    .iter()
-                    .any(|m| m.pid == pid && m.start_ticks == process.start_ticks)
-            })
-            .map(|(&pid, _)| pid)
+            .map(|member| (member.pid, member.start_ticks))
             .collect();
+        let runs = |pid, process: &Process| running.contains(&(pid, process.start_ticks));
+        let forgotten = self.forget_but(runs, sink).await;
+        forgotten.map_err(|source| RoundError::Sink { source })
+    }
+
+    /// Forgets processes that have ended since the last round, and tells the sink: those
+    /// that are not among the PIDs of the frozen tree.
+    ///
+    /// # Errors
+    ///
+    /// The sink refused.
+    pub async fn forget_ended_but<S: PageSink>(
+        &mut self,
+        frozen: &BTreeSet<i32>,
+        sink: &mut S,
+    ) -> Result<(), S::Error> {
+        self.forget_but(|pid, _| frozen.contains(&pid), sink).await
+    }
+
+    async fn forget_but<S: PageSink>(
+        &mut self,
+        runs: impl Fn(i32, &Process) -> bool,
+        sink: &mut S,
+    ) -> Result<(), S::Error> {
+        let ended = self.processes.iter();
+        let ended = ended.filter(|&(&pid, process)| !runs(pid, process));
+        let ended: Vec<i32> = ended.map(|(&pid, _)| pid).collect();
         for pid in ended {
             self.processes.remove(&pid);
-            report_gone(sink, pid, vec![ALL_ADDRESSES]).await?;
+            sink.gone(PageOwner::Task(pid.unsigned_abs()), &[ALL_ADDRESSES])
+                .await?;
         }
         Ok(())
     }
@@ -343,6 +366,14 @@ impl Precopy {
                 }
                 return Ok(());
             };
+            // Before what is there now, for other memory may be at the same addresses.
+            let before = std::mem::replace(&mut process.known, merged(&vmas));
+            let gone = without(&before, &process.known);
+            if !gone.is_empty() {
+                let owner = PageOwner::Task(pid.unsigned_abs());
+                let told = sink.gone(owner, &gone).await;
+                told.map_err(|source| RoundError::Sink { source })?;
+            }
             let trackable = vmas.iter().filter(|vma| vma.trackable());
             let Ok(refused) = watch.adopt(trackable) else {
                 process.watch = None;
@@ -369,10 +400,7 @@ impl Precopy {
                 }
             }
             if same_memory {
-                let now: Vec<Range<u64>> = merged(&vmas);
-                let before = std::mem::replace(&mut process.known, now);
-                let gone = without(&before, &process.known);
-                return report_gone(sink, pid, gone).await;
+                return Ok(());
             }
             process.watch = None;
         }
@@ -679,19 +707,6 @@ fn runs(owner: PageOwner, vaddr: u64, data: &Bytes) -> impl Iterator<Item = (Pag
         };
         Some((run, content))
     })
-}
-
-async fn report_gone<S: PageSink>(
-    sink: &mut S,
-    pid: i32,
-    ranges: Vec<Range<u64>>,
-) -> Result<(), RoundError<S::Error>> {
-    for range in ranges {
-        sink.gone(PageOwner::Task(pid.unsigned_abs()), range)
-            .await
-            .map_err(|source| RoundError::Sink { source })?;
-    }
-    Ok(())
 }
 
 /// The mappings that may be tracked, adjacent ones in one.

@@ -33,7 +33,7 @@ use crate::arena::memory_file;
 use crate::error::{MemoryError, RoundError};
 use crate::known::{Known, alike};
 use crate::maps;
-use crate::rounds::{PageSink, RUN_PAGES_MAX, RoundStats};
+use crate::rounds::{ALL_ADDRESSES, PageSink, RUN_PAGES_MAX, RoundStats};
 use crate::store::MemoryDigest;
 use crate::sys;
 use crate::tree::{self, Member};
@@ -228,7 +228,7 @@ impl Segments {
         for &gone in self.seen.difference(&now) {
             // The number may come again, for another segment.
             known.forget(PageOwner::Shared(gone));
-            sink.gone(PageOwner::Shared(gone), 0..1 << 63)
+            sink.gone(PageOwner::Shared(gone), &[ALL_ADDRESSES])
                 .await
                 .map_err(|source| RoundError::Sink { source })?;
         }
@@ -448,8 +448,14 @@ mod tests {
             Ok(())
         }
 
-        async fn gone(&mut self, owner: PageOwner, range: Range<u64>) -> Result<(), Infallible> {
-            self.0.drop_range(owner, range);
+        async fn gone(
+            &mut self,
+            owner: PageOwner,
+            ranges: &[Range<u64>],
+        ) -> Result<(), Infallible> {
+            for range in ranges {
+                self.0.drop_range(owner, range.clone());
+            }
             Ok(())
         }
     }

@@ -160,8 +160,10 @@ impl PageSink for Direct {
         self.store.put(run, &data)
     }
 
-    async fn gone(&mut self, owner: PageOwner, range: Range<u64>) -> Result<(), StoreError> {
-        self.store.drop_range(owner, range);
+    async fn gone(&mut self, owner: PageOwner, ranges: &[Range<u64>]) -> Result<(), StoreError> {
+        for range in ranges {
+            self.store.drop_range(owner, range.clone());
+        }
         Ok(())
     }
 }

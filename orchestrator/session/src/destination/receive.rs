@@ -82,6 +82,22 @@ impl Memory {
         self.late = Some(LateRuns::default());
     }
 
+    /// The tree has unmapped these pages since they came.
+    pub(crate) fn forget(&mut self, owner: PageOwner, pages: &[(u64, u64)]) -> Result<(), Error> {
+        if self.frozen {
+            return Err(not_gone());
+        }
+        let page = PAGE_BYTES as u64;
+        for &(first, pages) in pages {
+            let ends = first
+                .checked_add(pages)
+                .and_then(|end| end.checked_mul(page));
+            let end = ends.ok_or_else(not_gone)?;
+            self.store.drop_range(owner, first * page..end);
+        }
+        Ok(())
+    }
+
     /// The rounds are over.
     pub(crate) fn freeze(&mut self) {
         self.frozen = true;
@@ -308,6 +324,10 @@ fn too_much() -> Error {
     Error::Changed("more memory has come than the tree had".to_owned())
 }
 
+fn not_gone() -> Error {
+    Error::Changed("memory is said to be gone after the rounds, or where none can be".to_owned())
+}
+
 fn not_agreed() -> Error {
     Error::Changed("pages are to come late that nobody has agreed to".to_owned())
 }
@@ -404,6 +424,7 @@ impl Destination {
                 Frame::Control(Message::Follows { owner, pages }) => {
                     memory.follow(owner, pages)?;
                 }
+                Frame::Control(Message::Gone { owner, pages }) => memory.forget(owner, &pages)?,
                 Frame::Control(Message::RoundSent) => self.send(&Message::RoundStored).await?,
                 Frame::Control(Message::Frozen) => {
                     self.clock.frozen();
@@ -628,6 +649,39 @@ mod tests {
             assert!(said(memory.list(run, &follows)).contains("has not in store"));
         }
         memory.list(run(TASK, 3, 4), &follows).unwrap();
+    }
+
+    #[test]
+    fn what_is_gone_makes_room_for_what_comes() {
+        let mut memory = Memory::new(0, &Policy::default(), false);
+        let (page, data) = (PAGE_BYTES as u64, [7; PAGE_BYTES]);
+        let put = |memory: &mut Memory, number: u64| {
+            let run = PageRun {
+                owner: TASK,
+                vaddr: number * page,
+                pages: 1,
+                flags: PageRun::PRESENT,
+            };
+            memory.store.put(run, &data)
+        };
+        let room = memory.room_bytes / page;
+        for number in 0..room {
+            put(&mut memory, number).unwrap();
+        }
+        put(&mut memory, room).unwrap_err();
+        // Whole mappings, as it is known to a round; all that a process can have is more.
+        memory.forget(TASK, &[(0, room / 2), (room, 1)]).unwrap();
+        put(&mut memory, room).unwrap();
+        assert_eq!(memory.store.range(TASK, 0..page).count(), 0);
+        memory.forget(TASK, &[(0, 1 << 51)]).unwrap();
+        assert_eq!(memory.store.pages(TASK).count(), 0);
+
+        for pages in [(u64::MAX, 1), (1 << 52, 1)] {
+            let gone = memory.forget(TASK, &[pages]);
+            assert!(said(gone).contains("said to be gone"), "{pages:?}");
+        }
+        memory.freeze();
+        assert!(said(memory.forget(TASK, &[(0, 1)])).contains("after the rounds"));
     }
 
     #[test]

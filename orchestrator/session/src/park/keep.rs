@@ -337,6 +337,7 @@ impl Keeper {
                 }
                 // Its sender has to send it again in any case.
                 Frame::Packet(_) => {}
+                Frame::Control(Message::Gone { owner, pages }) => memory.forget(owner, &pages)?,
                 Frame::Control(Message::RoundSent) => self.send(&Message::RoundStored).await?,
                 Frame::Control(Message::Frozen) => memory.freeze(),
                 Frame::Control(Message::Flows(flows)) => {

@@ -1,7 +1,7 @@
 //! Freeze and dump: from the closed gate to the last image.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -162,6 +162,8 @@ impl Migration {
                 waited: Duration::ZERO,
             });
         }
+        let pids: BTreeSet<i32> = tree.processes.iter().map(|process| process.pid).collect();
+        self.forget_ended(&pids).await?;
         self.send(&Message::Frozen).await?;
         self.tell_ended(&sockets.ended).await?;
         self.let_end(&sockets.closing)?;

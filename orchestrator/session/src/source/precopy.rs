@@ -1,6 +1,8 @@
 //! Pre-copy: memory goes over while the tree runs, round after round, until
 //! another round would not shorten the blackout.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -9,7 +11,7 @@ use migrate_core::blackout::Standing;
 use migrate_core::convergence::{Convergence, Decision, OnTimeout, Policy, Round, StopReason};
 use migrate_core::preflight::Finding;
 use migrate_core::report::{RoundReport, counted};
-use migrate_core::wire::{Message, PAGE_BYTES, PageRun};
+use migrate_core::wire::{GONE_RANGES_MAX, Message, PAGE_BYTES, PageOwner, PageRun};
 use migrate_criu::{Criu, Marks, Track, WorkerOptions};
 use migrate_gate::FlowCount;
 use migrate_memory::{ContentPrecopy, Limits, Precopy, RoundError, RoundStats, TrackingState};
@@ -323,6 +325,20 @@ impl Migration {
         self.link_bytes_per_s
     }
 
+    /// What rounds have sent of processes that are not among those of the frozen tree takes
+    /// no room beside what the final dump brings.
+    pub(super) async fn forget_ended(&mut self, frozen: &BTreeSet<i32>) -> Result<(), Error> {
+        let (Some(precopy), Some(link)) = (&mut self.precopy, &mut self.link) else {
+            return Ok(());
+        };
+        let mut sink = Outgoing::new(&mut link.sender);
+        let forgotten = precopy.forget_ended_but(frozen, &mut sink).await;
+        forgotten.map_err(|source| Error::Channel {
+            peer: link.peer.clone(),
+            source,
+        })
+    }
+
     /// For the final dump: whose clean pages have gone over.
     pub(super) fn precopied(&self) -> Option<Track> {
         if let Some(soft_dirty) = &self.soft_dirty {
@@ -371,5 +387,20 @@ impl migrate_memory::PageSink for Outgoing<'_> {
 
     async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), ChannelError> {
         self.send(run, &data).await
+    }
+
+    async fn gone(&mut self, owner: PageOwner, ranges: &[Range<u64>]) -> Result<(), ChannelError> {
+        let page = PAGE_BYTES as u64;
+        for ranges in ranges.chunks(GONE_RANGES_MAX) {
+            let pages = ranges
+                .iter()
+                .map(|range| (range.start / page, (range.end - range.start) / page));
+            let gone = Message::Gone {
+                owner,
+                pages: pages.collect(),
+            };
+            self.sender.control(&gone).await?;
+        }
+        Ok(())
     }
 }
