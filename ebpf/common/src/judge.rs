@@ -114,7 +114,7 @@ pub fn judge<P: Packet + ?Sized, W: World>(
         let fate = match mode(state, direction, world) {
             _ if is_own => Fate::Returned,
             Mode::Drop | Mode::Hold => Fate::Kept,
-            Mode::HoldBare if segment.is_bare_or_end() => Fate::Kept,
+            Mode::HoldBare if segment.waits_with_answers() => Fate::Kept,
             Mode::Mute if is_reset(segment.flags, direction) => Fate::Kept,
             Mode::Open | Mode::HoldNew | Mode::HoldBare | Mode::Mute => Fate::Passes,
         };
@@ -170,7 +170,7 @@ pub fn judge<P: Packet + ?Sized, W: World>(
             }
             let passes = match mode {
                 Mode::Open => !reset || state.is_open(),
-                Mode::HoldBare => !reset && !segment.is_bare_or_end(),
+                Mode::HoldBare => !reset && !segment.waits_with_answers(),
                 Mode::Drop | Mode::Hold | Mode::HoldNew | Mode::Mute => false,
             };
             if passes || !is_workload(&key, world) {
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn acknowledgements_and_ends_wait_where_senders_shall_stop() {
+    fn acknowledgements_beginnings_and_ends_wait_where_senders_shall_stop() {
         use Direction::{Egress, Ingress};
         let world = Fixed {
             state: State(0).next(Mode::Hold, Mode::HoldBare),
@@ -436,7 +436,7 @@ mod tests {
             deadline_ns: 1000,
             ..world
         };
-        let (ack, push, fin, syn_ack) = (0x10, 0x18, 0x11, 0x12);
+        let (ack, push, fin, syn, syn_ack) = (0x10, 0x18, 0x11, 0x02, 0x12);
         let bare = |flags| segment(flags).to_vec();
         let mut data = bare(ack);
         data.push(0);
@@ -448,8 +448,10 @@ mod tests {
             (&bare(push), Egress, world, Judgement::Hold),
             (&data, Egress, world, Judgement::Pass),
             (&bare(fin), Egress, world, Judgement::Hold),
-            (&bare(syn_ack), Egress, world, Judgement::Pass),
+            (&bare(syn), Egress, world, Judgement::Hold),
+            (&bare(syn_ack), Egress, world, Judgement::Hold),
             (&bare(TCP_RST), Egress, world, Judgement::PassReset),
+            (&bare(TCP_RST | ack), Egress, world, Judgement::PassReset),
             (&empty, Ingress, world, Judgement::Hold),
             (&empty, Egress, foreign, Judgement::Pass),
             (&empty, Egress, expired, Judgement::Pass),

@@ -21,8 +21,8 @@ pub enum Mode {
     /// way in only.
     HoldNew = 3,
     /// Segments that acknowledge and nothing more wait, as with `Hold`, and so
-    /// does the end of a connection, which must not overtake them; everything
-    /// else passes. For the way out only: without answers senders
+    /// do the beginning and the end of a connection, which must not overtake
+    /// them; everything else passes. For the way out only: without answers senders
     /// come to a stop at their windows.
     HoldBare = 4,
     /// The host resets nothing, whosever connection it is; everything else

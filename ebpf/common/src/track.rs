@@ -92,13 +92,14 @@ impl Segment {
         self.payload_bytes == 0 && self.flags & (TCP_SYN | TCP_RST | TCP_FIN | TCP_ACK) == TCP_ACK
     }
 
-    /// Whether it waits where acknowledgements are held. An end does, too: an
-    /// acknowledgement that it has overtaken meets a peer in TIME_WAIT, whose
-    /// answer finds no connection any more and is answered with RST.
+    /// Whether it waits where acknowledgements are held. Beginnings and ends do, too: a
+    /// connection that could begin, or end, while an acknowledgement of its peer is held
+    /// may be over when that is given to its socket. One in TIME_WAIT answers it, and the
+    /// peer, which knows nothing of the connection any more, says RST.
     #[inline(always)]
     #[must_use]
-    pub const fn is_bare_or_end(&self) -> bool {
-        self.is_bare() || self.flags & (TCP_FIN | TCP_RST) == TCP_FIN
+    pub const fn waits_with_answers(&self) -> bool {
+        self.is_bare() || self.flags & (TCP_SYN | TCP_FIN) != 0 && self.flags & TCP_RST == 0
     }
 }
 

@@ -596,8 +596,8 @@ impl Gate {
         Ok(())
     }
 
-    /// Lets the tree's packets out, except for those that only acknowledge,
-    /// and still none in. Where packets are not held, this is
+    /// Lets the tree's packets out, except for those that only acknowledge and those with
+    /// which connections begin and end, and still none in. Where packets are not held, this is
     /// [`open_egress`](Self::open_egress): an acknowledgement that is dropped
     /// costs its receiver a timer.
     pub fn hold_answers(&self) {

@@ -363,6 +363,51 @@ fn a_connection_begun_while_closed_is_answered_after() {
     pair.assert_nothing_left();
 }
 
+/// Nothing of a connection that begins before everything that is held is in can be held
+/// and be overtaken: it begins when the way in is open.
+#[test]
+fn a_connection_does_not_begin_before_the_way_in_is_open() {
+    needs_root!("a_connection_does_not_begin_before_the_way_in_is_open");
+    needs_tun!("a_connection_does_not_begin_before_the_way_in_is_open");
+    let pair = Pair::new();
+    let (gate, mut held, index) = attach(&pair, HoldOptions::default());
+    let listening = pair.listen("10.9.0.1:7000");
+    let address = listening.local_addr().unwrap();
+    gate.add_listeners(&[listener(&address.to_string(), false)])
+        .unwrap();
+    gate.close().unwrap();
+    let before = retransmissions(&pair);
+    let client = std::thread::scope(|scope| {
+        let connecting = scope.spawn(|| pair.connect(address, PATIENCE).unwrap());
+        let opening = next(&mut held).unwrap();
+        assert_eq!(opening.direction, Direction::Ingress);
+        gate.hold_answers();
+        give_back(&gate, index, &[opening]);
+        let answer = next(&mut held).unwrap();
+        assert_eq!(answer.direction, Direction::Egress);
+        assert!(!answer.is_bare());
+        gate.open_ingress();
+        give_back(&gate, index, &[answer]);
+        connecting.join().unwrap()
+    });
+    // Its last word of the beginning, and the first of the rest, came by themselves.
+    let (server, _) = listening.accept().unwrap();
+    (&client).write_all(b"?").unwrap();
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(read_one(&server, PATIENCE), Ok(b'?'));
+    let late = held.try_drain();
+    assert!(
+        late.iter()
+            .all(|packet| packet.direction == Direction::Egress)
+    );
+    gate.open().unwrap();
+    give_back(&gate, index, &late);
+    assert_eq!(retransmissions(&pair), before);
+    drop((client, server));
+    pair.server.run(|| detach(gate));
+    pair.assert_nothing_left();
+}
+
 #[test]
 fn a_tag_that_the_interface_takes_out_comes_back() {
     needs_root!("a_tag_that_the_interface_takes_out_comes_back");
