@@ -211,6 +211,19 @@ impl Workload {
     ///
     /// [`WorkloadError`] when it does not get that far.
     pub fn start(kind: Kind, lab: &Lab) -> Result<Self, WorkloadError> {
+        Self::start_by(&[], kind, lab)
+    }
+
+    /// The same with a shell as its root, which waits for it.
+    ///
+    /// # Errors
+    ///
+    /// [`WorkloadError`] when it does not get that far.
+    pub fn start_in_shell(kind: Kind, lab: &Lab) -> Result<Self, WorkloadError> {
+        Self::start_by(&["/bin/sh", "-c", r#""$@"; exit $?"#, "sh"], kind, lab)
+    }
+
+    fn start_by(starter: &[&str], kind: Kind, lab: &Lab) -> Result<Self, WorkloadError> {
         let host = lab.host(HostName::Host1);
         if kind == Kind::Http {
             for name in [HostName::Host1, HostName::Host2] {
@@ -221,8 +234,9 @@ impl Workload {
                 fs::write(root.join("b"), "second ".repeat(300)).map_err(failed)?;
             }
         }
+        let command = starter.iter().map(OsString::from).chain(kind.command());
         let pid = host
-            .spawn_detached(kind.command(), "/dev/null")
+            .spawn_detached(command, "/dev/null")
             .map_err(|source| WorkloadError::Start { kind, source })?;
         let workload = Self { kind, pid };
         let is_up = || match kind {

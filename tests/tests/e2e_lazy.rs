@@ -83,6 +83,25 @@ fn redis_serves_while_its_memory_arrives() {
     assert!(client.stop().unwrap().is_clean());
 }
 
+/// So it does where a shell waits for the one that has the memory: processes that have
+/// little in common may have it late, each its own.
+#[test]
+fn memory_of_several_processes_arrives() {
+    require!("memory_of_several_processes_arrives": root, tcx, criu, migrate, redis);
+    let lab = lab("several");
+    let workload = Workload::start_in_shell(Kind::Redis, &lab).unwrap();
+    grow(&lab, 64);
+    let mut client = workload.client(&lab, 10, &["--verify"]).unwrap();
+    serves_old_connections(&mut client);
+    let there = ["--verify", "--to", "host2", &workload.pid.to_string()];
+    let there = migrate(&lab.host(HostName::Host1), there).unwrap();
+    let report = there.expect_committed();
+    assert!(report.lazy_pages > 64 << 8, "{report:?}");
+    all_right(&lab, 64);
+    serves_old_connections(&mut client);
+    assert!(client.stop().unwrap().is_clean());
+}
+
 /// The next migration starts while memory of the last one arrives: it waits.
 #[test]
 fn ten_hops_in_a_row_lose_nothing() {

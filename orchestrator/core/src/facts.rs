@@ -121,6 +121,8 @@ pub struct TreeFacts {
     /// Memory that is to be carried, in bytes: pages that processes have in common
     /// since a fork count for each of them, those of shared segments once.
     pub resident_bytes: u64,
+    /// How much of that would not be needed if pages stayed in common since a fork, in bytes.
+    pub common_bytes: u64,
     /// The tree has a controlling terminal or a session leader outside itself,
     /// so that CRIU needs `shell_job`.
     pub shell_job: bool,
@@ -178,7 +180,7 @@ impl WindowFacts {
 }
 
 /// One process of the tree.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessFacts {
     /// Process id.
     pub pid: i32,

@@ -461,15 +461,24 @@ impl RestoreChoice {
     /// Less has not been measured, and has less to gain.
     pub const LAZY_FROM_BYTES: u64 = 16 << 20;
 
+    /// Of the memory of several processes, how much they may have in common: one part in so
+    /// many. It becomes pages of each when it arrives late, and the tree needs as much more.
+    pub const LAZY_COMMON_PART: u64 = 16;
+
     /// Whether memory is to arrive while the copy runs, on a host that can do
-    /// that. A tree of several processes gets it before, if nothing is said:
-    /// pages that they have in common would become pages of each.
+    /// that. If nothing is said it does where each process has much on an average and little
+    /// with others.
     #[must_use]
-    pub fn is_lazy(self, processes: usize, resident_bytes: u64) -> bool {
+    pub fn is_lazy(self, tree: &TreeFacts) -> bool {
         match self {
             Self::Lazy => true,
             Self::Eager => false,
-            Self::Auto => processes == 1 && resident_bytes >= Self::LAZY_FROM_BYTES,
+            Self::Auto => {
+                let processes = tree.processes.len() as u64;
+                let common_bytes = tree.common_bytes.saturating_mul(Self::LAZY_COMMON_PART);
+                tree.resident_bytes >= Self::LAZY_FROM_BYTES.saturating_mul(processes)
+                    && (processes < 2 || common_bytes <= tree.resident_bytes)
+            }
         }
     }
 }
@@ -744,15 +753,29 @@ impl<'a> ImagePiece<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::facts::ProcessFacts;
     use proptest::prelude::*;
 
     #[test]
     fn memory_arrives_late_where_that_pays() {
         let much = RestoreChoice::LAZY_FROM_BYTES;
-        let auto = RestoreChoice::Auto;
-        assert!(auto.is_lazy(1, much) && !auto.is_lazy(1, much - 1) && !auto.is_lazy(2, much));
-        assert!(RestoreChoice::Lazy.is_lazy(9, 0));
-        assert!(!RestoreChoice::Eager.is_lazy(1, u64::MAX));
+        let lazy = |choice: RestoreChoice, processes, resident_bytes, common_bytes| {
+            choice.is_lazy(&TreeFacts {
+                processes: vec![ProcessFacts::default(); processes],
+                resident_bytes,
+                common_bytes,
+                ..TreeFacts::default()
+            })
+        };
+        let auto =
+            |processes, resident, common| lazy(RestoreChoice::Auto, processes, resident, common);
+        assert!(auto(1, much, 0) && !auto(1, much - 1, 0));
+        // Its parent is not of the tree.
+        assert!(auto(1, much, much));
+        assert!(auto(2, 2 * much, much / 8) && !auto(2, 2 * much, much / 8 + 1));
+        assert!(!auto(3, 2 * much, 0));
+        assert!(lazy(RestoreChoice::Lazy, 9, 0, 0));
+        assert!(!lazy(RestoreChoice::Eager, 1, u64::MAX, 0));
     }
 
     #[test]

@@ -104,7 +104,8 @@ pub struct RoundArgs {
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub bandwidth: Option<u64>,
     /// When the copy gets its memory: all of it before it runs (eager), while it runs, what it
-    /// touches first (lazy), or lazy for one process with 16 MiB or more (auto)
+    /// touches first (lazy), or lazy where processes have 16 MiB or more each, on an average,
+    /// and little in common (auto)
     #[arg(long, value_name = "auto|eager|lazy", value_enum, default_value_t = RestoreName::Auto)]
     pub restore: RestoreName,
     /// Hand over before the frozen tree's memory has gone over, and send it while the copy runs,

@@ -42,5 +42,5 @@ pub use signal::{kill_tree, terminate};
 pub use supervisor::{
     HoldDown, HoldDownRecord, Supervisor, hold_down, supervisor, supervisor_finding,
 };
-pub use tree::{Tree, start_ticks, tracer, tree, validate_target};
+pub use tree::{ResidentMemory, Tree, start_ticks, tracer, tree, validate_target};
 pub use tunnel::{TUNNEL_DEVICE, attach_tunnel, compare_tunnel};

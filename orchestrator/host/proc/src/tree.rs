@@ -226,12 +226,25 @@ fn look(root: i32) -> Result<Option<(Sight, BTreeSet<i32>)>, ProcError> {
     Ok(Some((sight, stopped)))
 }
 
+/// Memory of a tree that is to be carried.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ResidentMemory {
+    /// All of it: what processes have in common since a fork counts for each of them, what
+    /// is in shared segments once.
+    pub bytes: u64,
+    /// How much more that is than what is there: it would be needed if each process had pages
+    /// of its own. No less than that where the kernel does not tell.
+    pub common_bytes: u64,
+}
+
 /// What one process adds to the memory of its tree.
 #[derive(Debug, PartialEq, Eq)]
 struct Carried {
     bytes: u64,
     /// Of these, its part of shared segments.
     shared_bytes: u64,
+    /// Of these, what others have as well since a fork, but for its part of that.
+    common_bytes: u64,
 }
 
 impl Carried {
@@ -248,15 +261,26 @@ impl Carried {
             "Private_Hugetlb",
             "SwapPss",
         ];
-        let Some(fields) = fields.map(field).into_iter().collect::<Option<Vec<u64>>>() else {
-            return Self {
-                bytes: field("Rss").unwrap_or(0),
-                shared_bytes: 0,
-            };
-        };
+        let known = fields.map(field);
+        let fields = known.map(Option::unwrap_or_default);
+        if known.contains(&None) {
+            return Self::unknown(field("Rss").unwrap_or(0));
+        }
+        let [shared_bytes, anonymous_bytes, ..] = fields;
+        let own_bytes = field("Pss_Anon").unwrap_or(0);
         Self {
-            bytes: fields.iter().copied().fold(0, u64::saturating_add),
-            shared_bytes: fields.first().copied().unwrap_or(0),
+            bytes: fields.into_iter().fold(0, u64::saturating_add),
+            shared_bytes,
+            common_bytes: anonymous_bytes.saturating_sub(own_bytes),
+        }
+    }
+
+    /// All of it may be anybody's.
+    fn unknown(bytes: u64) -> Self {
+        Self {
+            bytes,
+            shared_bytes: 0,
+            common_bytes: bytes,
         }
     }
 }
@@ -340,28 +364,32 @@ impl Tree {
     ///
     /// # Errors
     /// When /proc cannot be read.
-    pub fn resident_bytes(&self) -> Result<u64, ProcError> {
+    pub fn resident_memory(&self) -> Result<ResidentMemory, ProcError> {
         let mut sum = 0_u64;
+        let mut common_bytes = 0_u64;
         let mut mapped_shared = 0_u64;
         let mut segments = BTreeMap::new();
         for process in self.living() {
             let rollup = read::text_if_there(read::of(process.pid, "smaps_rollup"));
             let carried = match rollup.ok().flatten() {
                 Some(text) => Carried::of(&text),
-                None => Carried {
-                    bytes: read::text_if_there(read::of(process.pid, "status"))?
+                None => Carried::unknown(
+                    read::text_if_there(read::of(process.pid, "status"))?
                         .and_then(|text| parse::kilobytes(&text, "VmRSS"))
                         .unwrap_or(0),
-                    shared_bytes: 0,
-                },
+                ),
             };
             sum = sum.saturating_add(carried.bytes);
+            common_bytes = common_bytes.saturating_add(carried.common_bytes);
             mapped_shared = mapped_shared.saturating_add(carried.shared_bytes);
             add_segments(process.pid, &mut segments)?;
         }
         // What no living process has touched is in nobody's share.
         let in_segments: u64 = segments.values().sum();
-        Ok(sum.saturating_add(in_segments.saturating_sub(mapped_shared)))
+        Ok(ResidentMemory {
+            bytes: sum.saturating_add(in_segments.saturating_sub(mapped_shared)),
+            common_bytes,
+        })
     }
 
     /// cgroup path of the root: in the v2 hierarchy, else in v1's freezer,
@@ -409,6 +437,7 @@ impl Tree {
     /// # Errors
     /// When /proc cannot be read.
     pub fn facts(&self) -> Result<TreeFacts, ProcError> {
+        let memory = self.resident_memory()?;
         Ok(TreeFacts {
             root_pid: self.root(),
             processes: self.processes.clone(),
@@ -419,7 +448,8 @@ impl Tree {
             addresses: Vec::new(),
             stdio: self.stdio()?,
             tunnel: self.tunnel()?,
-            resident_bytes: self.resident_bytes()?,
+            resident_bytes: memory.bytes,
+            common_bytes: memory.common_bytes,
             shell_job: self.shell_job(),
             cgroup: self.cgroup.clone(),
             unit: Default::default(),
@@ -494,14 +524,16 @@ mod tests {
                       Private_Hugetlb:    2048 kB\n\
                       Swap:                 24 kB\n\
                       SwapPss:              16 kB\n";
-        let carried = |kib: u64, shared_kib: u64| Carried {
+        let carried = |kib: u64, shared_kib: u64, common_kib: u64| Carried {
             bytes: kib << 10,
             shared_bytes: shared_kib << 10,
+            common_bytes: common_kib << 10,
         };
-        assert_eq!(Carried::of(rollup), carried(100 + 146 + 8 + 2048 + 16, 8));
+        let bytes_kib = 100 + 146 + 8 + 2048 + 16;
+        assert_eq!(Carried::of(rollup), carried(bytes_kib, 8, 50));
         // Before Linux 5.3.
         let old = rollup.replace("Pss_", "Unknown_");
-        assert_eq!(Carried::of(&old), carried(1752, 0));
-        assert_eq!(Carried::of(""), carried(0, 0));
+        assert_eq!(Carried::of(&old), carried(1752, 0, 1752));
+        assert_eq!(Carried::of(""), carried(0, 0, 0));
     }
 }

@@ -118,7 +118,7 @@ fn a_tree_lists_parents_first_and_notices_change() {
     }
     assert!(tree.still_same());
     assert!(!tree.shell_job(), "leads its own session");
-    assert!(tree.resident_bytes().unwrap() > 0);
+    assert!(tree.resident_memory().unwrap().bytes > 0);
     assert_eq!(tree.frozen().unwrap().processes, tree.processes);
     let child = tree.processes.iter().rfind(|p| sleep(p)).unwrap();
     migrate_proc::kill_tree(&[child.pid]).unwrap();
@@ -129,24 +129,30 @@ fn a_tree_lists_parents_first_and_notices_change() {
 }
 
 /// Memory of a process and of its child, when each has `make`.
-fn bytes_of_a_family(make: &str) -> u64 {
+fn memory_of_a_family(make: &str) -> migrate_proc::ResidentMemory {
     let running = Running::python(&format!(
         "import mmap, os, time\n\
          {make}\n\
          if os.fork() > 0: print('ready', flush=True)\n\
          time.sleep(1000)"
     ));
-    running.await_processes(2).resident_bytes().unwrap()
+    running.await_processes(2).resident_memory().unwrap()
 }
 
 #[test]
 fn what_is_shared_since_a_fork_is_carried_for_each() {
     require!(root);
     const BYTES: u64 = 64 << 20;
-    let bytes = bytes_of_a_family("held = b'x' * (64 << 20)");
-    assert!((2 * BYTES..3 * BYTES).contains(&bytes), "{bytes}");
-    let bytes = bytes_of_a_family("held = mmap.mmap(-1, 64 << 20); held.write(b'x' * (64 << 20))");
-    assert!((BYTES..2 * BYTES).contains(&bytes), "{bytes}");
+    let copied = memory_of_a_family("held = b'x' * (64 << 20)");
+    assert!((2 * BYTES..3 * BYTES).contains(&copied.bytes), "{copied:?}");
+    assert!(
+        (BYTES..2 * BYTES).contains(&copied.common_bytes),
+        "{copied:?}"
+    );
+    let shared =
+        memory_of_a_family("held = mmap.mmap(-1, 64 << 20); held.write(b'x' * (64 << 20))");
+    assert!((BYTES..2 * BYTES).contains(&shared.bytes), "{shared:?}");
+    assert!(shared.common_bytes < BYTES / 2, "{shared:?}");
 }
 
 #[test]

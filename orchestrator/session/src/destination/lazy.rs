@@ -109,7 +109,7 @@ impl Memory {
         home: &Home,
         images: &mut ImageDir,
     ) -> Result<(), Error> {
-        if !choice.is_lazy(tree.processes.len(), tree.resident_bytes) {
+        if !choice.is_lazy(tree) {
             return Ok(());
         }
         if let Err(error) = probe_lazy() {

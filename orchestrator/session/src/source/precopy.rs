@@ -296,7 +296,7 @@ impl Migration {
             pages: stats.pages_scanned + stats.pages_untracked,
             pages_shared: stats.pages_shared,
             is_compared: *engine == Engine::Full,
-            is_eager: !restore.is_lazy(facts.processes.len(), facts.resident_bytes),
+            is_eager: !restore.is_lazy(facts),
         })
     }
 

@@ -254,6 +254,7 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
     findings.extend(sockets.findings);
     let moving: Vec<IpAddr> = sockets.addresses.iter().map(|a| a.ip).collect();
     findings.extend(super::tracking::findings(&moving));
+    let memory = tree.resident_memory()?;
     let facts = TreeFacts {
         root_pid: pid,
         processes: tree.processes.clone(),
@@ -264,7 +265,8 @@ async fn examine(state: &State, net: &Net, pid: i32, choices: &Choices) -> Resul
         addresses: sockets.addresses,
         stdio,
         tunnel: tree.tunnel()?,
-        resident_bytes: tree.resident_bytes()?,
+        resident_bytes: memory.bytes,
+        common_bytes: memory.common_bytes,
         shell_job: tree.shell_job(),
         cgroup: tree.cgroup().to_owned(),
         unit: migrate_proc::unit_facts(&tree, supervisor.as_ref()),
