@@ -16,10 +16,14 @@ use std::thread;
 use std::time::Duration;
 
 use migrate_tests::client::StrictClient;
+use migrate_tests::hosts::eventually;
 use migrate_tests::strict::Verdict;
 
 const ECHO_SERVER: &str = env!("CARGO_BIN_EXE_echo-server");
 const STRICT_CLIENT: &str = env!("CARGO_BIN_EXE_strict-client");
+
+/// For a server to listen, on a machine that is busy.
+const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// A workload on a loopback port that was free a moment ago.
 struct Server {
@@ -72,17 +76,23 @@ impl Server {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        match command.spawn() {
-            Ok(child) => Some(Self {
+        let server = match command.spawn() {
+            Ok(child) => Self {
                 child,
                 address,
                 directory,
-            }),
+            },
             Err(error) => {
                 println!("SKIP {name}: {error}");
-                None
+                return None;
             }
-        }
+        };
+        // A client would count the start of its server as a reply that is late.
+        assert!(
+            eventually(START_LIMIT, || TcpStream::connect(address).is_ok()),
+            "{name} does not listen"
+        );
+        Some(server)
     }
 }
 
@@ -204,14 +214,7 @@ impl Relay {
         let armed = Arc::clone(&trigger);
         thread::spawn(move || {
             let (client, _) = listener.accept().unwrap();
-            // A server may not listen yet when its client is already here.
-            let server = (0..500)
-                .find_map(|_| {
-                    TcpStream::connect(server)
-                        .inspect_err(|_| thread::sleep(Duration::from_millis(10)))
-                        .ok()
-                })
-                .expect("the server listens");
+            let server = TcpStream::connect(server).unwrap();
             client.set_nodelay(true).unwrap();
             server.set_nodelay(true).unwrap();
             let never = Arc::new(AtomicBool::new(false));
