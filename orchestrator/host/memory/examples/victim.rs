@@ -11,6 +11,9 @@
 //! `victim family MIB`: fills so much memory and has a child that waits, too.
 //! `victim fork`: for each line forks a child that writes; answers its PID.
 //! `victim exec`: at the next line becomes `victim write 4`.
+//! `victim execs fork|vfork`: for each line has a child that becomes `victim parked` a
+//! moment later; answers its PID, after that if the two had one memory until then.
+//! `victim parked`: waits, and ends with its parent.
 //! `victim shape SEED`: maps, grows, moves, protects, drops and unmaps at
 //! random, for ever.
 //!
@@ -21,8 +24,10 @@
     reason = "random and pattern bytes are cut off on purpose"
 )]
 
+use std::ffi::CString;
 use std::io::{BufRead as _, Write as _};
 use std::os::fd::AsRawFd as _;
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::{env, io, process, ptr, thread};
@@ -93,6 +98,10 @@ fn main() -> io::Result<()> {
                 .args(["write", "4"])
                 .exec())
         }
+        ["execs", how] => execs(how == "vfork"),
+        ["parked"] => loop {
+            thread::park();
+        },
         ["shape", seed] => shape(number(seed)? as u64),
         _ => Err(io::Error::other("usage: victim write|threads|... ...")),
     }
@@ -436,6 +445,63 @@ fn fork() -> io::Result<()> {
             child if child > 0 => println!("{child}"),
             _ => return Err(io::Error::last_os_error()),
         }
+    }
+}
+
+/// What a child does that becomes another program.
+struct Becomes {
+    after: libc::timespec,
+    program: CString,
+}
+
+/// For `clone`.
+extern "C" fn become_parked(becomes: *mut libc::c_void) -> libc::c_int {
+    let parked = c"parked".as_ptr();
+    // SAFETY: the caller's value outlives this, for it goes on after exec only, or has
+    // another memory; the words end with a null pointer.
+    unsafe {
+        let becomes = &*becomes.cast::<Becomes>();
+        // It outlives exec.
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        libc::nanosleep(&raw const becomes.after, ptr::null_mut());
+        let words = [becomes.program.as_ptr(), parked, ptr::null()];
+        libc::execv(becomes.program.as_ptr(), words.as_ptr());
+        libc::_exit(127)
+    }
+}
+
+fn execs(of_one_memory: bool) -> io::Result<()> {
+    const STACK_BYTES: usize = 64 << 10;
+    let mut stack = vec![0u128; STACK_BYTES / 16];
+    let mut random = Random(1);
+    let program = CString::new(env::current_exe()?.into_os_string().into_vec())?;
+    let mut becomes = Becomes {
+        after: libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        },
+        program,
+    };
+    let shared = if of_one_memory {
+        libc::CLONE_VM | libc::CLONE_VFORK
+    } else {
+        0
+    };
+    ready()?;
+    loop {
+        line()?;
+        becomes.after.tv_nsec = random.below(12_000_000) as libc::c_long;
+        // SAFETY: the stack is the child's alone until it has called exec, and this goes on
+        // after that, or the child has another memory.
+        let child = unsafe {
+            let top = stack.as_mut_ptr().add(stack.len());
+            let becomes = (&raw mut becomes).cast();
+            libc::clone(become_parked, top.cast(), shared | libc::SIGCHLD, becomes)
+        };
+        if child < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        println!("{child}");
     }
 }
 

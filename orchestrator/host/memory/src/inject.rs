@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! seize, interrupt --> stopped: registers and signal mask kept
+//!                      the vDSO still is where it was: else let go, and again
 //!                      signals blocked, rip -> `syscall` in the vDSO
 //!                      userfaultfd(...)  entry stop, exit stop
 //!                      [descriptor fetched from outside]
@@ -15,6 +16,10 @@
 //!
 //! The other threads run all the while. No byte of the process's memory is
 //! written.
+//!
+//! Until it is stopped, the thread may call exec, and run another program at other
+//! addresses: where the vDSO is found before it is stopped, which takes long in a
+//! process with many mappings, is only true if the vDSO can be read there after.
 //!
 //! The second interrupt matters. A thread stopped in a system call sits inside
 //! the kernel's signal delivery, with `-ERESTART...` for a result, and it is
@@ -51,6 +56,9 @@ const STOP_WAIT: Duration = Duration::from_secs(2);
 /// How long to look for a thread that can be stopped. All of them may wait for
 /// a disk, or for a child after `vfork`, at one moment.
 const STOPPABLE_WAIT: Duration = Duration::from_millis(100);
+
+/// How long a process may have no vDSO: between two programs, in the middle of exec.
+const EXEC_WAIT: Duration = Duration::from_millis(10);
 
 /// How long a system call inside may take; neither can block.
 const CALL_WAIT: Duration = Duration::from_secs(10);
@@ -98,12 +106,11 @@ impl From<UntrackedReason> for InjectError {
 /// Makes a userfaultfd inside a process and fetches it.
 pub(crate) fn userfaultfd(pid: i32) -> Result<(OwnedFd, Injection), InjectError> {
     let began = Instant::now();
-    let syscall = find_syscall(pid)?;
     // A tracer is a thread; when it ends, whatever it traces is let go.
     let (fd, stopped) = thread::scope(|scope| {
         let tracer = thread::Builder::new()
             .name("inject".into())
-            .spawn_scoped(scope, || inject(pid, syscall));
+            .spawn_scoped(scope, || inject(pid));
         match tracer {
             Ok(tracer) => tracer.join().unwrap_or_else(|_| {
                 Err(UntrackedReason::Inside {
@@ -127,25 +134,48 @@ pub(crate) fn userfaultfd(pid: i32) -> Result<(OwnedFd, Injection), InjectError>
     Ok((fd, injection))
 }
 
-/// Address of a `syscall` instruction in the vDSO, which every process maps.
-fn find_syscall(pid: i32) -> Result<u64, InjectError> {
-    /// The vDSO has two pages or so; far more would be something else.
-    const VDSO_BYTES_MAX: u64 = 1 << 20;
-    let vdso = maps::read(pid)
-        .map_err(|_| InjectError::Gone)?
-        .into_iter()
-        .find(|vma| vma.name == "[vdso]")
-        .filter(|vma| vma.bytes() <= VDSO_BYTES_MAX)
-        .ok_or(UntrackedReason::NoVdso)?;
-    let mut code = vec![0; usize::try_from(vdso.bytes()).unwrap_or(0)];
-    File::open(format!("/proc/{pid}/mem"))
-        .and_then(|memory| memory.read_exact_at(&mut code, vdso.range.start))
-        .map_err(|_| UntrackedReason::NoVdso)?;
-    let at = code
-        .windows(2)
-        .position(|bytes| bytes == [0x0f, 0x05])
-        .ok_or(UntrackedReason::NoVdso)?;
-    Ok(vdso.range.start + at as u64)
+/// The vDSO of a process, which every process maps.
+struct Vdso {
+    at: u64,
+    /// All of it.
+    code: Vec<u8>,
+    /// Address of a `syscall` instruction in it.
+    syscall: u64,
+}
+
+impl Vdso {
+    fn of(pid: i32) -> Result<Self, InjectError> {
+        /// The vDSO has two pages or so; far more would be something else.
+        const BYTES_MAX: u64 = 1 << 20;
+        let vdso = maps::read(pid)
+            .map_err(|_| InjectError::Gone)?
+            .into_iter()
+            .find(|vma| vma.name == "[vdso]")
+            .filter(|vma| vma.bytes() <= BYTES_MAX)
+            .ok_or(UntrackedReason::NoVdso)?;
+        let at = vdso.range.start;
+        let mut code = vec![0; usize::try_from(vdso.bytes()).unwrap_or(0)];
+        read_code(pid, at, &mut code).map_err(|_| UntrackedReason::NoVdso)?;
+        let syscall = code
+            .windows(2)
+            .position(|bytes| bytes == [0x0f, 0x05])
+            .ok_or(UntrackedReason::NoVdso)?;
+        Ok(Self {
+            at,
+            syscall: at + syscall as u64,
+            code,
+        })
+    }
+
+    /// Whether the thread, which stands still, has it where it is here.
+    fn is_of(&self, tid: i32) -> bool {
+        let mut code = vec![0; self.code.len()];
+        read_code(tid, self.at, &mut code).is_ok_and(|()| code == self.code)
+    }
+}
+
+fn read_code(task: i32, at: u64, code: &mut [u8]) -> io::Result<()> {
+    File::open(format!("/proc/{task}/mem"))?.read_exact_at(code, at)
 }
 
 /// A thread as its status file shows it.
@@ -182,10 +212,18 @@ fn thread_of(pid: i32, tid: i32) -> Option<Thread> {
 }
 
 /// Runs on a thread of its own.
-fn inject(pid: i32, syscall: u64) -> Result<(OwnedFd, Duration), InjectError> {
+fn inject(pid: i32) -> Result<(OwnedFd, Duration), InjectError> {
     const PAUSE: Duration = Duration::from_millis(1);
-    let deadline = Instant::now() + STOPPABLE_WAIT;
+    let began = Instant::now();
+    let deadline = began + STOPPABLE_WAIT;
     loop {
+        let vdso = match Vdso::of(pid) {
+            Err(InjectError::Refused(UntrackedReason::NoVdso)) if began.elapsed() < EXEC_WAIT => {
+                thread::sleep(PAUSE);
+                continue;
+            }
+            vdso => vdso?,
+        };
         let threads = threads_of(pid)?;
         if let Some(traced) = threads.iter().find(|thread| thread.tracer != 0) {
             return Err(UntrackedReason::Traced {
@@ -198,7 +236,7 @@ fn inject(pid: i32, syscall: u64) -> Result<(OwnedFd, Duration), InjectError> {
             .filter(|thread| thread.stoppable)
             .take(THREADS_MAX)
         {
-            match inject_by(thread, syscall) {
+            match inject_by(thread, &vdso) {
                 // It ended or would not stop; another one may do.
                 Err(InjectError::Gone | InjectError::Refused(UntrackedReason::Busy { .. })) => {}
                 done => return done,
@@ -227,7 +265,7 @@ fn threads_of(pid: i32) -> Result<Vec<Thread>, InjectError> {
     Ok(threads)
 }
 
-fn inject_by(thread: &Thread, syscall: u64) -> Result<(OwnedFd, Duration), InjectError> {
+fn inject_by(thread: &Thread, vdso: &Vdso) -> Result<(OwnedFd, Duration), InjectError> {
     let tid = thread.tid;
     let refused = |attempt| move |source| ptrace_failed(tid, attempt, source);
     trace::seize(tid, thread.seccomp).map_err(refused("trace"))?;
@@ -239,7 +277,15 @@ fn inject_by(thread: &Thread, syscall: u64) -> Result<(OwnedFd, Duration), Injec
         held.let_go()?;
         return Err(UntrackedReason::Compat.into());
     }
-    let fd = held.call_both(syscall);
+    if !vdso.is_of(tid) {
+        held.let_go()?;
+        return Err(UntrackedReason::Busy {
+            threads: 1,
+            waited: stopped.elapsed(),
+        }
+        .into());
+    }
+    let fd = held.call_both(vdso.syscall);
     held.stop_again()?;
     held.let_go()?;
     Ok((fd?, stopped.elapsed()))

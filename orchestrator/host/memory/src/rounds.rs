@@ -354,10 +354,16 @@ impl Precopy {
         /// A process may call exec again while it is looked at.
         const EXECS_MAX: usize = 3;
         for _ in 0..EXECS_MAX {
-            let vmas = maps::read(pid)?;
+            let mut vmas = maps::read(pid)?;
+            let injections = stats.injections;
+            let process = track(&mut self.processes, member, &vmas, stats)?;
+            if stats.injections > injections {
+                // Of the memory that is watched: what was seen before may be that of
+                // another program, which has called exec meanwhile.
+                vmas = maps::read(pid)?;
+            }
             let memory = process::Memory::open(pid)?;
             let guards = self.support.guard_pages;
-            let process = track(&mut self.processes, member, &vmas, stats)?;
             let Some(watch) = &mut process.watch else {
                 for vma in vmas.iter().filter(|vma| vma.private()) {
                     let pages = process::populated_pages(pid, memory.pagemap(), vma, guards)?;

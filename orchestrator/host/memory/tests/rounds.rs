@@ -646,6 +646,17 @@ fn maps(pid: i32) -> String {
     fs::read_to_string(format!("/proc/{pid}/maps")).unwrap()
 }
 
+fn vdso(pid: i32) -> Range<u64> {
+    let maps = maps(pid);
+    let vdso = maps.lines().find_map(|line| {
+        let (range, _) = line.strip_suffix("[vdso]")?.split_once(' ')?;
+        let (start, end) = range.split_once('-')?;
+        let address = |text| u64::from_str_radix(text, 16).unwrap();
+        Some(address(start)..address(end))
+    });
+    vdso.unwrap()
+}
+
 #[tokio::test]
 async fn exec_between_rounds_is_noticed() {
     require_tracking!("exec_between_rounds_is_noticed");
@@ -657,23 +668,62 @@ async fn exec_between_rounds_is_noticed() {
     assert_eq!(victim.ask(), "ready");
     // Until the next round what CRIU takes for sent is not.
     let moved = precopy.moved_vdsos().unwrap();
-    let vdso = maps(victim.pid()).lines().find_map(|line| {
-        let (range, _) = line.strip_suffix("[vdso]")?.split_once(' ')?;
-        let (start, end) = range.split_once('-')?;
-        let address = |text| u64::from_str_radix(text, 16).unwrap();
-        Some(address(start)..address(end))
-    });
+    let vdso = vdso(victim.pid());
     let pid = victim.pid().unsigned_abs();
-    assert_eq!(
-        moved.into_iter().collect::<Vec<_>>(),
-        [(pid, vdso.unwrap())]
-    );
+    assert_eq!(moved.into_iter().collect::<Vec<_>>(), [(pid, vdso)]);
     let stats = precopy.round(&mut sink).await.unwrap();
     print("after exec", &stats);
     assert_eq!(stats.injections, 1);
     assert!(stats.pages_written >= 4 << 8);
     assert!(precopy.moved_vdsos().unwrap().is_empty());
     stop_and_compare(&[victim.pid()], &mut precopy, &mut sink).await;
+}
+
+/// Wherever a round is with a process when that calls exec: the process goes on, and since
+/// CRIU takes the vDSO of a tracked process for sent, either it was or it is known not to be.
+async fn exec_at_any_time(how: &str) {
+    const CHILDREN: usize = 200;
+    let mut victim = Victim::start(&["execs", how]);
+    let mut precopy = Precopy::new(victim.pid(), Limits::default()).unwrap();
+    let mut sink = Direct::new();
+    let mut seen_before = 0;
+    precopy.round(&mut sink).await.unwrap();
+    for _ in 0..CHILDREN {
+        victim.input.write_all(b"\n").unwrap();
+        precopy.round(&mut sink).await.unwrap();
+        let child = Ended(victim.line().parse().unwrap());
+        seen_before += usize::from(precopy.processes().any(|process| process.pid == child.0));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let line = format!("/proc/{}/cmdline", child.0);
+        while !fs::read(&line).unwrap().ends_with(b"\0parked\0") {
+            assert!(Instant::now() < deadline, "{} is not parked", child.0);
+            std::thread::yield_now();
+        }
+        precopy.round(&mut sink).await.unwrap();
+        let (owner, vdso) = (PageOwner::Task(child.0.unsigned_abs()), vdso(child.0));
+        let mut pages = vdso.clone().step_by(PAGE_BYTES);
+        let moved = precopy.moved_vdsos().unwrap();
+        assert!(
+            pages.all(|page| sink.store.page(owner, page).is_some())
+                || moved.get(&child.0.unsigned_abs()) == Some(&vdso),
+            "{vdso:x?} of {} was never sent",
+            child.0
+        );
+    }
+    println!("{seen_before} of {CHILDREN} were seen by the round before");
+    assert!(seen_before > 0);
+}
+
+#[tokio::test]
+async fn exec_in_the_middle_of_a_round_is_noticed() {
+    require_tracking!("exec_in_the_middle_of_a_round_is_noticed");
+    exec_at_any_time("fork").await;
+}
+
+#[tokio::test]
+async fn exec_of_who_had_the_memory_of_another_is_noticed() {
+    require_tracking!("exec_of_who_had_the_memory_of_another_is_noticed");
+    exec_at_any_time("vfork").await;
 }
 
 #[tokio::test]
