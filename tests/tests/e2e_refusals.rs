@@ -808,6 +808,36 @@ fn an_interrupt_rolls_back_in_every_phase() {
     scene.moves_now();
 }
 
+/// A terminal's Ctrl-C may end ssh in the moment before it has a process group of its own.
+#[test]
+fn an_interrupt_is_not_taken_for_an_unreachable_host() {
+    require!("an_interrupt_is_not_taken_for_an_unreachable_host": root, tcx, criu, migrate);
+    const SSH: &str = "\
+        case \" $* \" in *' -G '*) exit 0;; esac\n\
+        (while kill -0 $$; do :; done; kill -INT $PPID) </dev/null >/dev/null 2>&1 &\n\
+        kill -INT $$\n";
+    let mut scene = Scene::start("early", Kind::Echo, 5);
+    let script = |text: &str| format!("#!/bin/sh\n{text}");
+    let to_it = |scene: &Scene| {
+        let mut command = scene.to_destination(&["--json"]);
+        command.env("PATH", "/run/early:/usr/sbin:/usr/bin:/sbin:/bin");
+        command
+    };
+    // The driver hears of it when ssh has ended.
+    executable(&scene.source(), "/run/early/ssh", script(SSH).as_bytes());
+    let ended = Running::start(to_it(&scene)).finish();
+    ended.expect(INTERRUPTED, &["interrupted"]);
+    scene.unharmed();
+    // Another signal, to ssh alone, is what ended ssh.
+    let killed = script("kill -KILL $$\n");
+    executable(&scene.source(), "/run/early/ssh", killed.as_bytes());
+    let ended = Running::start(to_it(&scene)).finish();
+    ended.expect(CONNECT, &["ssh to host2 ended with signal: 9"]);
+    scene.unharmed();
+    fs::remove_dir_all(scene.source().path("/run/early")).unwrap();
+    scene.moves_now();
+}
+
 #[test]
 fn a_cut_network_rolls_back_in_bounded_time() {
     require!("a_cut_network_rolls_back_in_bounded_time": root, tcx, criu, migrate, redis, nft);

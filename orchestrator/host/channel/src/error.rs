@@ -1,5 +1,6 @@
 //! Everything that can go wrong on the way to the other host.
 
+use std::os::unix::process::ExitStatusExt as _;
 use std::{fmt, io, path::PathBuf, process::ExitStatus, time::Duration};
 
 use migrate_core::wire::FrameError;
@@ -325,6 +326,13 @@ pub enum ChannelError {
 }
 
 impl ChannelError {
+    /// Whether a signal ended ssh: it may be one to this program's whole process group,
+    /// which ssh is of for the first moment.
+    #[must_use]
+    pub fn is_by_signal(&self) -> bool {
+        matches!(self, Self::SshEnded { status, .. } if status.signal().is_some())
+    }
+
     /// What the user can do about it.
     #[must_use]
     pub fn help(&self) -> Option<String> {

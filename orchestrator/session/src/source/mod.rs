@@ -248,6 +248,11 @@ pub async fn migrate(
                 (Err(lost @ Error::Channel { .. }), Some(link)) => {
                     Err(link.inbox.reason_for(lost, Migration::FAREWELL_LIMIT).await)
                 }
+                (Err(Error::Connect(ended)), _) if ended.is_by_signal() => {
+                    let told = cancel.cancelled();
+                    let told = tokio::time::timeout(Migration::SIGNAL_LIMIT, told).await;
+                    Err(told.map_or(Error::Connect(ended), |()| Error::Cancelled))
+                }
                 (came, _) => came,
             }
         } else {
@@ -661,6 +666,10 @@ impl Migration {
     /// the other side's to be read, which is all that is waited for while the tree
     /// still stands.
     const FAREWELL_LIMIT: Duration = Duration::from_millis(100);
+
+    /// How long a signal that has ended ssh may take to be noticed here, too, if it was for
+    /// both: it was sent to both at once.
+    const SIGNAL_LIMIT: Duration = Duration::from_millis(200);
 
     /// How long CRIU may take to put the tree back on its feet.
     const THAW_LIMIT: Duration = Duration::from_secs(20);
