@@ -828,7 +828,7 @@ fn install(machine: &Machine, scratch: &Path, package: &Path) {
     }
     // As dpkg has noted them while it unpacked.
     shell(machine, "dpkg --verify migrate");
-    shell(machine, "systemctl daemon-reload");
+    // systemd has been told.
     for unit in ["agent", "guard", "resume"] {
         let unit = format!("migrate-{unit}.service");
         assert_eq!(property(machine, &unit, "LoadState"), "loaded", "{unit}");
@@ -1276,5 +1276,22 @@ fn a_service_moves_into_the_unit_of_the_other_machine() {
     println!("in another scope after {} s", begun.elapsed().as_secs());
 
     is_kept_meanwhile(one, two, dir.path());
+    goes_with_its_package(two);
     println!("done after {} s", begun.elapsed().as_secs());
+}
+
+/// An upgrade has the agent run the new program, and a removal ends it.
+fn goes_with_its_package(machine: &Machine) {
+    const AGENT: &str = "migrate-agent.service";
+    let is = |name| property(machine, AGENT, name);
+    shell(machine, &format!("systemctl restart {AGENT}"));
+    let before = is("MainPID");
+    shell(machine, "dpkg -i /tmp/migrate.deb");
+    assert_eq!(is("ActiveState"), "active");
+    assert_ne!(is("MainPID"), before);
+    shell(machine, "dpkg -r migrate");
+    assert_eq!(is("LoadState"), "not-found");
+    shell(machine, "test -e /etc/migrate/config.toml");
+    let program = shell(machine, "command -v migrate || true");
+    assert!(!program.contains("/usr/bin/migrate"), "{program}");
 }

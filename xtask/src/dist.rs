@@ -33,6 +33,9 @@ const CALLERS: [(&str, &str); 4] = [
 /// Files of the package that an administrator may change.
 const CONFIGURATION: &str = "/etc/migrate/config.toml";
 
+/// What dpkg runs before and after, of `dist/debian`.
+const MAINTAINER_SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
+
 /// A shell, and where its completions belong.
 const COMPLETIONS: [(&str, &str); 3] = [
     ("bash", "usr/share/bash-completion/completions/migrate"),
@@ -73,6 +76,10 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<()> {
     // As in the repository, for they link to each other and README.md to them.
     install_all(&top.join("docs"), &documentation.join("docs"))?;
     put(&documentation.join("copyright"), &copyright(top)?, 0o644)?;
+    for name in MAINTAINER_SCRIPTS {
+        let script = top.join("dist/debian").join(name);
+        install(&script, &tree.join("DEBIAN").join(name), 0o755)?;
+    }
     let package = packed(&arguments.out, &tree)?;
     println!("{}", package.display());
     Ok(())
