@@ -208,9 +208,15 @@ impl Figures<'_> {
     fn harm(&self) -> Option<f64> {
         let mut ours = self.ours().peekable();
         ours.peek()?;
-        let each = ours.map(|run| run.client_errors + run.client_tcp.resets);
-        u32::try_from(each.sum::<u64>()).ok().map(f64::from)
+        u32::try_from(ours.map(harm).sum::<u64>())
+            .ok()
+            .map(f64::from)
     }
+}
+
+/// What a client must never see.
+fn harm(run: &Run) -> u64 {
+    run.client_errors + run.client_tcp.resets
 }
 
 impl Unit {
@@ -263,10 +269,25 @@ pub(crate) fn table(measured: &[Measured], costs: &[PacketCost]) -> String {
     if rows.is_empty() {
         return rows;
     }
+    let harmed: String = all
+        .ours()
+        .filter(|&run| harm(run) > 0)
+        .map(|run| {
+            format!(
+                "- suite {}, {}, run {}: {} RST, {} replies wrong, lost or doubled\n",
+                run.suite, run.scenario, run.number, run.client_tcp.resets, run.client_errors
+            )
+        })
+        .collect();
+    let harmed = if harmed.is_empty() {
+        harmed
+    } else {
+        format!("\nRuns in which a client saw harm:\n\n{harmed}")
+    };
     format!(
         "### What was aimed at\n\n\
          Medians of `{OURS}`. Why some are short of the goal: [performance.md](performance.md).\n\n\
-         | case | measured | good | goal | |\n|---|---|---|---|---|\n{rows}"
+         | case | measured | good | goal | |\n|---|---|---|---|---|\n{rows}{harmed}"
     )
 }
 
@@ -310,6 +331,11 @@ mod tests {
             .find(|line| line.contains("wrong, lost"))
             .unwrap_or_default();
         assert!(harm.contains("| 2 | 0 | 0 | **short"), "{harm}");
+        let named: Vec<&str> = text.lines().filter(|line| line.starts_with("- ")).collect();
+        assert_eq!(
+            named,
+            ["- suite goals, odd, run 1: 0 RST, 2 replies wrong, lost or doubled"]
+        );
         assert_eq!(table(&[], &[]).lines().count(), 0);
     }
 }
