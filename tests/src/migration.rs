@@ -9,7 +9,7 @@ use std::fmt;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::PathBuf;
-use std::process::{Child, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -46,7 +46,8 @@ pub struct Migration {
     pub stderr: String,
 }
 
-/// Runs `migrate --json ARGUMENTS` in a host to its end.
+/// Runs `migrate --json --verify ARGUMENTS` in a host to its end: the hosts compare every
+/// page before the commit.
 ///
 /// # Errors
 ///
@@ -56,8 +57,31 @@ where
     I: IntoIterator,
     I::Item: AsRef<OsStr>,
 {
-    let mut command = host.command("migrate");
-    command.arg("--json").args(arguments);
+    run(
+        host.command("migrate").args(["--json", "--verify"]),
+        arguments,
+    )
+}
+
+/// The same as who does not ask for that has it, without `--verify`.
+///
+/// # Errors
+///
+/// As for [`migrate`].
+pub fn migrate_as_given<I>(host: &Host, arguments: I) -> io::Result<Migration>
+where
+    I: IntoIterator,
+    I::Item: AsRef<OsStr>,
+{
+    run(host.command("migrate").arg("--json"), arguments)
+}
+
+fn run<I>(command: &mut Command, arguments: I) -> io::Result<Migration>
+where
+    I: IntoIterator,
+    I::Item: AsRef<OsStr>,
+{
+    command.args(arguments);
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -354,7 +378,7 @@ pub fn moves_in_rounds(
     options: &[&str],
 ) -> Report {
     let (source, destination) = (lab.host(from), lab.host(to));
-    let words = ["--verify", "--to", to.as_str(), &pid.to_string()];
+    let words = ["--to", to.as_str(), &pid.to_string()];
     let migration = match migrate(&source, [options, &words[..]].concat()) {
         Ok(migration) => migration,
         Err(error) => panic!("migrate {options:?} in {from}: {error}"),

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use migrate_test_hosts::{Host, HostName, Lab};
-use migrate_tests::migration::{migrate, serves_old_connections};
+use migrate_tests::migration::{migrate_as_given, serves_old_connections};
 use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload};
 use nix::time::{ClockId, clock_gettime};
@@ -161,7 +161,7 @@ fn nothing_is_started_and_no_disk_is_waited_for() {
     let pids = pids_of(&hosts);
     let boot = boot_unix();
     let to = ["--to", "host2", &workload.pid.to_string()];
-    let moved = migrate(&hosts[0], to).unwrap();
+    let moved = migrate_as_given(&hosts[0], to).unwrap();
     let report = moved.expect_committed();
     let events = of_hosts(trace.events(), pids);
     serves_old_connections(&mut client);

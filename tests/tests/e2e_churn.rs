@@ -11,7 +11,7 @@ use migrate_test_hosts::{Host, HostName, Lab, LabGuard, WORKLOAD_V4};
 use migrate_tests::client::program;
 use migrate_tests::field::Shared;
 use migrate_tests::hosts::{eventually, listens, runs};
-use migrate_tests::migration::{Migration, arrives, migrate, print_logs};
+use migrate_tests::migration::{Migration, arrives, migrate_as_given, print_logs};
 use migrate_tests::require;
 
 /// For a step that takes milliseconds, and for the last check of everything.
@@ -108,7 +108,7 @@ impl<'a> Churn<'a> {
             "--to",
         ];
         let arguments = [&arguments[..], &[to.as_str()], more, &[&pid]].concat();
-        migrate(&source, arguments).unwrap()
+        migrate_as_given(&source, arguments).unwrap()
     }
 
     fn moves(&mut self, lab: &Lab, from: HostName, to: HostName, more: &[&str]) {

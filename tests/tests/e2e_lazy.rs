@@ -93,7 +93,7 @@ fn memory_of_several_processes_arrives() {
     grow(&lab, 64);
     let mut client = workload.client(&lab, 10, &["--verify"]).unwrap();
     serves_old_connections(&mut client);
-    let there = ["--verify", "--to", "host2", &workload.pid.to_string()];
+    let there = ["--to", "host2", &workload.pid.to_string()];
     let there = migrate(&lab.host(HostName::Host1), there).unwrap();
     let report = there.expect_committed();
     assert!(report.lazy_pages > 64 << 8, "{report:?}");

@@ -8,8 +8,8 @@ use std::time::Duration;
 use migrate_test_hosts::{Host, HostName, Lab, LabGuard};
 use migrate_tests::field::processes;
 use migrate_tests::hosts::{eventually, runs};
-use migrate_tests::migration::{Migration, migrate, serves_old_connections};
-use migrate_tests::refusals::under_policy;
+use migrate_tests::migration::{Migration, migrate_as_given, serves_old_connections};
+use migrate_tests::refusals::{shell, under_policy};
 use migrate_tests::require;
 use migrate_tests::workload::{Kind, Workload};
 
@@ -22,7 +22,7 @@ fn lab(test: &str) -> LabGuard {
 fn move_with(lab: &Lab, workload: &Workload, options: &[&str]) -> Migration {
     let pid = workload.pid.to_string();
     let arguments = [options, &["--to", "host2", &pid]].concat();
-    migrate(&lab.host(HostName::Host1), arguments).unwrap()
+    migrate_as_given(&lab.host(HostName::Host1), arguments).unwrap()
 }
 
 /// The `round` events of a migration.
@@ -261,6 +261,26 @@ fn pages_go_over_several_connections_compressed() {
     assert!(verdict.is_clean(), "{verdict:?}");
 }
 
+/// Nobody has asked for it: what has to wait for the link anyway is made smaller.
+#[test]
+fn a_slow_link_has_pages_compressed() {
+    require!("a_slow_link_has_pages_compressed": root, tcx, criu, migrate, redis);
+    const SLOW: &str = "tc qdisc add dev eth0 root tbf rate 200mbit burst 256k latency 100ms";
+    let lab = lab("slow-link");
+    let workload = Workload::start(Kind::Redis, &lab).unwrap();
+    let keys = ["--keys", "50000", "--populate", "--verify"];
+    let mut client = workload.client(&lab, 10, &keys).unwrap();
+    serves_old_connections(&mut client);
+    shell(&lab.host(HostName::Host1), SLOW);
+    let options = ["--engine", "uffd", "--verify", "--max-blackout", "60"];
+    let moved = move_with(&lab, &workload, &options);
+    let report = moved.expect_committed();
+    assert!(report.bytes < report.pages * 4096 * 9 / 10, "{report:?}");
+    serves_old_connections(&mut client);
+    let verdict = client.stop().unwrap();
+    assert!(verdict.is_clean(), "{verdict:?}");
+}
+
 #[test]
 fn the_loss_of_any_connection_rolls_back() {
     require!("the_loss_of_any_connection_rolls_back": root, tcx, criu, migrate, redis);
@@ -356,7 +376,7 @@ fn the_goal_decides_how_many_rounds_a_tree_takes() {
     // round finds somewhat more than half of what the one before it has found.
     let moved = |from: &Host, to: &str, goal: &str| {
         let pid = root.to_string();
-        let moved = migrate(
+        let moved = migrate_as_given(
             from,
             [
                 "--engine",

@@ -13,7 +13,7 @@ use migrate_test_hosts::{Host, HostName, Lab, LabGuard};
 use migrate_tests::client::program;
 use migrate_tests::hosts::{eventually, named, runs};
 use migrate_tests::migration::{
-    Migration, arrives, migrate, print_logs, running_records, serves_old_connections,
+    Migration, arrives, migrate_as_given, print_logs, running_records, serves_old_connections,
 };
 use migrate_tests::refusals::{REFUSED, UNDECIDED, driver, shell};
 use migrate_tests::require;
@@ -67,7 +67,7 @@ impl Busy {
     fn moves(&self, lab: &Lab, more: &[&str]) -> Migration {
         let pid = self.pid.to_string();
         let arguments = [&["--to", "host2"], more, &[&pid]].concat();
-        migrate(&lab.host(HostName::Host1), arguments).unwrap()
+        migrate_as_given(&lab.host(HostName::Host1), arguments).unwrap()
     }
 
     /// Every byte of it is right on the destination.
@@ -188,7 +188,7 @@ fn redis_serves_while_its_memory_follows() {
             "host2",
             &pid,
         ];
-        let moved = migrate(&lab.host(HostName::Host1), there);
+        let moved = migrate_as_given(&lab.host(HostName::Host1), there);
         over.store(true, Ordering::Relaxed);
         moved.unwrap()
     });
