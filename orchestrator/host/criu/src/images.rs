@@ -444,6 +444,8 @@ struct Memory {
     /// Pages in the file, gaps included.
     pages: u64,
     gaps: Vec<Gap>,
+    /// Mappings of which all can wait.
+    waiting: Vec<Range<u64>>,
 }
 
 /// Pages whose content is still to come.
@@ -757,6 +759,7 @@ impl ImageDir {
                 runs: Vec::new(),
                 pages: 0,
                 gaps: Vec::new(),
+                waiting: Vec::new(),
             }),
         };
         if let Some(previous_end) = memory.runs.last().map(|last| last.end())
@@ -1098,6 +1101,7 @@ impl Memory {
             keep(at..end);
         }
         self.gaps = left;
+        self.waiting = mappings;
         let mut lazy = lazy.into_iter().peekable();
         for run in std::mem::take(&mut self.runs) {
             let mut at = run.vaddr;
@@ -1120,6 +1124,42 @@ impl Memory {
         }
     }
 
+    /// The runs as CRIU gets them. It reads and forgets each entry by itself, half a
+    /// microsecond and more while everybody waits, and of pages that can wait it wants to
+    /// know nothing. So those of a mapping are one run, whatever is between them: nothing,
+    /// which reads as zeros with the one and with the other.
+    fn entries(&self) -> Vec<Run> {
+        let page = PAGE_BYTES as u64;
+        let mut entries: Vec<Run> = Vec::new();
+        let mut mappings = self.waiting.iter().peekable();
+        let mut runs = self.runs.iter().copied().peekable();
+        while let Some(first) = runs.next() {
+            while mappings.next_if(|range| range.end <= first.vaddr).is_some() {}
+            let mapping = mappings.peek().filter(|range| range.start <= first.vaddr);
+            let (mut last, mut pages) = (first, first.pages);
+            while first.flags & LAZY != 0
+                && let Some(next) = runs.next_if(|next| {
+                    next.flags == first.flags
+                        && mapping.is_some_and(|range| next.end() <= range.end)
+                })
+            {
+                last = next;
+                pages += next.pages;
+            }
+            // All that have a place in the file, and then those that have none.
+            let placed = Run { pages, ..first };
+            entries.push(placed);
+            if placed.end() < last.end() {
+                entries.push(Run {
+                    vaddr: placed.end(),
+                    pages: (last.end() - placed.end()) / page,
+                    flags: first.flags & !PageRun::PRESENT,
+                });
+            }
+        }
+        entries
+    }
+
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         out.extend(COMMON_MAGIC.to_le_bytes());
@@ -1130,7 +1170,7 @@ impl Memory {
                 pages_id: self.pages_id,
             },
         );
-        for run in &self.runs {
+        for run in self.entries() {
             record(
                 &mut out,
                 &PagemapEntry {
@@ -1206,6 +1246,7 @@ pub fn read_any_image(image: &[u8]) {
         pages_id,
         pages: 0,
         gaps: Vec::new(),
+        waiting: Vec::new(),
         runs,
     };
     let again = decode_pagemap(&memory.encode());
@@ -1337,6 +1378,7 @@ mod tests {
             runs: Vec::new(),
             pages: 0,
             gaps: Vec::new(),
+            waiting: Vec::new(),
         };
         for (vaddr, pages) in [(0x1000, 2), (0x9000, 1), (0x7f00_0000_0000, 300)] {
             memory.add(PageRun {
@@ -1355,6 +1397,7 @@ mod tests {
                 runs: memory.runs.clone(),
                 pages: memory.pages,
                 gaps: Vec::new(),
+                waiting: Vec::new(),
             };
             other.runs[1].flags = flags;
             assert_eq!(decode_pagemap(&other.encode()), None, "{flags:#x}");
@@ -1822,6 +1865,64 @@ mod tests {
         );
         let bytes = [0, 0, 2, 0, 0, stored(0x6000), stored(0x7000), 0, 0, 0];
         let bytes = [&bytes[..], &[stored(0xb000), 4]].concat();
+        let expected: Vec<u8> = bytes.into_iter().flat_map(|byte| filled(1, byte)).collect();
+        let pages = fs::read(images.path().join("pages-1.img")).unwrap();
+        assert!(pages == expected);
+    }
+
+    /// Where a page of a mapping is missing that can wait, CRIU is not told; what cannot wait
+    /// is where it was in the file.
+    #[test]
+    fn what_can_wait_is_one_run_over_its_holes() {
+        let (_parent, mut images) = directory();
+        images.lazy().unwrap();
+        let task = PageOwner::Task(7);
+        let lazy = |images: &mut ImageDir, vaddr, pages| {
+            let run = PageRun {
+                flags: PageRun::PRESENT | LAZY,
+                ..run(task, vaddr, pages)
+            };
+            images.pages(run, &filled(pages, 1)).unwrap();
+        };
+        for (vaddr, pages) in [(0x1000, 1), (0x3000, 2), (0x8000, 1)] {
+            lazy(&mut images, vaddr, pages);
+        }
+        // Side by side with the last mapping, and in none that can wait.
+        lazy(&mut images, 0xa000, 1);
+        images.pages(run(task, 0xc000, 1), &filled(1, 4)).unwrap();
+        lazy(&mut images, 0xd000, 1);
+        lazy(&mut images, 0xf000, 1);
+        inventory(&mut images);
+        let vmas = [0x1000..0xa000, 0xa000..0xb000, 0xd000..0x1_0000];
+        let vmas = vmas.map(|range| plain(range.start, range.end));
+        mm(&mut images, 7, vmas.to_vec());
+        images.finish().unwrap();
+        let ranges = [
+            0x1000..0x2000,
+            0x3000..0x5000,
+            0x8000..0x9000,
+            0xa000..0xb000,
+            0xd000..0xe000,
+            0xf000..0x1_0000,
+        ];
+        assert_eq!(images.lazy_ranges(), ranges.map(|range| (task, range)));
+        let (_, entries) = decode(&fs::read(images.path().join("pagemap-7.img")).unwrap());
+        let entries: Vec<_> = entries
+            .iter()
+            .map(|entry| (entry.vaddr, entry.nr_pages.unwrap(), entry.flags.unwrap()))
+            .collect();
+        assert_eq!(
+            entries,
+            [
+                (0x1000, 4, 6),
+                (0x5000, 4, 2),
+                (0xa000, 1, 6),
+                (0xc000, 1, 4),
+                (0xd000, 2, 6),
+                (0xf000, 1, 2),
+            ]
+        );
+        let bytes = [0, 0, 0, 0, 0, 4, 0, 0];
         let expected: Vec<u8> = bytes.into_iter().flat_map(|byte| filled(1, byte)).collect();
         let pages = fs::read(images.path().join("pages-1.img")).unwrap();
         assert!(pages == expected);

@@ -49,7 +49,13 @@ impl Order {
             // Never lazy.
             PageOwner::Shared(_) => 0,
         };
-        let mut words = vec![
+        let mut file = io::BufWriter::with_capacity(64 << 10, memory_file(c"migrate-plan")?);
+        let mut put = |words: &[u64]| {
+            words
+                .iter()
+                .try_for_each(|word| file.write_all(&word.to_le_bytes()))
+        };
+        put(&[
             self.threads as u64,
             self.piece_bytes,
             u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX),
@@ -57,24 +63,18 @@ impl Order {
             self.lacking.len() as u64,
             self.first.len() as u64,
             self.then.len() as u64,
-        ];
+        ])?;
         for (owner, range, from) in &self.lacking {
-            words.extend([pid(*owner), range.start, range.end, *from]);
+            put(&[pid(*owner), range.start, range.end, *from])?;
         }
         for (owner, range) in &self.first {
-            words.extend([pid(*owner), range.start, range.end]);
+            put(&[pid(*owner), range.start, range.end])?;
         }
         for some in &self.then {
-            words.extend([pid(some.owner), some.base]);
-            words.extend(some.pages.0);
+            put(&[pid(some.owner), some.base])?;
+            put(&some.pages.0)?;
         }
-        let mut bytes = Vec::with_capacity(words.len() * 8);
-        for word in words {
-            bytes.extend_from_slice(&word.to_le_bytes());
-        }
-        let mut file = memory_file(c"migrate-plan")?;
-        file.write_all(&bytes)?;
-        Ok(file)
+        Ok(file.into_inner()?)
     }
 
     fn read(mut file: File) -> io::Result<Self> {
@@ -212,23 +212,10 @@ impl Keeper {
         };
         let file = file.map_err(failed)?;
         let (slate, slate_file) = Slate::new().map_err(failed)?;
-        let order_file = order.write().map_err(failed)?;
         let hold = match hold {
             Some(hold) => hold,
             None => File::open("/dev/null").map_err(failed)?.into(),
         };
-        let [late_file, arrived, wanted] = late.fds();
-        let fds: [_; ORDER_FDS] = [
-            server.listener.as_fd(),
-            file.as_fd(),
-            order_file.as_fd(),
-            slate_file.as_fd(),
-            late_file,
-            arrived,
-            wanted,
-            hold.as_fd(),
-        ];
-        partner::say(self.socket.as_fd(), &Said::Order, &fds).map_err(failed)?;
         let bell = Arc::new(sys::event_fd().map_err(failed)?);
         let (teller, told) = mpsc::channel();
         let socket = self.socket.try_clone().map_err(failed)?;
@@ -236,8 +223,34 @@ impl Keeper {
         let pidfd = self.pidfd.try_clone().map_err(failed)?;
         let keeper = self.pidfd.try_clone().map_err(failed)?;
         let child = self.child.take();
-        // The keeper works out the same meanwhile, and CRIU needs neither to begin.
+        // CRIU begins meanwhile: it needs neither the order nor what both make of it before
+        // it has the first task.
         let backup = move || {
+            let said = order.write().and_then(|order_file| {
+                let [late_file, arrived, wanted] = late.fds();
+                let fds: [_; ORDER_FDS] = [
+                    server.listener.as_fd(),
+                    file.as_fd(),
+                    order_file.as_fd(),
+                    slate_file.as_fd(),
+                    late_file,
+                    arrived,
+                    wanted,
+                    hold.as_fd(),
+                ];
+                partner::say(socket.as_fd(), &Said::Order, &fds)
+            });
+            if let Err(source) = said {
+                // Nobody may want to know.
+                let _ = teller.send(Told::End(Err(failed(source)), Vec::new()));
+                if let Some(mut child) = child {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                }
+                return;
+            }
+            // CRIU has it by another descriptor, once the keeper has its own.
+            drop((server, slate_file));
             let guard = Guard {
                 socket,
                 keeper,

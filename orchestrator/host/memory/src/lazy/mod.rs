@@ -358,7 +358,8 @@ fn lacking(
     late_runs: &LateRuns,
     plan: &[(PageOwner, Range<u64>)],
 ) -> Result<Vec<(PageOwner, Range<u64>, u64)>, LazyError> {
-    let mut lacking = Vec::new();
+    let mut lacking = Vec::with_capacity(plan.len());
+    let mut parts: Vec<(Range<u64>, Option<u64>)> = Vec::new();
     for (owner, range) in plan {
         let here = pages.range(*owner, range.clone()).map(|piece| {
             let end = piece.vaddr + piece.content.pages() * PAGE;
@@ -372,10 +373,10 @@ fn lacking(
             let from = late::LATE_FROM + run.first * PAGE;
             (run.range(), Some(from))
         });
-        let mut parts: Vec<(Range<u64>, Option<u64>)> = here.chain(there).collect();
+        parts.extend(here.chain(there));
         parts.sort_by_key(|(part, _)| part.start);
         let mut at = range.start;
-        for (part, from) in parts {
+        for (part, from) in parts.drain(..) {
             if part.start != at {
                 break;
             }
