@@ -36,7 +36,7 @@ pub use fence::{Fence, FenceKind, FenceRecord, FenceWatch, FencedProcess};
 pub use files::compare_files;
 pub use home::{Home, detach_from_session};
 pub use host::{compare_hosts, compare_pids, host_facts, may_lock_memory, wanted_ids};
-pub use precedence::{Precedence, never_killed_for_memory};
+pub use precedence::{Precedence, end_behind_others, never_killed_for_memory};
 pub use repair::TcpSockets;
 pub use signal::{kill_tree, terminate};
 pub use supervisor::{

@@ -14,6 +14,10 @@ const NEVER_KILLED: &str = "-1000";
 /// The highest of the priorities that `nice` knows.
 const FIRST: i32 = -20;
 
+/// A tenth of what a thread of the usual priority gets of a CPU that both want
+/// (`sched_prio_to_weight` of `kernel/sched/core.c`).
+const BEHIND: i32 = 10;
+
 /// Looks at the threads of a process that may have started others meanwhile.
 const LOOKS_MAX: usize = 4;
 
@@ -41,11 +45,11 @@ impl Precedence {
                 // Every process has one.
                 let before = getpriority_process(None).unwrap_or(0);
                 *taken = Some((before, 1));
-                set(own, FIRST);
+                set(own, |_| FIRST);
             }
         }
         for pid in others {
-            set(*pid, FIRST);
+            set(*pid, |_| FIRST);
         }
         Self(())
     }
@@ -57,7 +61,8 @@ impl Drop for Precedence {
         match taken.as_mut() {
             Some((_, holders)) if *holders > 1 => *holders -= 1,
             Some((before, _)) => {
-                set(std::process::id().cast_signed(), *before);
+                let before = *before;
+                set(std::process::id().cast_signed(), |_| before);
                 *taken = None;
             }
             None => {}
@@ -90,13 +95,25 @@ pub fn never_killed_for_memory(pids: &[i32]) -> Result<(), ProcError> {
     done
 }
 
+/// These processes, which are about to be killed, go behind others on a busy host: to give
+/// back 4 GiB keeps a CPU busy for a third of a second.
+pub fn end_behind_others(pids: &[i32]) {
+    for &pid in pids {
+        set(pid, |now| now.max(BEHIND));
+    }
+}
+
 /// For all threads of a process: Linux knows priorities of threads alone.
-fn set(pid: i32, priority: i32) {
+fn set(pid: i32, priority: impl Fn(i32) -> i32) {
     for _ in 0..LOOKS_MAX {
         let mut changed = false;
         for thread in threads(pid) {
-            if getpriority_process(Some(thread)).is_ok_and(|now| now != priority) {
-                if let Err(error) = setpriority_process(Some(thread), priority) {
+            let now = getpriority_process(Some(thread));
+            let then = now.map(&priority);
+            if let (Ok(now), Ok(then)) = (now, then)
+                && now != then
+            {
+                if let Err(error) = setpriority_process(Some(thread), then) {
                     tracing::debug!(%error, pid, "others on this host go first");
                     return;
                 }
@@ -159,5 +176,20 @@ mod tests {
         assert!(waiting.join().unwrap().is_err());
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn what_is_about_to_end_goes_behind_others() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        let before = priorities(pid);
+        end_behind_others(&[pid]);
+        let after = priorities(pid);
+        // What is further behind already stays there.
+        end_behind_others(&[pid]);
+        assert_eq!(priorities(pid), after);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(after, [before[0].max(BEHIND)]);
     }
 }

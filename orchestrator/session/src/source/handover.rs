@@ -274,6 +274,10 @@ impl Migration {
         if let Some(watch) = self.watch.take() {
             watch.end();
         }
+        if let Some(plan) = &self.plan {
+            let pids: Vec<i32> = plan.tree.processes.iter().map(|task| task.pid).collect();
+            migrate_proc::end_behind_others(&pids);
+        }
         if let Engine::Dumping(session) = std::mem::replace(&mut self.engine, Engine::None)
             && let Err(error) = kill(session).await
         {
