@@ -198,6 +198,11 @@ impl Memory {
         self.keeper.is_some()
     }
 
+    /// PID of who will serve them.
+    pub(super) fn keeper(&self) -> Option<i32> {
+        self.keeper.as_ref().map(Keeper::pid)
+    }
+
     /// Pages that come late.
     pub(super) fn pages(&self) -> u64 {
         self.pages

@@ -432,7 +432,9 @@ impl Destination {
                         Engine::Parked(parked) => Some(parked.pid()),
                         Engine::None | Engine::Held(_) => None,
                     };
-                    self.precedence = Some(Precedence::take(criu.as_slice()));
+                    // The keeper goes on so: what touches memory waits for it.
+                    let first: Vec<i32> = criu.into_iter().chain(self.lazy.keeper()).collect();
+                    self.precedence = Some(Precedence::take(&first));
                     memory.freeze();
                 }
                 Frame::Control(Message::Flows(flows)) => {

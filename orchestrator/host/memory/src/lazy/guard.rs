@@ -264,7 +264,8 @@ impl Keeper {
                 threads: order.threads,
                 piece_bytes: order.piece_bytes,
                 limit: order.limit,
-                plans: plans(order.lacking, order.first, order.then),
+                unplanned: Some((order.lacking, order.first, order.then)),
+                plans: BTreeMap::new(),
                 replicas: BTreeMap::new(),
                 complete: BTreeMap::new(),
                 criu: None,
@@ -300,6 +301,13 @@ impl Drop for Keeper {
     }
 }
 
+/// What tasks lack, what of that comes first, and what after that.
+type Unplanned = (
+    Vec<(PageOwner, Range<u64>, u64)>,
+    Vec<(PageOwner, Range<u64>)>,
+    Vec<SomePages>,
+);
+
 /// The account that is kept beside the server's own.
 struct Guard {
     socket: OwnedFd,
@@ -317,6 +325,9 @@ struct Guard {
     threads: usize,
     piece_bytes: u64,
     limit: Duration,
+    /// What plans are made of when the first task has come: until then the keeper needs the
+    /// CPU for its own.
+    unplanned: Option<Unplanned>,
     plans: BTreeMap<PageOwner, Plan>,
     replicas: BTreeMap<u64, Replica>,
     /// Address spaces that lack nothing any more. The keeper serves them until
@@ -396,6 +407,9 @@ impl Guard {
             Said::Task { id, pid } => {
                 let owner = PageOwner::Task(pid);
                 let uffd = fds.pop().ok_or(unknown)?;
+                if let Some((lacking, first, then)) = self.unplanned.take() {
+                    self.plans = plans(lacking, first, then);
+                }
                 let plan = self.plans.remove(&owner).unwrap_or_default();
                 self.replicas.insert(id, Replica { owner, uffd, plan });
             }
@@ -647,6 +661,7 @@ mod tests {
             threads: 1,
             piece_bytes: 1,
             limit: Duration::from_secs(1),
+            unplanned: None,
             plans: BTreeMap::new(),
             replicas: BTreeMap::new(),
             complete: BTreeMap::new(),
