@@ -252,6 +252,25 @@ fn a_migration_is_shown_as_it_happens_and_can_be_read_afterwards() {
             assert!(pair[0].end_us() <= pair[1].start_us + 1, "{pair:?}");
         }
     }
+    // Parts lie within what they are parts of.
+    for (part, of, spans) in [
+        ("criu_freezes", "freeze", &report.phases),
+        ("last_look", "freeze", &report.phases),
+        ("criu_dumps", "dump", &report.phases),
+        ("images_sent", "dump", &report.phases),
+        ("keeper_ordered", "receive", &report.destination_steps),
+        ("criu_released", "restore", &report.destination_steps),
+        ("criu_builds_copy", "restore", &report.destination_steps),
+        ("criu_ends_repair", "resume", &report.destination_steps),
+        ("held_given_back", "resume", &report.destination_steps),
+    ] {
+        let parts = [&report.source_parts[..], &report.destination_parts].concat();
+        let (part, whole) = (named(&parts, part), named(spans, of));
+        assert!(
+            whole.start_us <= part.start_us && part.end_us() <= whole.end_us() + 1,
+            "{part:?} in {whole:?}"
+        );
+    }
     let (steps, handover) = (&report.destination_steps, named(&report.phases, "handover"));
     assert!(
         named(steps, "restore").end_us() <= handover.end_us() + error_us,
@@ -289,7 +308,8 @@ fn a_migration_is_shown_as_it_happens_and_can_be_read_afterwards() {
     let trace: Value =
         serde_json::from_slice(&fs::read(host1.path("/run/trace.json")).unwrap()).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();
-    let spans = report.phases.len() + steps.len() + report.precopy.len() + 5;
+    let parts = report.source_parts.len() + report.destination_parts.len();
+    let spans = report.phases.len() + steps.len() + parts + report.precopy.len() + 5;
     let complete: Vec<&Value> = events.iter().filter(|event| event["ph"] == "X").collect();
     assert_eq!(complete.len(), spans);
     assert!(
@@ -316,7 +336,10 @@ fn a_migration_is_shown_as_it_happens_and_can_be_read_afterwards() {
     fs::copy(host1.path("/run/page.html"), &page).unwrap();
     let document = browse(&profile, &["--dump-dom"], &page);
     let bars = |id| chart(&document, id).matches("<rect ").count();
-    assert_eq!(bars("timeline"), spans);
+    assert_eq!(bars("timeline"), spans - parts);
+    let table = &document[document.find("id=\"parts\"").unwrap()..];
+    let table = &table[..table.find("</table>").unwrap()];
+    assert_eq!(table.matches("<tr>").count(), 1 + parts, "{table}");
     assert!(bars("blackout") >= 5 + 4, "{document}");
     assert_eq!(bars("rounds"), 2 * report.precopy.len());
     // All peers who were answered before the destination told what it saw.

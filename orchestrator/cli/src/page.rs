@@ -308,12 +308,23 @@ fn table(report: &Report) -> Markup {
             }
         }
     };
+    let (here, there) = (&report.source_parts, &report.destination_parts);
+    let here = here.iter().map(|span| (&report.source, span));
+    let there = there.iter().map(|span| (&report.destination, span));
+    let mut parts: Vec<_> = here.chain(there).collect();
+    parts.sort_by_key(|(_, span)| span.start_us);
     html! {
         h2 { "Figures" }
         table {
             tr { th { "phase" } th { "on" } th { "began after" } th { "took" } }
             @for span in &report.phases { (row(&report.source, span)) }
             @for span in &report.destination_steps { (row(&report.destination, span)) }
+        }
+        @if !parts.is_empty() {
+            table id="parts" {
+                tr { th { "part of the blackout" } th { "on" } th { "began after" } th { "took" } }
+                @for (host, span) in &parts { (row(host, span)) }
+            }
         }
         p.dim {
             (thousands(report.pages)) " pages, " (mib(report.bytes)) ", "

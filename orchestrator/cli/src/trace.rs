@@ -40,7 +40,8 @@ fn trace(report: &Report) -> Value {
         json!({"ph": "X", "cat": "migrate", "name": name, "pid": pid, "tid": tid,
                "ts": start_us, "dur": took_us, "args": args})
     };
-    for span in &report.phases {
+    // Within its phase a part is drawn below it.
+    for span in report.phases.iter().chain(&report.source_parts) {
         events.push(event(
             &span.name,
             SOURCE,
@@ -70,7 +71,11 @@ fn trace(report: &Report) -> Value {
         events.push(named("process_name", DESTINATION, PHASES, host));
         events.push(named("thread_name", DESTINATION, PHASES, "steps".into()));
     }
-    for span in &report.destination_steps {
+    for span in report
+        .destination_steps
+        .iter()
+        .chain(&report.destination_parts)
+    {
         let (start_us, took_us) = (span.start_us, span.took_us);
         events.push(event(
             &span.name,

@@ -361,6 +361,12 @@ pub struct Report {
     /// not told.
     #[serde(default)]
     pub destination_steps: Vec<Span>,
+    /// What the source's phases of the blackout are made of.
+    #[serde(default)]
+    pub source_parts: Vec<Span>,
+    /// What the destination's steps of the blackout are made of, on the source's clock.
+    #[serde(default)]
+    pub destination_parts: Vec<Span>,
     /// By how much those may be off, in microseconds.
     #[serde(default)]
     pub clock_error_us: Option<u64>,

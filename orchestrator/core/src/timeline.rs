@@ -33,6 +33,8 @@ impl Span {
 pub struct Timing {
     /// What it did, from the first message up to the running copy.
     pub spans: Vec<Span>,
+    /// What those of the blackout are made of, by when it ended.
+    pub parts: Vec<Span>,
     /// How long it kept `Go` before it answered, in microseconds.
     pub kept_go_us: u64,
 }
@@ -44,12 +46,12 @@ impl Timing {
     /// The longest name of one, in bytes; no step has half as many.
     pub const NAME_BYTES_MAX: usize = 32;
 
-    /// The destination's spans on the source's clock, without those whose names are
-    /// like none of a step, and by how much all of them
+    /// The destination's spans, and their parts, on the source's clock, without those whose
+    /// names are like none of a step, and by how much all of them
     /// may be off, in microseconds. `go_us` and `owned_us` are when `Go` left the
     /// source and the answer had come, in microseconds since the migration began.
     #[must_use]
-    pub fn placed(&self, go_us: u64, owned_us: u64) -> (Vec<Span>, u64) {
+    pub fn placed(&self, go_us: u64, owned_us: u64) -> (Vec<Span>, Vec<Span>, u64) {
         let under_way_us = owned_us
             .saturating_sub(go_us)
             .saturating_sub(self.kept_go_us);
@@ -62,13 +64,15 @@ impl Timing {
                     .bytes()
                     .all(|byte| byte == b'_' || byte.is_ascii_lowercase())
         };
-        let spans = self.spans.iter().take(Self::SPANS_MAX);
-        let spans = spans.filter(like_a_step);
-        let placed = spans.map(|span| Span {
-            start_us: span.start_us.saturating_add(came_us),
-            ..span.clone()
-        });
-        (placed.collect(), error_us)
+        let placed = |spans: &[Span]| {
+            let spans = spans.iter().take(Self::SPANS_MAX).filter(like_a_step);
+            let placed = spans.map(|span| Span {
+                start_us: span.start_us.saturating_add(came_us),
+                ..span.clone()
+            });
+            placed.collect()
+        };
+        (placed(&self.spans), placed(&self.parts), error_us)
     }
 }
 
@@ -88,10 +92,12 @@ mod tests {
     fn the_commit_places_the_destination_on_the_sources_clock() {
         let timing = Timing {
             spans: vec![span("restore", -50_000, 40_000), span("open", 300, 700)],
+            parts: vec![span("criu_released", -49_000, 1000)],
             kept_go_us: 300,
         };
-        let (placed, error_us) = timing.placed(1_000_000, 1_000_500);
+        let (placed, parts, error_us) = timing.placed(1_000_000, 1_000_500);
         assert_eq!(error_us, 100);
+        assert_eq!(parts, [span("criu_released", 951_100, 1000)]);
         assert_eq!(
             placed,
             [
@@ -106,10 +112,12 @@ mod tests {
     fn a_destination_that_tells_nonsense_breaks_nothing() {
         let timing = Timing {
             spans: vec![span("x", i64::MIN, u64::MAX); 1000],
+            parts: vec![span("y", i64::MAX, u64::MAX); 1000],
             kept_go_us: u64::MAX,
         };
-        let (placed, error_us) = timing.placed(u64::MAX, 0);
+        let (placed, parts, error_us) = timing.placed(u64::MAX, 0);
         assert_eq!((placed.len(), error_us), (Timing::SPANS_MAX, 0));
+        assert_eq!(parts.len(), Timing::SPANS_MAX);
         let timing = Timing {
             spans: [
                 "\x1b[2J",
@@ -119,6 +127,7 @@ mod tests {
             ]
             .map(|name| span(name, 0, 1))
             .to_vec(),
+            parts: Vec::new(),
             kept_go_us: 0,
         };
         assert_eq!(timing.placed(0, 0).0, [span("take_over", 0, 1)]);

@@ -11,6 +11,7 @@ use crate::source::micros;
 pub(super) struct Clock {
     step_began: Instant,
     steps: Vec<(&'static str, Instant, u64)>,
+    parts: Vec<(&'static str, Instant, u64)>,
     frozen: Option<Instant>,
     go_came: Option<Instant>,
     kept_go_us: u64,
@@ -21,6 +22,7 @@ impl Default for Clock {
         Self {
             step_began: Instant::now(),
             steps: Vec::new(),
+            parts: Vec::new(),
             frozen: None,
             go_came: None,
             kept_go_us: 0,
@@ -35,6 +37,20 @@ impl Clock {
         let took = self.step_began.saturating_duration_since(began);
         self.steps.push((step, began, micros(took)));
         figures::step(step, took);
+    }
+
+    /// A part of the step that lasts is over, and the next begins now.
+    pub(super) fn part(&mut self, part: &'static str, began: Instant) -> Instant {
+        let now = Instant::now();
+        let took = now.saturating_duration_since(began);
+        self.parts.push((part, began, micros(took)));
+        now
+    }
+
+    /// Since when the source's tree stands still; the start of this step where nobody has
+    /// said so.
+    pub(super) fn still_since(&self) -> Instant {
+        self.frozen.unwrap_or(self.step_began)
     }
 
     /// The source's tree stands still.
@@ -63,18 +79,17 @@ impl Clock {
             return Timing::default();
         };
         let lasts = (step, self.step_began, micros(self.step_began.elapsed()));
-        let spans = self.steps.iter().chain([&lasts]);
+        let span = |&(name, began, took_us): &(&'static str, Instant, u64)| Span {
+            name: name.to_owned(),
+            start_us: match began.checked_duration_since(zero) {
+                Some(after) => micros(after).cast_signed(),
+                None => -micros(zero.saturating_duration_since(began)).cast_signed(),
+            },
+            took_us,
+        };
         Timing {
-            spans: spans
-                .map(|&(name, began, took_us)| Span {
-                    name: name.to_owned(),
-                    start_us: match began.checked_duration_since(zero) {
-                        Some(after) => micros(after).cast_signed(),
-                        None => -micros(zero.saturating_duration_since(began)).cast_signed(),
-                    },
-                    took_us,
-                })
-                .collect(),
+            spans: self.steps.iter().chain([&lasts]).map(span).collect(),
+            parts: self.parts.iter().map(span).collect(),
             kept_go_us: self.kept_go_us,
         }
     }

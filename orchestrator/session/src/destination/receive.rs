@@ -357,6 +357,7 @@ impl Destination {
             .await?;
         expected.verify = verify;
         self.dumped_at = Some(Instant::now());
+        let mut at = self.clock.part("dump_arrives", self.clock.still_since());
         let Some(images) = &mut self.images else {
             return Err(nothing("the image directory"));
         };
@@ -364,7 +365,11 @@ impl Destination {
             return Err(misplaced());
         }
         memory.fill(images)?;
+        at = self.clock.part("images_filled", at);
         let memory = memory.verified(digests, expected.masks.clone()).await?;
+        if verify {
+            at = self.clock.part("memory_compared", at);
+        }
         let stats = images.finish()?;
         // What the source says of its tree is its word; this is what CRIU obeys.
         for (name, credentials) in images.credentials()? {
@@ -388,8 +393,11 @@ impl Destination {
             )));
         }
         let late = memory.late.unwrap_or_default();
+        at = self.clock.part("page_maps_written", at);
         self.lazy
-            .serve(&self.peer, images, memory.store, memory.hot, late, expected)
+            .serve(&self.peer, images, memory.store, memory.hot, late, expected)?;
+        self.clock.part("keeper_ordered", at);
+        Ok(())
     }
 
     async fn take_frames(
@@ -502,7 +510,9 @@ impl Destination {
             return Err(nothing("the stream of frames"));
         };
         let mut inbox = Inbox::new(self.peer.clone(), receiver);
+        let begun = Instant::now();
         let session = self.released().await?;
+        self.clock.part("criu_released", begun);
         // Nobody but the copy keeps the device served from here on.
         self.tunnel = None;
         self.engine = Engine::Held(session);
@@ -518,7 +528,9 @@ impl Destination {
         };
         self.incoming = Incoming::Messages(inbox);
         held?;
+        let built = Instant::now();
         self.lazy.handed_over().await?;
+        self.clock.part("memory_handed_over", built);
         let restore_us = self.dumped_at.map_or(0, |at| {
             u64::try_from(at.elapsed().as_micros()).unwrap_or(u64::MAX)
         });
@@ -564,9 +576,17 @@ impl Destination {
         let Engine::Held(session) = &mut self.engine else {
             return Err(nothing("CRIU's restore"));
         };
+        let mut at = Instant::now();
         loop {
             match session.next(Self::RESTORE_LIMIT).await? {
-                Notice::PostRestore { .. } => return Ok(()),
+                Notice::PreRestore => {
+                    at = self.clock.part("criu_reads_images", at);
+                    session.answer(true).await?;
+                }
+                Notice::PostRestore { .. } => {
+                    self.clock.part("criu_builds_copy", at);
+                    return Ok(());
+                }
                 Notice::Finished(_) => {
                     return Err(Error::OutOfOrder {
                         got: "the end".to_owned(),

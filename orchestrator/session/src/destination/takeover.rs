@@ -144,12 +144,14 @@ impl Destination {
             return Err(error.into());
         }
         crate::pause::at("let-go");
+        let mut at = Instant::now();
         let (mut told, mut repeats) = (false, Repeats::default());
         loop {
             match session.next(Self::RESUME_LIMIT).await? {
                 // The sockets live. In the order in which peers have sent:
                 // what the source held, what this host held, what comes now.
                 Notice::PreResume => {
+                    at = self.clock.part("criu_ends_repair", at);
                     if let Some(gate) = gate {
                         if let Incoming::Messages(inbox) = &mut self.incoming {
                             // After seconds most of it has been said twice.
@@ -161,10 +163,12 @@ impl Destination {
                         let repeats = std::mem::take(&mut repeats);
                         held::release(gate, &mut self.held, waiting, repeats)?;
                     }
+                    at = self.clock.part("held_given_back", at);
                     session.answer(true).await?;
                 }
                 // The tree runs; CRIU only has to end.
                 Notice::PostResume => {
+                    at = self.clock.part("criu_lets_go", at);
                     let counted = gate
                         .and_then(|gate| gate.counters().ok())
                         .unwrap_or_default();

@@ -61,9 +61,11 @@ impl Migration {
 
         // The limit is for the tree's sake, and must not keep it frozen.
         self.link()?.sender.set_limit(None);
+        let mut at = Instant::now();
         self.was_quiet = self.await_quiet().await;
         // Behind it, for new connections wait from here on.
         self.settle().await?;
+        at = self.part("quiet_awaited", at);
         self.go_first();
         if let Some(gate) = self.gate() {
             gate.start_watching();
@@ -93,12 +95,15 @@ impl Migration {
             closed_in += closing.elapsed();
             self.gate_closed_in = Some(closed_in);
         }
-        self.moments.frozen = Some(Instant::now());
+        at = self.part("criu_freezes", at);
+        self.moments.frozen = Some(at);
         // CRIU has taken it by its PID alone, and now it cannot end any more.
         self.must_be_checked()?;
         self.look_for_changed().await?;
         self.compare_segments()?;
-        self.last_look().await
+        let looked = self.last_look().await;
+        self.part("last_look", at);
+        looked
     }
 
     /// This side and its CRIU go before whatever else runs here.
@@ -197,6 +202,7 @@ impl Migration {
     /// Lets CRIU write; pages go to the destination as they come, the small
     /// images after them.
     pub(super) async fn dump(&mut self) -> Result<String, Error> {
+        let begun = Instant::now();
         let version = self.criu()?.version;
         let Engine::Dumping(session) = &mut self.engine else {
             return Err(not_yet("CRIU's dump"));
@@ -276,7 +282,8 @@ impl Migration {
         drop(sink);
         let segments = self.segments.take().map(|dump| dump.segments);
         dumped?;
-        self.moments.dumped = Some(Instant::now());
+        let mut at = self.part("criu_dumps", begun);
+        self.moments.dumped = Some(at);
         // The tree stands still, so its memory is what the copy's has to be.
         let digests = match listed {
             Some(listed) => {
@@ -292,8 +299,12 @@ impl Migration {
             }
             None => Digests::default(),
         };
+        if verify {
+            at = self.part("memory_hashed", at);
+        }
         let late = following.as_ref().map_or(0, Following::pages);
         let detail = self.send_images(digests, late).await?;
+        self.part("images_sent", at);
         let lane = self.late_lane.take();
         if let Some(following) = following {
             let lane = lane.ok_or_else(|| not_yet("the connection for late memory"))?;

@@ -381,6 +381,8 @@ struct Migration {
     phase_begun: Instant,
     /// The phases so far, and the rounds.
     phases: Vec<Span>,
+    /// What phases of the blackout are made of.
+    parts: Vec<Span>,
     precopy_rounds: Vec<RoundReport>,
     plan: Option<Plan>,
     moments: Moments,
@@ -493,6 +495,7 @@ impl Migration {
                 }),
             phase_begun: now,
             phases: Vec::new(),
+            parts: Vec::new(),
             precopy_rounds: Vec::new(),
             plan: None,
             moments: Moments::default(),
@@ -874,6 +877,17 @@ impl Migration {
         }
     }
 
+    /// A part of the phase that lasts is over, and the next begins now.
+    fn part(&mut self, name: &str, began: Instant) -> Instant {
+        let now = Instant::now();
+        self.parts.push(Span {
+            name: name.to_owned(),
+            start_us: self.since_begun(began).cast_signed(),
+            took_us: micros(now.saturating_duration_since(began)),
+        });
+        now
+    }
+
     fn since_begun(&self, moment: Instant) -> u64 {
         micros(moment.saturating_duration_since(self.begun))
     }
@@ -882,13 +896,14 @@ impl Migration {
     fn report(&self) -> Report {
         let m = &self.moments;
         let at = |moment: Option<Instant>| moment.map(|moment| self.since_begun(moment));
-        let (destination_steps, clock_error_us) = match (at(m.committed), at(m.owned)) {
-            (Some(go_us), Some(owned_us)) if !self.running.timing.spans.is_empty() => {
-                let (spans, error_us) = self.running.timing.placed(go_us, owned_us);
-                (spans, Some(error_us))
-            }
-            _ => (Vec::new(), None),
-        };
+        let (destination_steps, destination_parts, clock_error_us) =
+            match (at(m.committed), at(m.owned)) {
+                (Some(go_us), Some(owned_us)) if !self.running.timing.spans.is_empty() => {
+                    let (spans, parts, error_us) = self.running.timing.placed(go_us, owned_us);
+                    (spans, parts, Some(error_us))
+                }
+                _ => (Vec::new(), Vec::new(), None),
+            };
         let span = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
             (Some(from), Some(to)) => micros(to.saturating_duration_since(from)),
             _ => 0,
@@ -933,6 +948,8 @@ impl Migration {
             precopy: self.precopy_rounds.clone(),
             phases: self.phases.clone(),
             destination_steps,
+            source_parts: self.parts.clone(),
+            destination_parts,
             clock_error_us,
             blackout_start_us: at(m.gate_closed),
             unit: self.unit.clone(),
