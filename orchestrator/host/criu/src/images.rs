@@ -1149,7 +1149,7 @@ impl Memory {
             // All that have a place in the file, and then those that have none.
             let placed = Run { pages, ..first };
             entries.push(placed);
-            if placed.end() < last.end() {
+            if last.vaddr > first.vaddr && placed.end() < last.end() {
                 entries.push(Run {
                     vaddr: placed.end(),
                     pages: (last.end() - placed.end()) / page,
