@@ -4,6 +4,9 @@
 //! `victim threads N`: the same by N threads, each its own 4 MiB.
 //! `victim idle MIB`: fills so much memory and waits.
 //! `victim sparse GIB`: maps so much, touches three pages, waits.
+//! `victim replaced MIB`: fills so much memory, and again so much above that; for a line
+//! writes to the former, and for another puts a file into the place of the latter, writes to
+//! it, and answers where.
 //! `victim blocked CALL`: waits in a system call, for ever; ends with status 3
 //! when the call returns `EINTR`. A line on standard input is answered.
 //! `victim filtered`: is killed by the kernel when it calls `userfaultfd`.
@@ -87,6 +90,7 @@ fn main() -> io::Result<()> {
             println!("{unmapped}");
             wait_for_end()
         }
+        ["replaced", mib] => replaced(number(mib)? << 20),
         ["blocked", call] => blocked(call),
         ["filtered"] => filtered(),
         ["signals"] => signals(),
@@ -235,6 +239,47 @@ fn threads(count: usize) -> io::Result<()> {
         thread::spawn(move || write_for_ever(memory, seed as u64));
     }
     ready()?;
+    wait_for_end()
+}
+
+fn replaced(bytes: usize) -> io::Result<()> {
+    // SAFETY: a name that ends.
+    let file = unsafe { libc::memfd_create(c"victim".as_ptr(), 0) };
+    // SAFETY: takes no pointer.
+    if file < 0 || unsafe { libc::ftruncate(file, bytes as libc::off_t) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut memory = Memory::map(2 * bytes + PAGE)?;
+    memory.fill(1);
+    // What is below and what is above are mappings of their own.
+    // SAFETY: nobody touches the page in the middle from here on.
+    unsafe { libc::mprotect(memory.at.add(bytes).cast(), PAGE, libc::PROT_NONE) };
+    ready()?;
+    line()?;
+    for page in 0..bytes / PAGE {
+        memory.set(page * PAGE, 2);
+    }
+    println!("filled");
+    line()?;
+    let above = bytes + PAGE;
+    // SAFETY: in the place of memory of ours, which only `memory` knows.
+    let at = unsafe {
+        libc::mmap(
+            memory.at.add(above).cast(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_FIXED,
+            file,
+            0,
+        )
+    };
+    if at == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    for page in 0..bytes / PAGE {
+        memory.set(above + page * PAGE, 2);
+    }
+    println!("{}", at as usize);
     wait_for_end()
 }
 

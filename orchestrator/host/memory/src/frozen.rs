@@ -103,8 +103,7 @@ impl FrozenPages {
                     }
                     let mode = ScanMode::ProtectPresent;
                     // Another program's memory, or another shape.
-                    let Ok(scan) = watch.scan_once(memory.pagemap(), &left, mode, self.guards)
-                    else {
+                    let Ok(scan) = watch.scan(memory.pagemap(), &left, mode, self.guards) else {
                         break;
                     };
                     left.start = scan.next.max(left.start + PAGE);

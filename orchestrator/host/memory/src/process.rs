@@ -31,15 +31,16 @@ pub(crate) struct Watch {
 
 /// Why a part of a process could not be watched this time.
 #[derive(Debug)]
-pub(crate) enum Unwatched {
+enum Unwatched {
     /// Another userfaultfd has it, or it changed while it was registered. It
     /// counts as dirty.
     Part,
-    /// The process has another memory than the one watched: it called exec.
+    /// See [`OtherMemory`].
     OtherMemory,
 }
 
-/// See [`Unwatched::OtherMemory`].
+/// The process has another memory than the one watched: it called exec. Or what is watched
+/// of it cannot be told.
 #[derive(Debug)]
 pub(crate) struct OtherMemory;
 
@@ -64,6 +65,7 @@ impl Watch {
     ) -> Result<Vec<Range<u64>>, OtherMemory> {
         let mut now: Vec<Range<u64>> = Vec::new();
         let mut refused = Vec::new();
+        let mut fresh = Vec::new();
         for vma in vmas {
             let at = self
                 .registered
@@ -73,13 +75,15 @@ impl Watch {
                 .get(at)
                 .is_some_and(|range| range.start <= vma.range.start);
             if !known {
-                match self.register(&vma.range) {
-                    Ok(()) => {}
-                    Err(Unwatched::Part) => {
-                        refused.push(vma.range.clone());
-                        continue;
-                    }
-                    Err(Unwatched::OtherMemory) => return Err(OtherMemory),
+                let registered = self.register(&vma.range);
+                if matches!(registered, Err(Unwatched::OtherMemory)) {
+                    return Err(OtherMemory);
+                }
+                // After an error a part of it may be watched.
+                fresh.push(vma.range.clone());
+                if registered.is_err() {
+                    refused.push(vma.range.clone());
+                    continue;
                 }
             }
             match now.last_mut() {
@@ -88,7 +92,52 @@ impl Watch {
             }
         }
         self.registered = now;
+        if !fresh.is_empty() {
+            self.watch_trackable(&fresh)?;
+        }
         Ok(refused)
+    }
+
+    /// Watches these ranges anew, in which mappings have changed since they were adopted.
+    /// Returns what is there now, cut to them: what is watched, and what is not.
+    pub(crate) fn renew(&self, ranges: &[Range<u64>]) -> Result<(Vec<Vma>, Vec<Vma>), OtherMemory> {
+        for range in ranges {
+            if let Err(Unwatched::OtherMemory) = self.register(range) {
+                return Err(OtherMemory);
+            }
+        }
+        let here = self.watch_trackable(ranges)?;
+        // Where there are holes, marks that a mapping has brought along may be left.
+        let is_watched = |vma: &Vma| vma.trackable() && self.uffd.unprotect(&vma.range).is_ok();
+        Ok(here.into_iter().partition(is_watched))
+    }
+
+    /// Sees to it that of ranges that have just been registered nothing is watched but what
+    /// is trackable, and returns what is there. Between a look at the mappings and the
+    /// registration the process may have put something else in their place, and that must
+    /// have no marks, see [`Vma::trackable`]: no other round would look at it. It has none
+    /// yet; and a mapping that comes later is not watched.
+    fn watch_trackable(&self, ranges: &[Range<u64>]) -> Result<Vec<Vma>, OtherMemory> {
+        /// How often the mappings may change in between.
+        const LOOKS_MAX: usize = 16;
+        for _ in 0..LOOKS_MAX {
+            let vmas = maps::read(self.pid).map_err(|_| OtherMemory)?;
+            let mut here = Vec::new();
+            for range in ranges {
+                let first = vmas.partition_point(|vma| vma.range.end <= range.start);
+                let within = vmas[first..].iter();
+                let within = within.take_while(|vma| vma.range.start < range.end);
+                here.extend(within.map(|vma| Vma {
+                    range: vma.range.start.max(range.start)..vma.range.end.min(range.end),
+                    ..vma.clone()
+                }));
+            }
+            let mut others = here.iter().filter(|vma| !vma.trackable());
+            if others.all(|vma| self.uffd.unregister(&vma.range).is_ok()) {
+                return Ok(here);
+            }
+        }
+        Err(OtherMemory)
     }
 
     /// Another one of the same memory, which registers nothing.
@@ -124,32 +173,9 @@ impl Watch {
 
     /// Finds populated pages of a mapping from `range.start` on and marks the
     /// written ones clean. What the guard still holds when it is dropped is
-    /// marked written again.
+    /// marked written again. After an error, as of a mapping that has changed its shape or is
+    /// not the one that was registered, all of it counts as written.
     pub(crate) fn scan(
-        &self,
-        pagemap: &File,
-        range: &Range<u64>,
-        guards: bool,
-    ) -> Result<Scan<'_>, Unwatched> {
-        match self.scan_once(pagemap, range, ScanMode::Protect, guards) {
-            Ok(scan) => Ok(scan),
-            Err(_) => {
-                // A new mapping, or one that has changed its shape.
-                self.register(range)?;
-                let again = self.scan_once(pagemap, range, ScanMode::Protect, guards);
-                again.map_err(|error| {
-                    if error.raw_os_error() == Some(libc::EPERM) {
-                        Unwatched::OtherMemory
-                    } else {
-                        Unwatched::Part
-                    }
-                })
-            }
-        }
-    }
-
-    /// The same for what is registered. After an error all of it counts as written.
-    pub(crate) fn scan_once(
         &self,
         pagemap: &File,
         range: &Range<u64>,

@@ -26,9 +26,9 @@ use crate::frozen::{FrozenPages, TaskRanges};
 use crate::inject::{InjectError, Injection};
 use crate::maps::{self, Vma};
 use crate::probe::{Support, probe};
-use crate::process::{self, Unwatched, Watch};
+use crate::process::{self, OtherMemory, Watch};
 use crate::segments::{FrozenSegments, Segments};
-use crate::sys;
+use crate::sys::{self, ScanMode};
 use crate::tree::{self, Member};
 use crate::{PAGE, ZERO_PAGE};
 
@@ -389,6 +389,7 @@ impl Precopy {
                 pid,
                 watch: &*watch,
                 refused,
+                changed: Vec::new(),
                 memory: &memory,
                 guards,
                 buffer: &mut self.buffer,
@@ -398,14 +399,10 @@ impl Precopy {
             if process.vdso.is_none() {
                 process.vdso = pass.vdso(&vmas).await?;
             }
-            let mut same_memory = true;
             for vma in &vmas {
-                same_memory = pass.mapping(vma).await?;
-                if !same_memory {
-                    break;
-                }
+                pass.mapping(vma).await?;
             }
-            if same_memory {
+            if pass.what_has_changed().await?.is_ok() {
                 return Ok(());
             }
             process.watch = None;
@@ -537,6 +534,8 @@ struct Pass<'a, S> {
     watch: &'a Watch,
     /// Mappings that cannot be watched now.
     refused: Vec<Range<u64>>,
+    /// What was not what it had been when it was found.
+    changed: Vec<Range<u64>>,
     memory: &'a process::Memory,
     guards: bool,
     buffer: &'a mut BytesMut,
@@ -572,34 +571,63 @@ impl<S: PageSink> Pass<'_, S> {
         Ok(Some(vdso))
     }
 
-    /// Copies what changed in one mapping. `false` when the process has called
-    /// exec since it is watched.
-    async fn mapping(&mut self, vma: &Vma) -> Result<bool, RoundError<S::Error>> {
+    /// Copies what changed in one mapping.
+    async fn mapping(&mut self, vma: &Vma) -> Result<(), RoundError<S::Error>> {
         if !vma.trackable() || self.refused.contains(&vma.range) {
             if vma.private() && vma.name != "[vdso]" {
                 self.untracked(vma)?;
             }
-            return Ok(true);
+            return Ok(());
         }
-        let mut range = vma.range.clone();
+        let left = self.written(vma.range.clone()).await?;
+        if !left.is_empty() {
+            self.changed.push(left);
+        }
+        Ok(())
+    }
+
+    /// The same of mappings that are not those which were found, once all others are copied:
+    /// the process has gone on meanwhile. An error when it has called exec since it is
+    /// watched.
+    async fn what_has_changed(&mut self) -> Result<Result<(), OtherMemory>, RoundError<S::Error>> {
+        let changed = std::mem::take(&mut self.changed);
+        if changed.is_empty() {
+            return Ok(Ok(()));
+        }
+        let (watched, mut others) = match self.watch.renew(&changed) {
+            Ok(found) => found,
+            Err(other) => return Ok(Err(other)),
+        };
+        for vma in watched {
+            let range = self.written(vma.range.clone()).await?;
+            if !range.is_empty() {
+                others.push(Vma { range, ..vma });
+            }
+        }
+        for vma in others.iter().filter(|vma| vma.private()) {
+            self.untracked(vma)?;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Copies what changed in a range that is one mapping; what is left of it where it is not,
+    /// or not a watched one.
+    async fn written(&mut self, mut range: Range<u64>) -> Result<Range<u64>, RoundError<S::Error>> {
         while range.start < range.end {
-            let scan = match self.watch.scan(self.memory.pagemap(), &range, self.guards) {
-                Ok(scan) => scan,
-                Err(Unwatched::OtherMemory) => return Ok(false),
-                Err(Unwatched::Part) => {
-                    self.untracked(&Vma {
-                        range,
-                        ..vma.clone()
-                    })?;
-                    return Ok(true);
-                }
+            let Ok(scan) = self.watch.scan(
+                self.memory.pagemap(),
+                &range,
+                ScanMode::Protect,
+                self.guards,
+            ) else {
+                break;
             };
             self.stats.pages_scanned += scan.clean_pages + scan.written_pages;
             self.stats.pages_skipped += scan.clean_pages;
             range.start = scan.next.max(range.start + PAGE);
             self.settle(scan.owed).await?;
         }
-        Ok(true)
+        Ok(range.start.min(range.end)..range.end)
     }
 
     fn untracked(&mut self, vma: &Vma) -> Result<(), MemoryError> {

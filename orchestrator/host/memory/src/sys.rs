@@ -28,6 +28,7 @@ const FEATURE_WP_ASYNC: u64 = 1 << 15;
 const UFFD_API: u64 = 0xaa;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_aa01;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 const REGISTER_MODE_WP: u64 = 1 << 1;
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -55,6 +56,12 @@ struct UffdioRegister {
     len: u64,
     mode: u64,
     ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdioRange {
+    start: u64,
+    len: u64,
 }
 
 #[repr(C)]
@@ -144,6 +151,17 @@ impl Uffd {
         // what the memory holds.
         check(unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) })?;
         self.unprotect(range)
+    }
+
+    /// Watches a range no more. All of its pages count as written.
+    pub(crate) fn unregister(&self, range: &Range<u64>) -> io::Result<()> {
+        let mut unregister = UffdioRange {
+            start: range.start,
+            len: range.end - range.start,
+        };
+        // SAFETY: the request reads one `UffdioRange`, which lives here. It changes how
+        // faults in the range are handled, never what the memory holds.
+        check(unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_UNREGISTER, &raw mut unregister) })
     }
 
     /// Makes every page of the range count as written. A range with a hole is

@@ -471,6 +471,49 @@ async fn what_vanishes_from_a_region_leaves_the_rest_of_it() {
     stop_and_compare(&[pid], &mut precopy, &mut direct).await;
 }
 
+/// Marks of a file's pages outlast the pages: nothing of it may be watched, although it is
+/// where a round has found memory that is.
+#[tokio::test]
+async fn what_becomes_a_files_within_a_round_is_not_watched() {
+    /// Has the victim replace its upper memory when the first pages of the lower have come.
+    struct Replaces<'v>(Direct, Option<&'v mut Victim>, u64);
+    impl PageSink for Replaces<'_> {
+        type Error = StoreError;
+        async fn pages(&mut self, run: PageRun, data: Bytes) -> Result<(), StoreError> {
+            if run.pages == migrate_memory::RUN_PAGES_MAX
+                && let Some(victim) = self.1.take()
+            {
+                self.2 = victim.ask().parse().unwrap();
+            }
+            self.0.pages(run, data).await
+        }
+    }
+    require_tracking!("what_becomes_a_files_within_a_round_is_not_watched");
+    // What a round does with memory that is new to it, and with memory that it knows.
+    for rounds_before in [0, 1] {
+        let mut victim = Victim::start(&["replaced", "4"]);
+        let pid = victim.pid();
+        let mut precopy = Precopy::new(pid, Limits::default()).unwrap();
+        let mut direct = Direct::new();
+        for _ in 0..rounds_before {
+            precopy.round(&mut direct).await.unwrap();
+        }
+        assert_eq!(victim.ask(), "filled");
+        let mut sink = Replaces(direct, Some(&mut victim), 0);
+        let stats = precopy.round(&mut sink).await.unwrap();
+        print("with a file", &stats);
+        let Replaces(mut direct, unasked, at) = sink;
+        assert!(unasked.is_none());
+        let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+        let lines = smaps
+            .lines()
+            .skip_while(|line| !line.starts_with(&format!("{at:x}-")));
+        let flags = lines.into_iter().find(|line| line.starts_with("VmFlags:"));
+        assert!(!flags.unwrap().contains(" uw"), "{flags:?}");
+        stop_and_compare(&[pid], &mut precopy, &mut direct).await;
+    }
+}
+
 #[tokio::test]
 async fn a_sparse_mapping_stays_sparse() {
     require_tracking!("a_sparse_mapping_stays_sparse");
