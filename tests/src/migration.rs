@@ -227,6 +227,9 @@ pub fn no_gate_left(host: &Host) {
         left = gates(host);
         left.as_ref().is_ok_and(Vec::is_empty)
     });
+    if !left.as_ref().is_ok_and(Vec::is_empty) {
+        print_logs(host);
+    }
     match left {
         Ok(gates) => assert_eq!(gates, Vec::<String>::new(), "on {}", host.name()),
         Err(error) => panic!("{}: {error}", host.name()),

@@ -418,17 +418,28 @@ impl Gate {
     pub fn answer_no_more(&self, flow: &Flow) -> Result<(), GateError> {
         let key = tables::flow_key(flow);
         if let Ok(hold) = &self.hold {
-            hold.forget_answer(&key);
+            hold.forget_end(&key);
         }
         self.tables.forget_ended(&key)
     }
 
-    /// When an end of this flow's peer was acknowledged last, by
-    /// [`answer_for`](Self::answer_for)'s doing.
+    /// When the peer of a flow that is [answered for](Self::answer_for) was heard
+    /// to end it last: an end, which was acknowledged then, or a reset.
     #[must_use]
-    pub fn end_answered_at(&self, flow: &Flow) -> Option<Instant> {
+    pub fn end_heard_at(&self, flow: &Flow) -> Option<Instant> {
         let hold = self.hold.as_ref().ok()?;
-        hold.answered_at(&tables::flow_key(flow))
+        hold.end_heard_at(&tables::flow_key(flow))
+    }
+
+    /// Whether this flow is [answered for](Self::answer_for) still: not once its
+    /// peer has begun another connection with the same ports.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn answers_for(&self, flow: &Flow) -> Result<bool, GateError> {
+        let ended = self.tables.ended(&tables::flow_key(flow))?;
+        Ok(ended == Some(Ended::Answer))
     }
 
     /// How many flows [`let_end`](Self::let_end) and

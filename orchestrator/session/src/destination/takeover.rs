@@ -382,6 +382,7 @@ async fn answer_ended(
         })
         .collect();
     let mut look = tokio::time::interval(Destination::LOOK_FOR_ADDRESS);
+    let mut told = false;
     loop {
         tokio::select! {
             packet = held::next(held) => {
@@ -393,7 +394,11 @@ async fn answer_ended(
             _ = look.tick() => {
                 let now = Instant::now();
                 waiting.retain(|(flow, limit)| {
-                    let limit = match gate.end_answered_at(flow) {
+                    // Its peer has come again, and the kernel has forgotten the old one.
+                    if matches!(gate.answers_for(flow), Ok(false)) {
+                        return false;
+                    }
+                    let limit = match gate.end_heard_at(flow) {
                         Some(at) => (at + Destination::OVER_LIMIT).min(*limit),
                         None => *limit,
                     };
@@ -402,6 +407,15 @@ async fn answer_ended(
                     }
                     limit > now
                 });
+                if !told && now - begun > Destination::OVER_LIMIT && let Some((flow, _)) = waiting.first() {
+                    told = true;
+                    tracing::info!(
+                        flows = waiting.len(),
+                        for_example = %flow,
+                        limit = ?fin_timeout,
+                        "the gate stays for peers of connections that the tree has closed and they have not"
+                    );
+                }
                 let mut here = false;
                 for placement in placements {
                     here |= !matches!(net.placed(placement.ip).await, Ok(None));

@@ -170,7 +170,7 @@ impl Migration {
         let pids: BTreeSet<i32> = tree.processes.iter().map(|process| process.pid).collect();
         self.forget_ended(&pids).await?;
         self.send(&Message::Frozen).await?;
-        self.tell_ended(&sockets.ended).await?;
+        self.tell_ended(&sockets.ended, &sockets.flows).await?;
         self.let_end(&sockets.closing)?;
         self.tell_tracked_of(&sockets.flows).await?;
         self.send(&Message::Flows(sockets.flows.clone())).await?;

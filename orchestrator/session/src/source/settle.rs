@@ -13,7 +13,7 @@
 //!
 //! Established connections are served all the while up to the closed gate.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -41,14 +41,35 @@ const END_LIMIT: Duration = Duration::from_millis(200);
 /// Between two looks; the kernel announces none of this.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
+/// How many closed connections the destination hears of whose peers have closed them
+/// as well: a storm of short ones leaves ten thousands, and must not take the place of
+/// those whose peers are still to be answered.
+const OVER_MAX: usize = Gate::ENDED_MAX / 4 * 3;
+
 /// What the destination knows of the peer of a connection that the tree has
 /// closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Peer {
     /// It may close it, too, at any time.
     Open,
+    /// The same, and no socket of this host tells of it: the tree has closed it before
+    /// it came here.
+    OpenElsewhere,
     /// It has.
     Closed,
+}
+
+/// Those that were open when the destination heard of them and of which the kernel knows
+/// nothing any more: their peers have reset them, for one. `alive` are the tree's own.
+fn vanished(known: &BTreeMap<Flow, Peer>, ended: &EndedFlows, alive: &[Flow]) -> Vec<Flow> {
+    let listed: HashSet<&Flow> = [&ended.open, &ended.over]
+        .into_iter()
+        .flatten()
+        .chain(alive)
+        .collect();
+    let open = known.iter().filter(|(_, peer)| **peer == Peer::Open);
+    let gone = open.filter(|(flow, _)| !listed.contains(flow));
+    gone.map(|(flow, _)| *flow).collect()
 }
 
 impl Migration {
@@ -115,49 +136,72 @@ impl Migration {
     /// Lets the destination know of what is over, and what the kernel tracks.
     async fn tell_of_the_past(&mut self) -> Result<(), Error> {
         let addresses = self.moved();
-        let mut ended = migrate_net::ended(&addresses)?;
-        // What the tree has closed elsewhere, before it came here, no socket
-        // of this host tells of.
+        let ended = migrate_net::ended(&addresses)?;
+        self.tell_ended(&ended, &[]).await?;
         let answered = migrate_gate::answered_flows(&self.state.gates())?;
         let at = |flow: &Flow| addresses.contains(&flow.local.ip().to_canonical());
-        ended.open.extend(answered.into_iter().filter(at));
-        self.tell_ended(&ended).await?;
+        let elsewhere: Vec<Flow> = answered.into_iter().filter(at).collect();
+        self.tell_open(&elsewhere, Peer::OpenElsewhere).await?;
         self.tell_tracked().await
     }
 
     /// Lets the destination know of connections that the tree has closed, and
-    /// the gate, too: later none of them may say a word here.
-    pub(super) async fn tell_ended(&mut self, ended: &EndedFlows) -> Result<(), Error> {
+    /// the gate, too: later none of them may say a word here. `ended` are all that
+    /// there are, `alive` those that the tree holds.
+    pub(super) async fn tell_ended(
+        &mut self,
+        ended: &EndedFlows,
+        alive: &[Flow],
+    ) -> Result<(), Error> {
         if self.gate().is_none() {
             return Ok(());
         }
-        let mut room = Gate::ENDED_MAX.saturating_sub(self.ended.len());
-        let mut new = EndedFlows::default();
         // Those first that will need to be answered.
-        for &flow in &ended.open {
-            if room > 0 && !self.ended.contains_key(&flow) {
-                self.ended.insert(flow, Peer::Open);
-                new.open.push(flow);
-                room -= 1;
-            }
-        }
-        for &flow in &ended.over {
+        self.tell_open(&ended.open, Peer::Open).await?;
+        let mut room = OVER_MAX.saturating_sub(self.ended.len());
+        let mut over = Vec::new();
+        for flow in vanished(&self.ended, ended, alive)
+            .into_iter()
+            .chain(ended.over.iter().copied())
+        {
             let known = self.ended.get(&flow);
             if known == Some(&Peer::Closed) || (known.is_none() && room == 0) {
                 continue;
             }
             room -= usize::from(known.is_none());
             self.ended.insert(flow, Peer::Closed);
-            new.over.push(flow);
+            over.push(flow);
         }
+        self.tell(EndedFlows {
+            open: Vec::new(),
+            over,
+        })
+        .await
+    }
+
+    /// The same of those whose peers have not closed them.
+    async fn tell_open(&mut self, flows: &[Flow], peer: Peer) -> Result<(), Error> {
+        let room = Gate::ENDED_MAX.saturating_sub(self.ended.len());
+        let new = flows.iter().filter(|flow| !self.ended.contains_key(flow));
+        let open: Vec<Flow> = new.take(room).copied().collect();
+        self.ended.extend(open.iter().map(|flow| (*flow, peer)));
+        self.tell(EndedFlows {
+            open,
+            over: Vec::new(),
+        })
+        .await
+    }
+
+    async fn tell(&mut self, new: EndedFlows) -> Result<(), Error> {
         let EndedFlows { open, over } = new;
+        let Some(gate) = self.gate() else {
+            return Ok(());
+        };
         if open.is_empty() && over.is_empty() {
             return Ok(());
         }
-        if let Some(gate) = self.gate() {
-            gate.add_flows(&open)?;
-            gate.add_flows(&over)?;
-        }
+        gate.add_flows(&open)?;
+        gate.add_flows(&over)?;
         self.send(&Message::Ended { open, over }).await
     }
 
@@ -200,7 +244,9 @@ impl Migration {
         self.warn_of(&left);
         // Their peers may have closed them meanwhile, and need nobody then who
         // waits for that on the destination.
-        self.tell_ended(&migrate_net::ended(&addresses)?).await
+        let alive = self.plan()?.facts.flows.clone();
+        self.tell_ended(&migrate_net::ended(&addresses)?, &alive)
+            .await
     }
 
     fn warn_of(&self, left: &Unsettled) {
@@ -215,5 +261,33 @@ impl Migration {
             left.unsent_bytes,
             peers.join(", ")
         ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flow(port: u16) -> Flow {
+        let at = |host, port| std::net::SocketAddr::from(([10, 0, 0, host], port));
+        Flow::new(at(1, 6379), at(2, port))
+    }
+
+    #[test]
+    fn what_no_socket_tells_of_any_more_has_vanished() {
+        let known = BTreeMap::from([
+            (flow(1), Peer::Open),
+            (flow(2), Peer::Open),
+            (flow(3), Peer::Open),
+            (flow(4), Peer::Open),
+            (flow(5), Peer::OpenElsewhere),
+            (flow(6), Peer::Closed),
+        ]);
+        let ended = EndedFlows {
+            open: vec![flow(2)],
+            over: vec![flow(3)],
+        };
+        // The fourth is a connection again, by the same ports.
+        assert_eq!(vanished(&known, &ended, &[flow(4)]), [flow(1)]);
     }
 }

@@ -219,6 +219,11 @@ pub(crate) fn acknowledge_end(frame: &[u8], hardware_address: [u8; 6]) -> Option
     Some(answer)
 }
 
+/// Whether a frame that was received resets its connection.
+pub(crate) fn is_reset(frame: &[u8]) -> bool {
+    segment_of(frame, Direction::Ingress).is_some_and(|(_, segment)| segment.flags & TCP_RST != 0)
+}
+
 /// The Internet checksum of parts with an even number of bytes each.
 fn checksum(parts: &[&[u8]]) -> u16 {
     let sum: u32 = parts

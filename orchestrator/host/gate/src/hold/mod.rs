@@ -264,9 +264,9 @@ pub(crate) struct Hold {
     is_taken: AtomicBool,
     /// Frames written to the devices so far.
     written: AtomicU64,
-    /// When the ends of flows were acknowledged last; only of those that the
-    /// gate's map of closed flows takes.
-    answered: Mutex<HashMap<FlowKey, Instant>>,
+    /// When the peers of flows were heard to end them last; only of those that
+    /// the gate's map of closed flows takes.
+    ends: Mutex<HashMap<FlowKey, Instant>>,
     /// The beginnings of connections that the kernel was given, by flow and
     /// sequence number.
     opened: Mutex<HashSet<(FlowKey, u32)>>,
@@ -348,7 +348,7 @@ impl Hold {
             shared,
             is_taken: AtomicBool::new(false),
             written: AtomicU64::new(0),
-            answered: Mutex::default(),
+            ends: Mutex::default(),
             opened: Mutex::default(),
             device_counters: Mutex::new(device_counters),
             stop: Some(stop),
@@ -422,7 +422,7 @@ impl Hold {
 
     /// Acknowledges the end of a connection in a frame that `interface_index`
     /// has received, where there is one, instead of giving the frame to the
-    /// kernel.
+    /// kernel. A reset is an end as well, which asks for no answer.
     pub(crate) fn answer(&self, interface_index: u32, frame: &[u8]) -> Result<(), GateError> {
         let port = self
             .ports
@@ -437,7 +437,12 @@ impl Hold {
         match frame::acknowledge_end(frame, port.hardware_address) {
             Some(_) if self.has_just_answered(key) => Ok(()),
             Some(answer) => self.write(port, &answer),
-            None => Ok(()),
+            None => {
+                if frame::is_reset(frame) {
+                    self.ends().insert(key, Instant::now());
+                }
+                Ok(())
+            }
         }
     }
 
@@ -445,7 +450,7 @@ impl Hold {
     /// has been now.
     fn has_just_answered(&self, key: FlowKey) -> bool {
         let now = Instant::now();
-        match self.answered().entry(key) {
+        match self.ends().entry(key) {
             Entry::Occupied(at) if now - *at.get() < ANSWER_PAUSE => true,
             entry => {
                 entry.insert_entry(now);
@@ -454,18 +459,18 @@ impl Hold {
         }
     }
 
-    /// When the end of a flow was acknowledged last.
-    pub(crate) fn answered_at(&self, key: &FlowKey) -> Option<Instant> {
-        self.answered().get(key).copied()
+    /// When the peer of a flow was heard to end it last.
+    pub(crate) fn end_heard_at(&self, key: &FlowKey) -> Option<Instant> {
+        self.ends().get(key).copied()
     }
 
     /// Forgets that it was.
-    pub(crate) fn forget_answer(&self, key: &FlowKey) {
-        self.answered().remove(key);
+    pub(crate) fn forget_end(&self, key: &FlowKey) {
+        self.ends().remove(key);
     }
 
-    fn answered(&self) -> MutexGuard<'_, HashMap<FlowKey, Instant>> {
-        self.answered.lock().unwrap_or_else(PoisonError::into_inner)
+    fn ends(&self) -> MutexGuard<'_, HashMap<FlowKey, Instant>> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets the kernel's rings fill for as long as the value lives.

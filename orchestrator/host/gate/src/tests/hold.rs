@@ -15,7 +15,7 @@ use nix::mount::{MsFlags, mount};
 use nix::net::if_::if_nametoindex;
 
 use super::network::{Host, PATIENCE, Pair, SILENCE, detach, ip, options, read_one, tun};
-use super::packets::{ACK, Packet};
+use super::packets::{ACK, FIN, Packet, RST, SYN};
 use super::{flow, listener};
 use crate::{
     Counters, Direction, Gate, GateError, GateOptions, HeldPacket, HeldPackets, HoldOptions, Role,
@@ -752,6 +752,41 @@ fn only_the_workloads_sound_frames_go_back() {
     assert!(matches!(refused, Err(GateError::NotHeld { .. })));
     let counters = gate.counters().unwrap();
     assert_eq!((counters.injected, counters.emitted), (1, 1));
+    pair.server.run(|| detach(gate));
+    pair.assert_nothing_left();
+}
+
+#[test]
+fn the_end_of_who_is_answered_for_is_known() {
+    needs_root!("the_end_of_who_is_answered_for_is_known");
+    needs_tun!("the_end_of_who_is_answered_for_is_known");
+    let pair = Pair::new();
+    let (gate, _held, index) = attach(&pair, HoldOptions::default());
+    let local = "10.9.0.1:7000";
+    let remotes = ["10.9.0.2:5000", "10.9.0.2:5001", "10.9.0.2:5002"];
+    let flows = remotes.map(|remote| flow(local, remote));
+    let [ends, resets, begins] = remotes;
+    gate.add_flows(&flows).unwrap();
+    gate.answer_for(&flows).unwrap();
+    let give = |from, flags| {
+        let packet = Packet::tcp(from, local, flags).with_lengths();
+        let frame = [vec![0; 10], packet.bytes()].concat();
+        gate.inject_ingress(index, &frame).unwrap();
+    };
+    for remote in remotes {
+        give(remote, ACK);
+    }
+    assert!(flows.iter().all(|flow| gate.end_heard_at(flow).is_none()));
+    give(ends, FIN | ACK);
+    give(resets, RST | ACK);
+    give(begins, SYN);
+    let heard = flows.map(|flow| gate.end_heard_at(&flow).is_some());
+    assert_eq!(heard, [true, true, false]);
+    let answered = flows.map(|flow| gate.answers_for(&flow).unwrap());
+    assert_eq!(answered, [true, true, false]);
+    gate.answer_no_more(&flows[1]).unwrap();
+    assert_eq!(gate.end_heard_at(&flows[1]), None);
+    assert!(!gate.answers_for(&flows[1]).unwrap());
     pair.server.run(|| detach(gate));
     pair.assert_nothing_left();
 }
