@@ -241,8 +241,17 @@ impl Keeper {
                 partner::say(socket.as_fd(), &Said::Order, &fds)
             });
             if let Err(source) = said {
+                let gone = matches!(
+                    source.kind(),
+                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                );
+                let error = if gone {
+                    LazyError::Lost
+                } else {
+                    failed(source)
+                };
                 // Nobody may want to know.
-                let _ = teller.send(Told::End(Err(failed(source)), Vec::new()));
+                let _ = teller.send(Told::End(Err(error), Vec::new()));
                 if let Some(mut child) = child {
                     let _ = child.kill();
                     let _ = child.wait();
